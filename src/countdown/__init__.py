@@ -1,0 +1,85 @@
+"""countdown: faster LLM decoding by skipping the FFN neurons a token does not need.
+
+    profile = countdown.calibrate(model, tokenizer, text, countdown.method("m-countdown", sparsity=0.7))
+    countdown.sparsify_(model, profile)      # model.generate() works as before
+    countdown.restore_(model)                # and is dense again, to the bit
+
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from countdown.calibration.calibrate import calibrate
+    from countdown.calibration.text import load_text
+    from countdown.errors import (
+        ConfigError,
+        CountdownError,
+        ProfileError,
+        ProfileWarning,
+        TextError,
+        UnsupportedModelError,
+    )
+    from countdown.evaluation.evaluate import evaluate
+    from countdown.methods import method, method_names
+    from countdown.models.loading import load_tokenizer
+    from countdown.profile import Profile
+    from countdown.sparsify import from_pretrained, reset_counters, restore_, sparsify_, status
+
+_HOMES = {
+    "calibrate": "countdown.calibration.calibrate",
+    "load_text": "countdown.calibration.text",
+    "load_tokenizer": "countdown.models.loading",
+    "ConfigError": "countdown.errors",
+    "CountdownError": "countdown.errors",
+    "ProfileError": "countdown.errors",
+    "ProfileWarning": "countdown.errors",
+    "TextError": "countdown.errors",
+    "UnsupportedModelError": "countdown.errors",
+    "evaluate": "countdown.evaluation.evaluate",
+    "from_pretrained": "countdown.sparsify",
+    "method": "countdown.methods",
+    "method_names": "countdown.methods",
+    "Profile": "countdown.profile",
+    "reset_counters": "countdown.sparsify",
+    "restore_": "countdown.sparsify",
+    "sparsify_": "countdown.sparsify",
+    "status": "countdown.sparsify",
+}
+
+__all__ = [
+    "ConfigError",
+    "CountdownError",
+    "Profile",
+    "ProfileError",
+    "ProfileWarning",
+    "TextError",
+    "UnsupportedModelError",
+    "__version__",
+    "calibrate",
+    "evaluate",
+    "from_pretrained",
+    "load_text",
+    "load_tokenizer",
+    "method",
+    "method_names",
+    "reset_counters",
+    "restore_",
+    "sparsify_",
+    "status",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'countdown' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

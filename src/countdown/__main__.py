@@ -1,0 +1,5 @@
+"""`python -m countdown`."""
+
+from countdown.cli import main
+
+main()

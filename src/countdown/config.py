@@ -1,0 +1,33 @@
+"""What every configuration shares: checked choices and fields, with the nearest name in the message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from countdown.errors import ConfigError
+
+
+def suggestion(name: str, options: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` when one of `options` is close to `name`, else an empty string."""
+    close = difflib.get_close_matches(name, list(options), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def check_choice(what: str, value: str, options: Iterable[str], *, because: str = "") -> None:
+    """Raise ConfigError unless `value` is one of `options`; `because` explains a narrowed choice."""
+    options = list(options)
+    if value not in options:
+        reason = f" ({because})" if because else ""
+        raise ConfigError(
+            f"{what} is '{value}', expected one of: {', '.join(options)}{reason}.{suggestion(value, options)}"
+        )
+
+
+def check_fields(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise ConfigError for the first field of `given` that is not in `known`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{what} has no field '{name}'; it has: {', '.join(known)}.{suggestion(name, known)}")

@@ -1,0 +1,25 @@
+"""The errors countdown raises: one base, messages made to be read by the person who sees them."""
+
+
+class CountdownError(Exception):
+    """Base of every error that countdown raises on purpose. The command line prints it as one line."""
+
+
+class ConfigError(CountdownError, ValueError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class UnsupportedModelError(CountdownError):
+    """The model, or the state it is in, cannot be sparsified."""
+
+
+class ProfileError(CountdownError):
+    """A profile cannot be read, written, or does not belong to the model."""
+
+
+class TextError(CountdownError):
+    """A text source is missing or too short."""
+
+
+class ProfileWarning(UserWarning):
+    """A profile is used with weights other than those it was calibrated on."""

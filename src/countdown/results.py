@@ -1,0 +1,82 @@
+"""Results files: what was measured, and what it takes to measure it again.
+
+`{"meta": {"date", "command", "hardware", "versions", ...}, "records": [flat objects]}`
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from countdown.errors import ConfigError
+
+
+def meta(command: str | None = None, **more: Any) -> dict[str, Any]:
+    """Return date, command, hardware and versions of this run, and whatever else is given."""
+    return {
+        **more,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command or " ".join(["countdown", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """Return the processor, its cores, torch's threads, and the GPU where there is one."""
+    import torch
+
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, countdown, torch and transformers."""
+    import torch
+    import transformers
+
+    from countdown import __version__
+
+    return {
+        "python": platform.python_version(),
+        "countdown": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def write(target: str | Path, document: Any) -> None:
+    """Write JSON to a file, or to stdout for `-`. A file is written whole or not at all.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    if str(target) == "-":
+        sys.stdout.write(text)
+        return
+    path = Path(target)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConfigError(f"{target} cannot be written: {error}.") from error
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
