@@ -1,0 +1,23 @@
+"""CATS, and CHESS's weighting of it: decide on the activated gate."""
+
+from dataclasses import dataclass
+
+from countdown.methods import Method, register
+from countdown.ops.indicators import GATE
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Cats(Method):
+    """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763, section 4).
+
+    Reads W_gate densely, W_up and W_down at the active neurons. Weighting `rms` ranks by |a_i|·√E[u_i²]: the
+    FFN part of CHESS (arXiv 2409.01366, section 3), whose thresholds on attention inputs are not included.
+    """
+
+    name = "cats"
+    summary = "|act(g)|, the activated gate"
+    source = "CATS, arXiv 2404.08763; weighted: CHESS, arXiv 2409.01366"
+    aliases = {"chess": {"weighting": "rms"}}  # noqa: RUF012
+    indicator = GATE
+    unseen = "up"

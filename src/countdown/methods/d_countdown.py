@@ -1,0 +1,27 @@
+"""D-COUNTDOWN: decide on the coefficient itself."""
+
+from dataclasses import dataclass
+
+from countdown.methods import Method, register
+from countdown.ops.indicators import COEFFICIENT
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DCountdown(Method):
+    """Keep the neurons with large |s_i|, the direct coefficient (COUNTDOWN, arXiv 2505.17701, section 4.1).
+
+    The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a
+    cheap prediction of s can reach, not a speed-up. Nothing of s_i is unseen, so `rms` has nothing to
+    estimate and is not offered; `rms-norm` ranks by |s_i|·‖w_i‖₂.
+    """
+
+    name = "d-countdown"
+    summary = "|s| = |act(g)·u|, the coefficient, computed exactly"
+    source = "COUNTDOWN, arXiv 2505.17701"
+    indicator = COEFFICIENT
+    unseen = None
+    decisions = {"topk": "(a threshold needs a proxy for s; there is none yet)"}  # noqa: RUF012
+    weightings = ("none", "rms-norm")
+
+    decision: str = "topk"

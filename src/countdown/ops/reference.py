@@ -1,0 +1,113 @@
+"""The ops in plain PyTorch: the truth that every backend is tested against, and the path where none applies.
+
+It computes every neuron and masks, so it is as exact as the dense FFN and no faster. With nothing dropped it
+gives the dense FFN's bits, because it rounds where the dense FFN rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from countdown.ops.activations import ACTIVATIONS
+from countdown.ops.indicators import get_indicator
+from countdown.ops.schema import LIBRARY, check_active, check_counters, check_decision, check_ffn
+
+
+def drop_smallest(scores: Tensor, drop: int) -> Tensor:
+    """Return which scores remain when, in each row, the `drop` smallest go, ties by lower index first.
+
+    Args:
+        scores: Float `[..., h]`. NaN counts as larger than every number.
+        drop: 0 ≤ drop ≤ h.
+
+    Returns:
+        Bool `[..., h]`. Every NaN remains; a row with fewer than `drop` numbers remains whole.
+    """
+    if drop == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    largest_dropped = scores.kthvalue(drop, dim=-1, keepdim=True).values
+    below = scores < largest_dropped
+    tied = scores == largest_dropped
+    ties_to_drop = drop - below.sum(dim=-1, keepdim=True)
+    return ~(below | (tied & (tied.cumsum(dim=-1) <= ties_to_drop)))
+
+
+def _project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str) -> tuple[Tensor, Tensor]:
+    a = ACTIVATIONS[activation](F.linear(x, weights[0], biases[0]))
+    return a, F.linear(x, weights[1], biases[1])
+
+
+def _decide(a: Tensor, u: Tensor, per_neuron: Tensor, decision: str, drop: int, indicator: str) -> Tensor:
+    value = get_indicator(indicator).formula(a.float(), u.float())
+    if decision == "threshold":
+        return ~(value <= per_neuron)
+    return drop_smallest(value * per_neuron, drop)
+
+
+def _combine(a: Tensor, u: Tensor, active: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    return F.linear(torch.where(active, a * u, 0), weights[2], biases[2])
+
+
+def sparse_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    counters: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return y = W_down (mask ⊙ act(W_gate x) ⊙ W_up x), the mask decided for each token. See `schema`."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_counters(counters)
+    a, u = _project(x, weights, biases, activation)
+    active = _decide(a, u, per_neuron, decision, drop, indicator)
+    counters[0] += active[..., 0].numel()
+    counters[1] += active.sum()
+    return _combine(a, u, active, weights, biases)
+
+
+def select(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return the active set of each token. See `schema`."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights, per_neuron, decision, drop, indicator)
+    a, u = _project(x, weights, biases, activation)
+    return _decide(a, u, per_neuron, decision, drop, indicator)
+
+
+def given_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    active: Tensor,
+    *,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return y with the active set of each token given. See `schema`."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_active(x, weights, active)
+    a, u = _project(x, weights, biases, activation)
+    return _combine(a, u, active, weights, biases)
+
+
+for _op in (sparse_ffn, select, given_ffn):
+    LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -1,0 +1,147 @@
+"""The contract of the ops: schemas, what arguments must satisfy, and fakes for torch.compile.
+
+Letters: T tokens in a call (all leading dimensions of x taken together), d hidden size, h neurons.
+
+| argument | shape, dtype | meaning |
+|---|---|---|
+| x | [..., d], the dtype of the weights | FFN input |
+| weights | by `weight_format` | `plain`: W_gate [h, d], W_up [h, d], W_down [d, h], any strides |
+| biases | [h], [h], [d], each or None | of gate, up and down |
+| per_neuron | [h], float32 | decision threshold: τ_i; decision topk: weights m_i |
+| counters | [2], int64 | incremented by T and by the active neurons summed over the T tokens; never read |
+| active | [..., h], bool | the active set of each token |
+| decision | `threshold` | neuron i is inactive iff indicator ≤ τ_i, so a NaN stays active |
+|          | `topk` | the `drop` neurons of smallest indicator · m_i are inactive, ties by lower index first |
+| drop | int, 0 ≤ drop ≤ h | used by topk only |
+| indicator | a name known to `indicators` | what decides |
+| activation | a key of `activations.ACTIVATIONS` | act |
+
+`sparse_ffn` is the op that models run. `select` and `given_ffn` are its two halves, for tests and benchmarks.
+Outputs: y [..., d] like x, and for `select` the active sets [..., h], bool. Shapes are static and nothing is
+read back to the host. Arguments that do not fit raise ValueError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from countdown.ops.activations import ACTIVATIONS
+from countdown.ops.indicators import get_indicator
+
+LIBRARY = torch.library.Library("countdown", "DEF")
+
+_FFN = "Tensor x, Tensor[] weights, Tensor?[] biases"
+_DECISION = "str decision, int drop, str indicator"
+_FORM = "str activation, str weight_format='plain'"
+
+LIBRARY.define(f"sparse_ffn({_FFN}, Tensor per_neuron, Tensor(a!) counters, *, {_DECISION}, {_FORM}) -> Tensor")
+LIBRARY.define(f"select({_FFN}, Tensor per_neuron, *, {_DECISION}, {_FORM}) -> Tensor")
+LIBRARY.define(f"given_ffn({_FFN}, Tensor active, *, {_FORM}) -> Tensor")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def check_ffn(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str, weight_format: str
+) -> None:
+    """Raise ValueError unless input, weights and biases fit together."""
+    _require(weight_format == "plain", f"weight_format is '{weight_format}', expected 'plain'")
+    _require(len(weights) == 3, f"weights has {len(weights)} tensors, expected gate, up and down")
+    _require(activation in ACTIVATIONS, f"activation is '{activation}', expected one of: {', '.join(ACTIVATIONS)}")
+    h, d = weights[0].shape
+    _require(x.shape[-1] == d, f"x is {tuple(x.shape)}, expected [..., {d}] to fit W_gate {(h, d)}")
+    for name, weight, shape in zip(("gate", "up", "down"), weights, ((h, d), (h, d), (d, h)), strict=True):
+        _require(weight.shape == shape, f"W_{name} is {tuple(weight.shape)}, expected {shape}")
+        _require(weight.dtype == x.dtype, f"W_{name} is {weight.dtype}, expected {x.dtype} like x")
+    _require(
+        len(biases) == 3,
+        f"biases has {len(biases)} entries, expected gate, up and down, each a tensor or None",
+    )
+    for name, bias, size in zip(("gate", "up", "down"), biases, (h, h, d), strict=True):
+        _require(bias is None or bias.shape == (size,), f"bias of {name} has the wrong shape, expected {(size,)}")
+
+
+def check_decision(weights: list[Tensor], per_neuron: Tensor, decision: str, drop: int, indicator: str) -> None:
+    """Raise ValueError unless the arguments that pick the active set fit together."""
+    h = weights[0].shape[0]
+    _require(
+        per_neuron.shape == (h,) and per_neuron.dtype == torch.float32,
+        f"per_neuron is {per_neuron.dtype} {tuple(per_neuron.shape)}, expected float32 {(h,)}",
+    )
+    _require(decision in ("threshold", "topk"), f"decision is '{decision}', expected 'threshold' or 'topk'")
+    _require(0 <= drop <= h, f"drop is {drop}, expected 0 ≤ drop ≤ {h}")
+    get_indicator(indicator)
+
+
+def check_counters(counters: Tensor) -> None:
+    """Raise ValueError unless `counters` can count tokens and active neurons."""
+    _require(
+        counters.shape == (2,) and counters.dtype == torch.int64,
+        f"counters is {counters.dtype} {tuple(counters.shape)}, expected int64 (2,)",
+    )
+
+
+def check_active(x: Tensor, weights: list[Tensor], active: Tensor) -> None:
+    """Raise ValueError unless `active` gives each token of x a set of neurons."""
+    shape = (*x.shape[:-1], weights[0].shape[0])
+    _require(
+        active.shape == shape and active.dtype == torch.bool,
+        f"active is {active.dtype} {tuple(active.shape)}, expected bool {shape}",
+    )
+
+
+@torch.library.register_fake("countdown::sparse_ffn", lib=LIBRARY)
+def _sparse_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    counters: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_counters(counters)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("countdown::select", lib=LIBRARY)
+def _select(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights, per_neuron, decision, drop, indicator)
+    return x.new_empty((*x.shape[:-1], weights[0].shape[0]), dtype=torch.bool)
+
+
+@torch.library.register_fake("countdown::given_ffn", lib=LIBRARY)
+def _given_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    active: Tensor,
+    *,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_active(x, weights, active)
+    return x.new_empty(x.shape)
