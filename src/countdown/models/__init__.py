@@ -1,0 +1,1 @@
+"""Models: finding their gated FFNs by structure, loading them, telling them apart."""

@@ -1,0 +1,185 @@
+"""Loads a model and its tokenizer from a folder, a hub id or a GGUF file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countdown.config import check_choice
+from countdown.errors import ConfigError, UnsupportedModelError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, in the terms of transformers' `from_pretrained`.
+
+    Args:
+        name: Folder or hub id.
+        gguf_file: The file in that folder, for GGUF.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run code that the repository ships.
+    """
+
+    name: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def parse(cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+        """Tell a folder, a GGUF file and a hub id apart.
+
+        Raises:
+            ConfigError: A path that does not exist, or a folder that holds no model.
+        """
+        path = Path(model).expanduser()
+        if path.suffix == ".gguf":
+            if not path.is_file():
+                raise ConfigError(f"model file {model} does not exist.")
+            return cls(str(path.parent), path.name, None, trust_remote_code)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                inside = sorted(path.glob("*.gguf"))
+                hint = f" Did you mean {inside[0]}?" if inside else ""
+                raise ConfigError(f"folder {model} has no config.json, so it holds no model.{hint}")
+            return cls(str(path), None, None, trust_remote_code)
+        looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+        if looks_like_path:
+            raise ConfigError(
+                f"model {model} does not exist; expected a folder with config.json, a .gguf file or a hub id "
+                "such as org/name."
+            )
+        return cls(model, None, revision, trust_remote_code)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments that every `from_pretrained` takes."""
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        if self.trust_remote_code:
+            arguments["trust_remote_code"] = True
+        return arguments
+
+    @property
+    def label(self) -> str:
+        """A short name without the machine's folders."""
+        if self.gguf_file:
+            return Path(self.gguf_file).stem
+        return Path(self.name).name if os.path.isdir(self.name) else self.name
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device named, `auto` being CUDA where there is one.
+
+    Raises:
+        ConfigError: No such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, source: Source) -> torch.dtype | str:
+    """Return the dtype named; `auto` is the checkpoint's own, and bfloat16 for GGUF.
+
+    Raises:
+        ConfigError: No such dtype.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if source.gguf_file else "auto"
+    name = _SHORT.get(dtype, dtype)
+    check_choice("dtype", name, ["auto", *_SHORT, *DTYPES])
+    return DTYPES[name]
+
+
+def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> nn.Module:
+    """Return the causal language model, dense, on its device, in eval mode.
+
+    GGUF weights are dequantised: a sparse FFN gathers rows of plain matrices.
+
+    Raises:
+        ConfigError: Unknown dtype or device, or nothing loadable under this name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = resolve_device(device)
+    arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source)}
+    if source.gguf_file:
+        arguments |= _dequantise()
+    with _explained(source):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
+    return model.to(place).eval()
+
+
+def load_skeleton(source: Source) -> nn.Module:
+    """Return the model on the meta device: its structure, without reading or keeping any weight.
+
+    Raises:
+        ConfigError: Nothing loadable under this name.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explained(source):
+        config = AutoConfig.from_pretrained(source.name, **source.arguments())
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    return model.eval()
+
+
+def load_tokenizer(source: Source | str) -> Any:
+    """Return the tokenizer of a hub id, folder or GGUF file.
+
+    Raises:
+        ConfigError: Nothing loadable under this name.
+    """
+    from transformers import AutoTokenizer
+
+    source = Source.parse(source) if isinstance(source, str) else source
+
+    with _explained(source):
+        return AutoTokenizer.from_pretrained(source.name, **source.arguments())
+
+
+def _dequantise() -> dict[str, Any]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # Before GgufConfig, transformers always dequantised.
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+class _explained:  # noqa: N801
+    """Turn what from_pretrained raises for a user's mistake into one line."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ImportError):
+            raise ConfigError(
+                f"{self.source.label} needs a package that is missing: {_first_line(error)} "
+                "For GGUF: pip install 'countdown-llm[gguf]'."
+            ) from error
+        if isinstance(error, OSError):
+            raise ConfigError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
+        if isinstance(error, ValueError):
+            raise UnsupportedModelError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
