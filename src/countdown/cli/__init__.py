@@ -1,0 +1,28 @@
+"""The command line: parse, call the API, print. Data goes to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from countdown.cli.commands import app
+from countdown.cli.options import debugging
+from countdown.cli.printing import err, show_warning
+from countdown.errors import CountdownError
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line on stderr and exit code 2."""
+    warnings.showwarning = show_warning
+    try:
+        app()
+    except CountdownError as error:
+        if debugging():
+            raise
+        err.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of stdout has gone, as `| head` does; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,338 @@
+"""The commands. Each loads what it needs when it runs, so that --help loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from countdown.cli import options as o
+from countdown.cli import printing
+from countdown.errors import ConfigError
+from countdown.methods import Method, method, method_class, method_names
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from countdown.calibration.text import Text
+    from countdown.evaluation.generation import Generation
+    from countdown.models.loading import Source
+    from countdown.profile import Profile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Faster LLM decoding by skipping the FFN neurons a token does not need.",
+)
+
+
+@app.callback()
+def _root(version: o.Version = False) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: o.Model,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
+    from countdown.cost import ceiling, token_bytes
+    from countdown.models.ffn import find_ffns
+    from countdown.models.loading import Source, load_skeleton
+
+    skeleton = load_skeleton(Source.parse(model, revision=revision, trust_remote_code=trust_remote_code))
+    ffns = find_ffns(skeleton)
+    bytes_ = token_bytes(skeleton, ffns)
+    classes = [method_class(name) for name in method_names()]
+    ceilings = [ceiling(bytes_, cls, sparsity) for cls in classes for sparsity in (0.5, 0.7, 0.8, 0.9)]
+    facts = {
+        "model_class": type(skeleton).__name__,
+        "ffns": [
+            {"name": f.name, "class": type(f.module).__name__, "d": f.d, "h": f.h, "activation": f.activation}
+            for f in ffns
+        ],
+        "ffn_share_of_token_bytes": bytes_.ffn / bytes_.total,
+        "ceilings": [asdict(row) for row in ceilings],
+    }
+    printing.emit(json, facts)
+    out = printing.table_console(json)
+    first = ffns[0]
+    out.print(
+        f"{facts['model_class']}: {len(ffns)} gated FFNs ({type(first.module).__name__}), d {first.d}, h {first.h}, "
+        f"{first.activation}\n{first.name} … {ffns[-1].name}\n"
+        f"The FFNs are {bytes_.ffn / bytes_.total:.0%} of the weight bytes that a decoded token reads."
+    )
+    rows = [
+        (
+            c.method,
+            f"{c.sparsity:.0%}",
+            f"{c.weights_read:.0%}",
+            f"{c.ffn_speedup:.2f}×",
+            f"{c.token_speedup:.2f}×",
+        )
+        for c in ceilings
+    ]
+    printing.print_table(out, ["method", "sparsity", "weights read", "FFN ceiling", "token ceiling"], rows)
+    out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
+
+
+@app.command()
+def calibrate(
+    model: o.Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
+    method_name: Annotated[str, typer.Option("--method", help="Method to calibrate.")] = "m-countdown",
+    sparsity: o.Sparsity = None,
+    decision: o.Decision = None,
+    weighting: o.Weighting = None,
+    text: o.TextName = "python-docs",
+    text_dir: o.TextDir = None,
+    tokens: o.Tokens = 32768,
+    overwrite: o.Overwrite = False,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Estimate what a method needs from a text and write it as a profile."""
+    from countdown.calibration.calibrate import calibration_windows
+    from countdown.calibration.text import load_text
+    from countdown.models.loading import Source, load_tokenizer
+    from countdown.profile import check_free
+
+    config = _method(method_name, sparsity, decision, weighting)
+    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    path = output or Path(f"{source.label.rpartition('/')[2]}-{config.name}")
+    check_free(path, overwrite=overwrite)
+    loaded_text = load_text(text, "calibration", text_dir=text_dir)
+    tokenizer = load_tokenizer(source)
+    calibration_windows(tokenizer, loaded_text, tokens)  # what is wrong with it shows before the model loads
+    loaded = _load(source, dtype, device, seed)
+    profile = _calibrate(loaded, tokenizer, loaded_text, config, tokens)
+    profile.save(path, overwrite=overwrite)
+    printing.err.print(
+        f"profile of {config} written; run: countdown generate {model} --profile {path} 'Hello'", markup=False
+    )
+    typer.echo(str(path))
+
+
+@app.command()
+def evaluate(
+    model: o.Model,
+    profile: o.ProfileDir = None,
+    method_name: o.MethodName = None,
+    sparsity: o.Sparsity = None,
+    decision: o.Decision = None,
+    weighting: o.Weighting = None,
+    text: o.TextName = "python-docs",
+    text_dir: o.TextDir = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of 512 tokens to score.")] = 16,
+    protocol: Annotated[str, typer.Option(help="all: every token sparse. decode: dense prompt.")] = "all",
+    tokens: o.Tokens = 32768,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measure what sparsity costs: perplexity, KL and agreement with the same model run dense."""
+    from countdown.calibration.text import load_text
+    from countdown.calibration.text import windows as cut
+    from countdown.config import check_choice
+    from countdown.evaluation.evaluate import PROTOCOLS
+    from countdown.evaluation.evaluate import evaluate as measure
+    from countdown.models.loading import Source, load_tokenizer
+    from countdown.results import meta
+    from countdown.sparsify import sparsify_
+
+    check_choice("--protocol", protocol, PROTOCOLS)
+    chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting)
+    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    loaded_text = load_text(text, "evaluation", text_dir=text_dir)
+    calibration_text = _calibration_text(chosen, text, text_dir)
+    tokenizer = load_tokenizer(source)
+    ids = cut(tokenizer, loaded_text.content, count=windows)
+    loaded = _load(source, dtype, device, seed)
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens)
+    sparsify_(loaded, made)
+    result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
+    config = made.entries[0].method
+    about = {"model": source.label, **_settings(config), "text": loaded_text.describe(), "windows": windows}
+    printing.emit(json, {"meta": meta(), "records": [about | result.to_dict()]})
+    printing.print_evaluation(printing.table_console(json), config, result)
+
+
+@app.command()
+def generate(
+    model: o.Model,
+    prompt: Annotated[str, typer.Argument(help="What to ask, or - to read it from stdin.", show_default=False)],
+    profile: o.ProfileDir = None,
+    method_name: o.MethodName = None,
+    sparsity: o.Sparsity = None,
+    decision: o.Decision = None,
+    weighting: o.Weighting = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    apply_to: Annotated[str, typer.Option(help="decode: the prompt is dense. all: every token sparse.")] = "decode",
+    tokens: o.Tokens = 32768,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Generate greedily, streaming; without a profile or method the model stays dense."""
+    from countdown.config import check_choice
+    from countdown.evaluation.generation import encode_prompt
+    from countdown.evaluation.generation import generate as run
+    from countdown.models.loading import Source, load_tokenizer
+    from countdown.modules import APPLY_TO
+    from countdown.results import meta
+    from countdown.sparsify import sparsify_
+
+    check_choice("--apply-to", apply_to, APPLY_TO)
+    sparse = profile is not None or method_name is not None
+    if compare and not sparse:
+        raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
+    chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting) if sparse else None
+    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
+    tokenizer = load_tokenizer(source)
+    ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw)
+    loaded = _load(source, dtype, device, seed)
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens) if chosen else None
+    runs: dict[str, Generation] = {}
+    for name in (["dense"] if compare or made is None else []) + (["sparse"] if made else []):
+        if name == "sparse" and made is not None:
+            sparsify_(loaded, made, apply_to=apply_to)
+        if compare:
+            printing.err.print(f"[bold]{name}[/bold]")
+        runs[name] = run(
+            loaded,
+            tokenizer,
+            ids,
+            max_new_tokens=max_new_tokens,
+            write=lambda piece: typer.echo(piece, nl=False),
+        )
+        typer.echo()
+    printing.emit(
+        json,
+        {
+            "meta": meta(),
+            "records": [{"model": source.label, "run": n, **asdict(g)} for n, g in runs.items()],
+        },
+    )
+    printing.print_speeds(runs, loaded)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report and profile.")] = Path(
+        "countdown-demo"
+    ),
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Calibrate and compare SmolLM2-135M on this CPU, offline; print the numbers and write a report."""
+    from countdown.demo import run_demo
+    from countdown.profile import check_free
+    from countdown.report.html import write_report
+
+    report, profile = output / "report.html", output / "profile"
+    if report.exists() and not overwrite:
+        raise ConfigError(f"{report} exists already; give another --output or --overwrite.")
+    check_free(profile, overwrite=overwrite)
+
+    found = run_demo(
+        progress=o.show_progress(),
+        say=lambda line: printing.err.print(line, markup=False) if o.show_progress() else None,
+    )
+    found.profile.save(profile, overwrite=overwrite)
+    write_report(found, report)
+    printing.print_demo(found)
+    typer.echo(f"report: {report}\nprofile: {profile}")
+
+
+def _method(name: str, sparsity: float | None, decision: str | None, weighting: str | None) -> Method:
+    given = {"sparsity": sparsity, "decision": decision, "weighting": weighting}
+    return method(name, **{field: value for field, value in given.items() if value is not None})
+
+
+def _profile_or_method(
+    path: Path | None, name: str | None, sparsity: float | None, decision: str | None, weighting: str | None
+) -> Profile | Method:
+    """Return the profile that the options name, with their settings, or the method to calibrate."""
+    from countdown.profile import Profile
+
+    if path is None and name is None:
+        raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
+    if name is not None:
+        if path is not None:
+            raise ConfigError("give --profile or --method, not both: a profile has its method.")
+        return _method(name, sparsity, decision, weighting)
+    given = {"sparsity": sparsity, "decision": decision, "weighting": weighting}
+    assert path is not None
+    return Profile.load(path).with_settings(**{field: value for field, value in given.items() if value is not None})
+
+
+def _calibration_text(chosen: Profile | Method, text: str, text_dir: Path | None) -> Text | None:
+    """Return what to calibrate a method on: another split of a built-in text, python-docs for a file."""
+    from countdown.calibration.text import BUILT_IN, load_text
+
+    if not isinstance(chosen, Method):
+        return None
+    if text in BUILT_IN:
+        return load_text(text, "calibration", text_dir=text_dir)
+    return load_text("python-docs", "calibration")
+
+
+def _as_profile(chosen: Profile | Method, model: nn.Module, tokenizer: Any, text: Text | None, tokens: int) -> Profile:
+    if not isinstance(chosen, Method):
+        return chosen
+    assert text is not None
+    return _calibrate(model, tokenizer, text, chosen, tokens)
+
+
+def _calibrate(model: nn.Module, tokenizer: Any, text: Text, config: Method, tokens: int) -> Profile:
+    from countdown.calibration.calibrate import calibrate
+
+    return calibrate(model, tokenizer, text, config, tokens=tokens, progress=o.show_progress())
+
+
+def _load(source: Source, dtype: str, device: str, seed: int) -> nn.Module:
+    import torch
+
+    from countdown.models.loading import load_model
+
+    torch.manual_seed(seed)
+    return load_model(source, dtype=dtype, device=device)
+
+
+def _settings(config: Method) -> dict[str, Any]:
+    settings = config.to_dict()
+    return {"method": settings.pop("name"), "indicator": "exact", **settings}

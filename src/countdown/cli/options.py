@@ -1,0 +1,70 @@
+"""The options that commands share, and the switches they set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from countdown import __version__
+
+_flags = {"debug": False, "quiet": False}
+
+
+def debugging() -> bool:
+    """Return whether --debug was given."""
+    return _flags["debug"]
+
+
+def show_progress() -> bool:
+    """Return whether --quiet was not given."""
+    return not _flags["quiet"]
+
+
+def _set_debug(value: bool) -> None:
+    _flags["debug"] = value
+
+
+def _set_quiet(value: bool) -> None:
+    _flags["quiet"] = value
+    # Bars of transformers and datasets, too; tqdm reads this when imported.
+    if value or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _set_verbose(value: bool) -> None:
+    # transformers says much that users of countdown can do nothing about. It reads this when imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if value else "error")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"countdown {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+]
+Model = Annotated[str, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)]
+ProfileDir = Annotated[Path | None, typer.Option("--profile", help="A profile made by calibrate.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Method to calibrate.")]
+Sparsity = Annotated[float | None, typer.Option(help="Share of neurons to skip, 0 to 1.")]
+Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
+Weighting = Annotated[str | None, typer.Option(help="none, rms or rms-norm.")]
+TextName = Annotated[str, typer.Option("--text", help="wikitext2, python-docs, or a text file.")]
+TextDir = Annotated[Path | None, typer.Option(help="Folder with WikiText-2's valid.txt and test.txt.")]
+Tokens = Annotated[int, typer.Option(help="How many tokens to calibrate on.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
+Seed = Annotated[int, typer.Option(help="Seed of torch's random numbers.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
+Json = Annotated[str | None, typer.Option("--json", help="Write the numbers to a file, or - for stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", callback=_set_quiet, help="No progress.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", callback=_set_verbose, help="What libraries say, too.")]
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show a traceback on errors.")]

@@ -1,0 +1,123 @@
+"""What commands print: numbers to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from countdown.errors import ProfileWarning
+from countdown.methods import Method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from countdown.demo import Demo
+    from countdown.evaluation.evaluate import Evaluation
+    from countdown.evaluation.generation import Generation
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr as it is."""
+    err.print(line, markup=False)
+
+
+def emit(target: str | None, document: Any) -> None:
+    from countdown.results import write
+
+    if target is not None:
+        write(target, document)
+
+
+def table_console(json: str | None) -> Console:
+    """Return where tables go: stdout, unless JSON does."""
+    return err if json == "-" else _stdout()
+
+
+def _stdout() -> Console:
+    # A table wider than the terminal wraps there; rich would cut its cells instead, and at 80 in a pipe.
+    return Console(highlight=False, width=max(110, shutil.get_terminal_size().columns))
+
+
+def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def evaluation_cells(result: Evaluation) -> tuple[str, ...]:
+    return (
+        f"{result.realised_sparsity:.1%}",
+        f"{result.weights_read:.0%}",
+        f"{result.perplexity:.2f}",
+        f"{result.kl:.3f}",
+        f"{result.top1:.1%}",
+    )
+
+
+def print_evaluation(out: Console, config: Method, result: Evaluation) -> None:
+    header = ["", "realised", "weights read", "perplexity", "KL", "same top token"]
+    dense = ("dense", "", "100%", f"{result.dense_perplexity:.2f}", "", "")
+    print_table(out, header, [dense, (str(config), *evaluation_cells(result))])
+    layers = [layer.realised for layer in result.layers]
+    every = "every token sparse" if result.protocol == "all" else "dense prompts, every scored token sparse"
+    out.print(
+        f"{result.tokens} scored tokens, {every}; "
+        f"realised sparsity of the layers {min(layers):.1%} to {max(layers):.1%}"
+    )
+
+
+def print_demo(demo: Demo) -> None:
+    """Print what the demo found: the table, the two answers, and where they part."""
+    out = _stdout()
+    header = ["method", "sparsity", "realised", "weights read", "perplexity", "KL", "same top token"]
+    dense = demo.rows[0].evaluation.dense_perplexity
+    rows: list[tuple[str, ...]] = [("dense", "", "", "100%", f"{dense:.2f}", "", "")]
+    for row in demo.rows:
+        rows.append((row.method.label, f"{row.method.sparsity:.0%}", *evaluation_cells(row.evaluation)))
+    print_table(out, header, rows)
+    for name, run in (("dense", demo.dense), (str(demo.shown), demo.sparse)):
+        speed = f", {run.tokens_per_s:.1f} tokens/s" if run.tokens_per_s else ""
+        out.print(f"\n{name}{speed}:", markup=False, style="bold")
+        out.print(run.text, markup=False)
+    out.print(f"\n{_parting(demo.dense, demo.sparse)}.")
+    out.print(
+        "tokens/s here is the reference path, which computes every neuron and masks: it shows what sparsity "
+        "costs in quality, not yet what it gains."
+    )
+
+
+def _parting(dense: Generation, sparse: Generation) -> str:
+    from countdown.evaluation.generation import first_difference
+
+    parted = first_difference(dense.tokens, sparse.tokens)
+    return "The tokens are the same" if parted is None else f"The tokens part at number {parted}"
+
+
+def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
+    from countdown.modules import sparse_ffns
+    from countdown.sparsify import status
+
+    for name, run in runs.items():
+        if run.tokens_per_s:
+            err.print(f"{name}: {len(run.tokens)} tokens, {run.tokens_per_s:.1f} tokens/s")
+    if len(runs) == 2:
+        err.print(_parting(runs["dense"], runs["sparse"]))
+    if sparse_ffns(model):
+        sites = [site for site in status(model) if site.realised_sparsity is not None]
+        if sites:
+            mean = sum(site.realised_sparsity or 0.0 for site in sites) / len(sites)
+            err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}")
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, ProfileWarning):
+        err.print(f"warning: {message}", markup=False)

@@ -1,0 +1,1 @@
+"""Evaluation: what sparsity costs in quality, with every scored token computed sparsely."""

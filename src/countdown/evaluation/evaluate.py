@@ -1,0 +1,163 @@
+"""Perplexity, KL divergence and agreement of a sparsified model with itself run dense."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from countdown.config import check_choice
+from countdown.errors import CountdownError
+from countdown.modules import running
+from countdown.progress import track
+from countdown.sparsify import reset_counters, status
+
+PROTOCOLS = ("all", "decode")
+# Log-softmax is taken over this many logits at a time, in float32: 256 MB for each copy.
+_LOGITS_AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Realised sparsity of one FFN."""
+
+    name: str
+    target: float
+    realised: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What sparsity costs on a text.
+
+    Args:
+        protocol: `all`: whole windows in one call, every token sparse. `decode`: the first half of each window
+            is a dense prompt, the second goes through the cache one token at a time.
+        tokens: Scored tokens.
+        perplexity, dense_perplexity: exp of the mean negative log-likelihood, sparse and dense.
+        kl: Mean KL(dense ‖ sparse) of the next-token distributions, in nats.
+        top1: Share of scored tokens for which both put the same token first.
+        realised_sparsity: Share of inactive neurons, over all FFNs.
+        weights_read: Share of the dense FFN weight bytes that the method reads at that sparsity, its selector
+            included.
+        layers: Sparsity by FFN.
+    """
+
+    protocol: str
+    tokens: int
+    perplexity: float
+    dense_perplexity: float
+    kl: float
+    top1: float
+    realised_sparsity: float
+    weights_read: float
+    layers: list[LayerSparsity] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return asdict(self)
+
+
+@dataclass
+class _Sums:
+    nll: float = 0.0
+    dense_nll: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+
+    def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
+        """Add scored positions: logits `[n, vocabulary]` and the tokens that followed, `[n]`."""
+        step = max(1, _LOGITS_AT_ONCE // dense.shape[-1])
+        for p, q, t in zip(dense.split(step), sparse.split(step), targets.split(step), strict=True):
+            log_p, log_q = F.log_softmax(p.float(), dim=-1), F.log_softmax(q.float(), dim=-1)
+            self.nll += F.nll_loss(log_q, t, reduction="sum").item()
+            self.dense_nll += F.nll_loss(log_p, t, reduction="sum").item()
+            self.kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+            self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            self.tokens += len(t)
+
+
+def evaluate(model: nn.Module, windows: Tensor, *, protocol: str = "all", progress: bool = True) -> Evaluation:
+    """Compare a sparsified model with itself run dense, on windows of text.
+
+    Args:
+        model: A sparsified model; its `apply_to` does not matter here and is left as it was.
+        windows: Token ids, int64 `[n, length]`, from `calibration.text.windows`.
+        protocol: `all` or `decode`; see `Evaluation`.
+        progress: Show progress on stderr.
+
+    Raises:
+        UnsupportedModelError: The model is not sparsified.
+        ConfigError: Unknown protocol.
+        CountdownError: Some scored token was not computed sparsely in some layer.
+    """
+    check_choice("protocol", protocol, PROTOCOLS)
+    reset_counters(model)
+    device = next(model.parameters()).device
+    score = _score_all if protocol == "all" else _score_decode
+    sums, sparse_tokens = _Sums(), 0
+    with torch.inference_mode():
+        for window in track(windows.to(device), f"evaluating ({protocol})", show=progress):
+            sparse_tokens += score(model, window[None], sums)
+    return _result(model, protocol, sums, sparse_tokens)
+
+
+def _score_all(model: nn.Module, window: Tensor, sums: _Sums) -> int:
+    """Score every next-token prediction within a window; return how many tokens were fed sparsely."""
+    with running(model, "dense"):
+        dense = model(window, use_cache=False).logits
+    with running(model, "all"):
+        sparse = model(window, use_cache=False).logits
+    sums.add(dense[0, :-1], sparse[0, :-1], window[0, 1:])
+    return window.numel()
+
+
+def _score_decode(model: nn.Module, window: Tensor, sums: _Sums) -> int:
+    """Score the predictions made from the second half of a window, fed one token at a time."""
+    half = window.shape[1] // 2
+    steps = zip(_decode(model, window, half, "dense"), _decode(model, window, half, "decode"), strict=True)
+    fed = 0
+    for position, (dense, sparse) in enumerate(steps, start=half):
+        sums.add(dense, sparse, window[:, position + 1])
+        fed += 1
+    return fed
+
+
+def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[Tensor]:
+    """Yield logits `[1, vocabulary]` after each token of the second half but the last."""
+    with running(model, "dense"):
+        cache = model(window[:, :half], use_cache=True, logits_to_keep=1).past_key_values
+    for position in range(half, window.shape[1] - 1):
+        with running(model, mode):
+            out = model(window[:, position : position + 1], past_key_values=cache, use_cache=True)
+        yield out.logits[:, -1]
+
+
+def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) -> Evaluation:
+    sites = status(model)
+    for site in sites:
+        if site.tokens != sparse_tokens:
+            raise CountdownError(
+                f"{site.name} computed {site.tokens} tokens sparsely, expected {sparse_tokens}: the numbers would "
+                "mix dense and sparse. This is a defect in countdown or in a replaced forward; please report it."
+            )
+    realised = {site.name: site.realised_sparsity or 0.0 for site in sites}
+    size = {site.name: site.d * site.h for site in sites}
+    whole = sum(size.values())
+    return Evaluation(
+        protocol=protocol,
+        tokens=sums.tokens,
+        perplexity=math.exp(sums.nll / sums.tokens),
+        dense_perplexity=math.exp(sums.dense_nll / sums.tokens),
+        kl=sums.kl / sums.tokens,
+        top1=sums.agree / sums.tokens,
+        realised_sparsity=sum(realised[name] * size[name] for name in size) / whole,
+        weights_read=sum((site.weights_read or 0.0) * size[site.name] for site in sites) / whole,
+        layers=[LayerSparsity(site.name, site.target_sparsity, realised[site.name]) for site in sites],
+    )
