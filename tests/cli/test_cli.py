@@ -1,0 +1,232 @@
+"""The command line as its users meet it: output, exit codes, and what a mistake looks like."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from countdown.cli import main
+
+EVALUATE = ["--tokens", "1024", "--windows", "2"]
+
+
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path, cwd: Path) -> Result:
+    """Run the command line in this process: importing transformers anew for every test takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", ["countdown", *map(str, arguments)])
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def spawn(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, **more: Any) -> Result:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-P", "-m", "countdown", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, check=False, **more
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def made(model_folder, tmp_path_factory):
+    """A folder with a profile `p`, made through the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    result = run(
+        *("calibrate", model_folder, "-o", "p", "--method", "m-countdown", "--weighting", "rms"),
+        *("--sparsity", "0.6", "--tokens", "1024"),
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "p\n"
+    return folder
+
+
+def test_inspect(model_folder, tmp_path):
+    result = run("inspect", model_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "LlamaForCausalLM: 3 gated FFNs (LlamaMLP), d 24, h 53, silu" in result.stdout
+    assert "m-countdown" in result.stdout
+    result = run("inspect", model_folder, "--json", "-", cwd=tmp_path)
+    facts = json.loads(result.stdout)
+    assert [ffn["name"] for ffn in facts["ffns"]] == [f"model.layers.{i}.mlp" for i in range(3)]
+
+
+def test_calibrate_then_evaluate(made, model_folder):
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", "-q", cwd=made)
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    (record,) = document["records"]
+    assert (record["method"], record["weighting"], record["sparsity"]) == ("m-countdown", "rms", 0.6)
+    assert record["tokens"] == 2 * 511
+    assert 0.5 < record["realised_sparsity"] < 0.7
+    assert set(document["meta"]) == {"date", "command", "hardware", "versions"}
+
+
+def test_sparsity_and_decision_change_at_load(made, model_folder):
+    more = ["--sparsity", "0.25", "--decision", "topk", "--json", "r.json"]
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, *more, cwd=made)
+    assert result.returncode == 0, result.stderr
+    assert "m-countdown × rms, topk at 0.25" in result.stdout
+    (record,) = json.loads((made / "r.json").read_text())["records"]
+    assert record["realised_sparsity"] == pytest.approx(13 / 53)
+
+
+def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("some text of mine. " * 100)
+    result = run(
+        "evaluate", model_folder, "--method", "chess", "--text", "mine.txt", *EVALUATE, "--protocol", "decode",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "cats × rms, threshold at 0.5" in result.stdout
+    assert "510 scored tokens, dense prompts" in result.stdout
+
+
+def test_generate(made, model_folder):
+    dense = run("generate", model_folder, "hello", "--max-new-tokens", "8", "--raw", cwd=made)
+    assert dense.returncode == 0, dense.stderr
+    both = run(
+        "generate", model_folder, "hello", "--profile", "p", "--compare", "--max-new-tokens", "8", "--raw",
+        "--json", "g.json", cwd=made,
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    first, second = json.loads((made / "g.json").read_text())["records"]
+    assert (first["run"], second["run"]) == ("dense", "sparse")
+    assert dense.stdout == first["text"] + "\n"
+    assert both.stdout == first["text"] + "\n" + second["text"] + "\n"
+    assert "tokens/s" in both.stderr
+    assert "backend reference" in both.stderr
+
+
+def test_a_prompt_from_stdin(model_folder, tmp_path, monkeypatch):
+    spoken = run("generate", model_folder, "hello", "--max-new-tokens", "4", "--raw", cwd=tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    read = run("generate", model_folder, "-", "--max-new-tokens", "4", "--raw", cwd=tmp_path)
+    assert read.stdout == spoken.stdout != "\n"
+
+
+MISTAKES = {
+    "no such model": (["inspect", "./nope"], "./nope does not exist"),
+    "method": (["calibrate", "{model}", "--method", "m-countdwn"], "Did you mean 'm-countdown'"),
+    "sparsity": (["calibrate", "{model}", "--sparsity", "70"], "0.7 skips 70%"),
+    "decision": (["calibrate", "{model}", "--method", "d-countdown", "--decision", "threshold"], "does not offer"),
+    "text": (["calibrate", "{model}", "--text", "wikitex2"], "Did you mean 'wikitext2'"),
+    "tokens": (["calibrate", "{model}", "-o", "new", "--tokens", "100"], "at least one window"),
+    "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already"),
+    "no profile": (["evaluate", "{model}"], "give --profile DIR"),
+    "both": (["evaluate", "{model}", "--profile", "p", "--method", "cats"], "not both"),
+    "not a profile": (["evaluate", "{model}", "--profile", "."], "is not a profile"),
+    "weighting": (["evaluate", "{model}", "--profile", "p", "--weighting", "none"], "calibrate again"),
+    "too many windows": (["evaluate", "{model}", "--profile", "p", "--windows", "100000"], "too few for"),
+    "compare with nothing": (["generate", "{model}", "hi", "--compare"], "something to compare"),
+    "empty prompt": (["generate", "{model}", " "], "prompt is empty"),
+    "dtype": (["generate", "{model}", "hi", "--dtype", "int4"], "dtype is 'int4'"),
+    "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, made, model_folder):
+    before = sorted(made.rglob("*"))
+    result = run(*(a.replace("{model}", str(model_folder)) for a in arguments), "-q", cwd=made)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr
+    assert sorted(made.rglob("*")) == before
+
+
+def test_mistakes_that_the_parser_finds(tmp_path):
+    result = run("evaluate", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Missing argument" in result.stderr
+    assert run("evalaute", cwd=tmp_path).returncode == 2
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    result = spawn("inspect", "./nope", "--debug", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
+    result = spawn("calibrate", model_folder, "-o", "q", "--tokens", "1024", cwd=tmp_path)
+    assert result.stdout == "q\n"
+    assert "calibrating, thresholds: done\n" in result.stderr
+    assert "\r" not in result.stderr
+    assert "\x1b" not in result.stderr
+    quiet = run("calibrate", model_folder, "-o", "r", "--tokens", "1024", "-q", cwd=tmp_path)
+    assert "calibrating" not in quiet.stderr
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from countdown.methods import Method
+from countdown.ops.indicators import Indicator
+
+@dataclass(frozen=True, kw_only=True)
+class Sum(Method):
+    """Keep the neurons with large |a| + |u|."""
+    name = "sum-of-both"
+    summary = "|act(g)| + |u|"
+    source = "a test"
+    indicator = Indicator("sum-of-both", reads=("gate", "up"), formula=lambda a, u: a.abs() + u.abs())
+    unseen = None
+'''
+
+
+def test_a_method_from_outside_the_package(model_folder, tmp_path):
+    (tmp_path / "my_methods.py").write_text(PLUGIN)
+    info = tmp_path / "my_methods-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-methods\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[countdown.methods]\nsum-of-both = my_methods:Sum\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    for decision in ("threshold", "topk"):
+        result = spawn(
+            "calibrate", model_folder, "--method", "sum-of-both", "-o", decision, "--decision", decision,
+            "--sparsity", "0.7", "--tokens", "1024", cwd=tmp_path, env=env,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        result = spawn("evaluate", model_folder, "--profile", decision, *EVALUATE, "--json", "-", cwd=tmp_path, env=env)
+        (record,) = json.loads(result.stdout)["records"]
+        assert record["method"] == "sum-of-both"
+        assert record["realised_sparsity"] == pytest.approx(0.7, abs=0.05)
+        assert record["perplexity"] != record["dense_perplexity"]
+    code = (
+        "import countdown, sys; m = countdown.from_pretrained(sys.argv[1], 'threshold', device='cpu');"
+        "print(countdown.status(m)[0].method)"
+    )
+    api = subprocess.run(
+        [sys.executable, "-P", "-c", code, model_folder],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **env}, check=True,
+    )  # fmt: skip
+    assert api.stdout == "sum-of-both\n"
+    missing = spawn("evaluate", model_folder, "--profile", "threshold", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "method is 'sum-of-both'" in missing.stderr

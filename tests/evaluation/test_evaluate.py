@@ -1,0 +1,95 @@
+"""The metrics against their definitions, and that dense numbers cannot pass for sparse ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import countdown
+from conftest import llama
+from countdown.calibration.text import windows
+from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
+from countdown.evaluation.evaluate import evaluate
+from countdown.methods import method
+from countdown.modules import running, sparse_ffns
+
+
+@pytest.fixture
+def sparse(model, tokenizer, text):
+    profile = countdown.calibrate(
+        model, tokenizer, text, method("m-countdown", sparsity=0.6), tokens=512, progress=False
+    )
+    return countdown.sparsify_(model, profile)
+
+
+@pytest.fixture
+def ids(tokenizer, text):
+    return windows(tokenizer, text[20000:], count=3, length=32)
+
+
+@torch.no_grad()
+def scored_logits(model, ids, mode, protocol):
+    """Logits of every scored position, and the tokens that followed."""
+    if protocol == "all":
+        with running(model, mode):
+            return model(ids).logits[:, :-1].double(), ids[:, 1:]
+    with running(model, "dense"):
+        cache = model(ids[:, :16], use_cache=True).past_key_values
+    rows = []
+    for position in range(16, 31):
+        with running(model, mode):
+            rows.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(rows, dim=1).double(), ids[:, 17:]
+
+
+@pytest.mark.parametrize("protocol, tokens", [("all", 3 * 31), ("decode", 3 * 15)])
+def test_metrics_are_what_their_names_say(protocol, tokens, sparse, ids):
+    result = evaluate(sparse, ids, protocol=protocol, progress=False)
+    dense, targets = scored_logits(sparse, ids, "dense", protocol)
+    pruned, _ = scored_logits(sparse, ids, "all" if protocol == "all" else "decode", protocol)
+    p, q = dense.log_softmax(-1), pruned.log_softmax(-1)
+    assert result.tokens == tokens
+    nll = -q.gather(-1, targets[..., None]).mean().item()
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+    assert result.dense_perplexity == pytest.approx(math.exp(-p.gather(-1, targets[..., None]).mean().item()), rel=1e-4)
+    assert result.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert result.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert result.perplexity != result.dense_perplexity
+    assert result.weights_read == pytest.approx((1 + 2 * (1 - result.realised_sparsity)) / 3)
+    assert result.realised_sparsity == pytest.approx(sum(layer.realised for layer in result.layers) / 3)
+
+
+def test_a_model_without_sparsity_agrees_with_itself(model, tokenizer, text, ids):
+    profile = countdown.calibrate(model, tokenizer, text, method("cats"), tokens=512, progress=False)
+    result = evaluate(countdown.sparsify_(model, profile, sparsity=0.0), ids, progress=False)
+    assert result.perplexity == result.dense_perplexity
+    assert (result.kl, result.top1, result.realised_sparsity, result.weights_read) == (0.0, 1.0, 0.0, 1.0)
+
+
+def test_apply_to_is_left_as_it_was(sparse, ids):
+    evaluate(sparse, ids, progress=False)
+    assert {(m.apply_to, m.forced_dense) for m in sparse_ffns(sparse).values()} == {("decode", False)}
+
+
+def test_a_layer_that_stays_dense_is_noticed(sparse, ids):
+    module = sparse_ffns(sparse)["model.layers.1.mlp"]
+    module.forward = module.dense.forward
+    with pytest.raises(CountdownError, match=r"model\.layers\.1\.mlp computed 0 tokens sparsely, expected 96"):
+        evaluate(sparse, ids, progress=False)
+
+
+def test_a_large_vocabulary_is_summed_in_pieces(sparse, ids, monkeypatch):
+    whole = evaluate(sparse, ids, progress=False)
+    monkeypatch.setattr("countdown.evaluation.evaluate._LOGITS_AT_ONCE", 257 * 7)
+    pieces = evaluate(sparse, ids, progress=False)
+    assert pieces.tokens == whole.tokens
+    assert (pieces.perplexity, pieces.kl) == pytest.approx((whole.perplexity, whole.kl), rel=1e-6)
+
+
+def test_bad_input(sparse, ids):
+    with pytest.raises(ConfigError, match="protocol is 'prefill'"):
+        evaluate(sparse, ids, protocol="prefill")
+    with pytest.raises(UnsupportedModelError, match="is not sparsified"):
+        evaluate(llama(), ids)

@@ -1,0 +1,50 @@
+"""Streaming generation and where two generations part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer
+from countdown.errors import ConfigError
+from countdown.evaluation.generation import encode_prompt, first_difference, generate
+
+
+def test_what_is_streamed_is_what_is_returned(llama_model, tokenizer):
+    pieces = []
+    prompt = encode_prompt(tokenizer, "hello")
+    result = generate(llama_model, tokenizer, prompt, max_new_tokens=12, write=pieces.append)
+    expected = llama_model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+    assert result.tokens == expected.tolist()
+    assert "".join(pieces) == result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
+    assert result.tokens_per_s > 0
+
+
+def test_one_token_has_no_speed(llama_model, tokenizer):
+    assert generate(llama_model, tokenizer, torch.tensor([[1, 2]]), max_new_tokens=1).tokens_per_s is None
+
+
+def test_chat_template_and_raw():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['content'] }}>{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")[0]) == "<hi>:"
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi", raw=True)[0]) == "hi"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")[0]) == "hi"
+
+
+@pytest.mark.parametrize(
+    "one, other, where",
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None), ([4], [5], 0)],
+)
+def test_first_difference(one, other, where):
+    assert first_difference(one, other) == where
+
+
+def test_bad_input(llama_model, tokenizer):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        encode_prompt(tokenizer, "  ")
+    with pytest.raises(ConfigError, match="at least 1"):
+        generate(llama_model, tokenizer, torch.tensor([[1]]), max_new_tokens=0)

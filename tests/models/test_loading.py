@@ -1,0 +1,68 @@
+"""Telling model sources apart, and what users see when nothing can be loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from countdown.errors import ConfigError
+from countdown.models.loading import Source, load_model, load_skeleton, load_tokenizer
+
+
+def test_folder(model_folder):
+    source = Source.parse(str(model_folder))
+    assert (source.name, source.gguf_file, source.label) == (str(model_folder), None, "tiny-llama")
+
+
+def test_hub_id():
+    source = Source.parse("org/name", revision="main")
+    assert source.arguments() == {"revision": "main"}
+    assert source.label == "org/name"
+
+
+def test_gguf_file(tmp_path):
+    (tmp_path / "tiny.Q4.gguf").touch()
+    source = Source.parse(str(tmp_path / "tiny.Q4.gguf"))
+    assert source.arguments() == {"gguf_file": "tiny.Q4.gguf"}
+    assert source.label == "tiny.Q4"
+
+
+def test_what_does_not_exist_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.gguf does not exist"):
+        Source.parse(str(tmp_path / "missing.gguf"))
+    with pytest.raises(ConfigError, match="does not exist; expected a folder"):
+        Source.parse(str(tmp_path / "missing"))
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(ConfigError, match=r"no config\.json.*Did you mean .*a\.gguf"):
+        Source.parse(str(tmp_path))
+
+
+def test_hub_id_without_network_is_one_line():
+    with pytest.raises(ConfigError, match="org/name cannot be loaded") as caught:
+        load_model(Source.parse("org/name"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "asked, expected", [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_dtype(model_folder, asked, expected):
+    model = load_model(Source.parse(str(model_folder)), dtype=asked, device="cpu")
+    assert model.lm_head.weight.dtype == expected
+    assert not model.training
+
+
+def test_bad_dtype_and_device(model_folder):
+    source = Source.parse(str(model_folder))
+    with pytest.raises(ConfigError, match="dtype is 'bf32'"):
+        load_model(source, dtype="bf32")
+    with pytest.raises(ConfigError, match="device 'warp' cannot be used"):
+        load_model(source, device="warp")
+
+
+def test_skeleton_has_no_weights(model_folder):
+    assert all(parameter.is_meta for parameter in load_skeleton(Source.parse(str(model_folder))).parameters())
+
+
+def test_tokenizer(model_folder):
+    assert load_tokenizer(str(model_folder)).decode(load_tokenizer(str(model_folder))("abc")["input_ids"]) == "abc"

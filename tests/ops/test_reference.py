@@ -1,0 +1,208 @@
+"""The ops against the float64 oracle, opcheck, and torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+from countdown.errors import ConfigError
+from countdown.ops import reference
+
+OPS = torch.ops.countdown
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+def call(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], per_neuron: Tensor, **how: object):
+    counters = torch.zeros(2, dtype=torch.int64)
+    how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"} | how
+    active = OPS.select(x, weights, biases, per_neuron, **how)
+    y = OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+    return y, active, counters
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 40),
+    h=st.integers(1, 70),
+    tokens=st.integers(1, 8),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    bias=st.booleans(),
+    activation=st.sampled_from(list(oracle.ACT)),
+    indicator=st.sampled_from(list(oracle.INDICATOR)),
+    share=st.floats(0, 1),
+    decision=st.sampled_from(["threshold", "topk"]),
+    seed=st.integers(0, 1000),
+)
+def test_sparse_ffn_is_the_masked_dense_ffn(d, h, tokens, dtype, bias, activation, indicator, share, decision, seed):
+    weights, biases = oracle.random_ffn(d, h, dtype, bias=bias, seed=seed)
+    x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    drop = int(share * h)
+    per_neuron = torch.full((h,), share)
+    y, active, counters = call(
+        x, weights, biases, per_neuron, decision=decision, drop=drop, indicator=indicator, activation=activation
+    )
+    a, u = oracle.projections(x, weights, biases, activation)
+    expected = oracle.combine(a, u, active, weights, biases)
+    # Against the size of the dense output: nearly everything may have been dropped.
+    scale = oracle.combine(a, u, torch.ones_like(active), weights, biases).norm().item()
+    assert (y.double() - expected).norm().item() <= TOLERANCE[dtype] * max(scale, 1.0)
+    assert counters.tolist() == [tokens, int(active.sum())]
+    if decision == "topk":
+        assert (active.sum(dim=-1) == h - drop).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    h=st.integers(1, 40),
+    tokens=st.integers(1, 5),
+    indicator=st.sampled_from(list(oracle.INDICATOR)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_active_sets_are_what_the_rule_says(h, tokens, indicator, share, seed):
+    # Small integers: exact in float32, and full of ties.
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randint(-3, 4, shape, generator=generator).float() for shape in ((h, 6), (h, 6), (6, h))]
+    none: list[Tensor | None] = [None, None, None]
+    x = torch.randint(-2, 3, (tokens, 6), generator=generator).float()
+    importance = torch.randint(0, 4, (h,), generator=generator).float()
+    a, u = oracle.projections(x, weights, none, "relu")
+    drop = int(share * h)
+    _, active, _ = call(
+        x, weights, none, importance, decision="topk", drop=drop, indicator=indicator, activation="relu"
+    )
+    _, above, _ = call(x, weights, none, importance, indicator=indicator, activation="relu")
+    for token in range(tokens):
+        pairs = zip(a[token].tolist(), u[token].tolist(), strict=True)
+        scores = [oracle.INDICATOR[indicator](*pair) for pair in pairs]
+        weighted = [score * weight for score, weight in zip(scores, importance.tolist(), strict=True)]
+        assert active[token].tolist() == oracle.topk_active(weighted, drop)
+        thresholds = importance.tolist()
+        assert above[token].tolist() == [not s <= t for s, t in zip(scores, thresholds, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_nothing_dropped_gives_the_dense_bits(dtype):
+    weights, biases = oracle.random_ffn(37, 91, dtype, bias=True)
+    x = torch.randn(2, 5, 37).to(dtype)
+    gate, up, down = weights
+    linear = torch.nn.functional.linear
+    dense = linear(torch.nn.functional.silu(linear(x, gate, biases[0])) * linear(x, up, biases[1]), down, biases[2])
+    y, _, _ = call(x, weights, biases, torch.full((91,), -1.0))
+    assert torch.equal(y, dense)
+    y, _, _ = call(x, weights, biases, torch.ones(91), decision="topk", drop=0)
+    assert torch.equal(y, dense)
+
+
+def test_none_active_leaves_only_the_bias():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
+    y, active, counters = call(torch.randn(3, 7), weights, biases, torch.full((11,), torch.inf))
+    assert not active.any()
+    assert torch.equal(y, biases[2].expand(3, 7))
+    assert counters.tolist() == [3, 0]
+
+
+def test_infinite_threshold_drops_that_neuron_alone():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    per_neuron = torch.full((11,), -1.0)
+    per_neuron[4] = torch.inf
+    _, active, _ = call(torch.randn(3, 7), weights, biases, per_neuron)
+    assert active.sum(dim=0).tolist() == [3, 3, 3, 3, 0, 3, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("decision", ["threshold", "topk"])
+@pytest.mark.parametrize("indicator", oracle.INDICATOR)
+def test_nan_input_stays_nan_as_in_dense(decision, indicator):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    x = torch.randn(2, 7)
+    x[1, 3] = torch.nan
+    y, active, _ = call(x, weights, biases, torch.full((11,), 0.5), decision=decision, drop=6, indicator=indicator)
+    assert active[1].all()
+    assert y[1].isnan().all()
+    assert y[0].isfinite().all()
+
+
+def test_a_token_does_not_see_its_neighbours():
+    weights, biases = oracle.random_ffn(13, 29, torch.float32)
+    x = torch.randn(8, 13)
+    thresholds = torch.full((29,), 0.4)
+    _, together, _ = call(x, weights, biases, thresholds)
+    alone = [call(row[None], weights, biases, thresholds)[1][0] for row in x]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_strided_weights_and_inputs():
+    weights, biases = oracle.random_ffn(16, 24, torch.float32)
+    fused = torch.cat([weights[0], weights[1]])
+    strided = [fused[:24], fused[24:], weights[2].T.contiguous().T]
+    x = torch.randn(4, 32)[:, ::2]
+    expected, active, _ = call(x.contiguous(), weights, biases, torch.full((24,), 0.3))
+    y, strided_active, _ = call(x, strided, biases, torch.full((24,), 0.3))
+    assert torch.equal(active, strided_active)
+    assert oracle.relative_error(y, expected.double()) < 1e-6
+
+
+def test_counters_add_up():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    counters = torch.tensor([5, 40])
+    how = {"decision": "topk", "drop": 4, "indicator": "gate", "activation": "gelu"}
+    OPS.sparse_ffn(torch.randn(2, 3, 7), weights, biases, torch.ones(11), counters, **how)
+    assert counters.tolist() == [5 + 6, 40 + 6 * 7]
+
+
+@pytest.mark.parametrize("decision", ["threshold", "topk"])
+@pytest.mark.parametrize("shape", [(1, 7), (2, 3, 7), (7,)], ids=str)
+def test_opcheck(decision, shape):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
+    x, per_neuron = torch.randn(shape), torch.full((11,), 0.5)
+    how = {"decision": decision, "drop": 5, "indicator": "coefficient", "activation": "gelu_tanh"}
+    counters = torch.zeros(2, dtype=torch.int64)
+    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), how)
+    torch.library.opcheck(OPS.select.default, (x, weights, biases, per_neuron), how)
+    active = torch.rand(*shape[:-1], 11) > 0.5
+    torch.library.opcheck(OPS.given_ffn.default, (x, weights, [None, None, None], active), {"activation": "silu"})
+
+
+def test_given_ffn_is_sparse_ffn_with_its_active_set():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
+    x = torch.randn(4, 7)
+    y, active, _ = call(x, weights, biases, torch.full((11,), 0.5))
+    assert torch.equal(OPS.given_ffn(x, weights, biases, active, activation="silu"), y)
+
+
+def test_drop_smallest_keeps_nan_and_infinity():
+    scores = torch.tensor([[torch.nan, 1.0, torch.inf, 0.0, torch.nan]])
+    assert reference.drop_smallest(scores, 2).tolist() == [[True, False, True, False, True]]
+    assert reference.drop_smallest(scores, 4).tolist() == [[True] * 5]
+
+
+BAD = {
+    "x": ({"x": torch.randn(3, 8)}, "x is"),
+    "dtype": ({"x": torch.randn(3, 7).half()}, "expected torch.float16 like x"),
+    "down": ({"weights": [torch.randn(11, 7), torch.randn(11, 7), torch.randn(11, 7)]}, "W_down is"),
+    "bias": ({"biases": [torch.randn(7), None, None]}, "bias of gate"),
+    "threshold shape": ({"per_neuron": torch.ones(10)}, "per_neuron is"),
+    "threshold dtype": ({"per_neuron": torch.ones(11).double()}, "per_neuron is"),
+    "decision": ({"decision": "best"}, "decision is 'best'"),
+    "drop": ({"drop": 12}, "drop is 12"),
+    "activation": ({"activation": "swish"}, "activation is 'swish'"),
+    "weight format": ({"weight_format": "int4"}, "weight_format is 'int4'"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    arguments = {"x": torch.randn(3, 7), "weights": weights, "biases": biases, "per_neuron": torch.ones(11)}
+    with pytest.raises(ValueError, match=message):
+        call(**(arguments | change))
+
+
+def test_unknown_indicator():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    with pytest.raises(ConfigError, match="indicator is 'down'"):
+        call(torch.randn(3, 7), weights, biases, torch.ones(11), indicator="down")

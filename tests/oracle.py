@@ -1,0 +1,63 @@
+"""An independent truth: one gated FFN in float64, neuron by neuron, from the definitions in docs/methods.md."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ACT = {
+    "silu": lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0,
+    "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
+    "gelu": lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
+    "relu": lambda v: max(v, 0.0),
+}
+INDICATOR = {
+    "up": lambda a, u: abs(u),
+    "gate": lambda a, u: abs(a),
+    "coefficient": lambda a, u: abs(a * u),
+}
+
+
+def projections(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return a and u, float64 [T, h], for x [T, d]."""
+    x, (gate, up, _) = x.double(), [weight.double() for weight in weights]
+    g, u = x @ gate.T, x @ up.T
+    if biases[0] is not None:
+        g = g + biases[0].double()
+    if biases[1] is not None:
+        u = u + biases[1].double()
+    return g.clone().apply_(ACT[activation]), u
+
+
+def topk_active(scores: list[float], drop: int) -> list[bool]:
+    """Drop the `drop` smallest, ties by lower index first."""
+    order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
+    dropped = set(order[:drop])
+    return [i not in dropped for i in range(len(scores))]
+
+
+def combine(a: Tensor, u: Tensor, active: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Return Σ over active neurons of s_i w_i, float64 [T, d]."""
+    y = (a * u * active.double()) @ weights[2].double().T
+    return y if biases[2] is None else y + biases[2].double()
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    norm = reference.norm().item()
+    return (out.double() - reference).norm().item() / (norm or 1.0)
+
+
+def random_ffn(
+    d: int, h: int, dtype: torch.dtype, *, bias: bool = False, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+    weights = [draw(h, d), draw(h, d), draw(d, h)]
+    return weights, [draw(h), draw(h), draw(d)] if bias else [None, None, None]

@@ -1,0 +1,46 @@
+"""What an import costs, and that every public name is there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import countdown
+
+
+def loaded_by(code: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import countdown",
+        "import countdown; countdown.method('m-countdown', sparsity=0.7)",
+        "import countdown; countdown.ConfigError",
+        "import countdown.cli",
+    ],
+)
+def test_light(code):
+    assert not {"torch", "transformers", "matplotlib", "numpy"} & loaded_by(code)
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(countdown, name) for name in countdown.__all__)
+    assert set(countdown.__all__) == {*countdown._HOMES, "__version__"}
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'sparsfy_'"):
+        countdown.sparsfy_  # noqa: B018
+
+
+def test_the_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert version("countdown-llm") == countdown.__version__

@@ -1,0 +1,172 @@
+"""Saving, loading and checking profiles."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import countdown
+from conftest import gemma3, llama
+from countdown.calibration.calibrate import calibrate
+from countdown.errors import ConfigError, ProfileError, ProfileWarning
+from countdown.methods import method
+from countdown.models.ffn import find_ffns
+from countdown.profile import Profile
+
+
+@pytest.fixture
+def profile(llama_model, tokenizer, text):
+    config = method("m-countdown", sparsity=0.6, weighting="rms-norm")
+    return calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+
+
+def test_round_trip(profile, llama_model, tmp_path):
+    again = Profile.load(profile.save(tmp_path / "deep" / "p"))
+    assert (again.base_model, again.structure, again.calibration) == (
+        profile.base_model,
+        profile.structure,
+        profile.calibration,
+    )
+    for ffn in find_ffns(llama_model):
+        one, other = profile.selector(ffn), again.selector(ffn)
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+
+
+def test_only_the_two_files_are_left(profile, tmp_path):
+    profile.save(tmp_path / "p")
+    profile.save(tmp_path / "p", overwrite=True)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == [
+        "p",
+        "p/profile.json",
+        "p/profile.safetensors",
+    ]
+
+
+def test_nothing_is_overwritten_unasked(profile, tmp_path):
+    profile.save(tmp_path / "p")
+    with pytest.raises(ProfileError, match="exists already"):
+        profile.save(tmp_path / "p")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("mine")
+    with pytest.raises(ProfileError, match="is not a profile, so it is not overwritten"):
+        profile.save(precious, overwrite=True)
+    assert (precious / "file").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_profile(profile, tmp_path, monkeypatch):
+    profile.save(tmp_path / "p")
+    before = (tmp_path / "p" / "profile.json").read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("countdown.profile.save_tensors", full)
+    with pytest.raises(ProfileError, match="No space left"):
+        profile.save(tmp_path / "p", overwrite=True)
+    assert (tmp_path / "p" / "profile.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def edited(tmp_path, profile, **changes):
+    path = profile.save(tmp_path / "p")
+    header = json.loads((path / "profile.json").read_text())
+    (path / "profile.json").write_text(json.dumps({**header, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"version": 2}, "upgrade it"),
+        ({"format": "other"}, "not a countdown profile"),
+        ({"entires": []}, "Did you mean 'entries'"),
+        ({"entries": [{"pattern": "*", "method": {"name": "nope"}}]}, "method is 'nope'"),
+        ({"entries": None}, "damaged"),
+        ({"entries": []}, "damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_said(changes, message, profile, tmp_path):
+    with pytest.raises((ProfileError, ConfigError), match=message):
+        Profile.load(edited(tmp_path, profile, **changes))
+
+
+def test_damaged_files_are_said(profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    tensors = (path / "profile.safetensors").read_bytes()
+    (path / "profile.safetensors").write_bytes(tensors[: len(tensors) // 2])
+    with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)
+    (path / "profile.json").write_text("{")
+    with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)
+    with pytest.raises(ProfileError, match="is not a profile"):
+        Profile.load(tmp_path)
+
+
+def test_the_same_model_in_another_dtype_is_the_same_model(profile, recwarn):
+    countdown.sparsify_(llama(torch.bfloat16), profile)
+    countdown.sparsify_(llama(torch.float16), profile)
+    assert not [warning for warning in recwarn if warning.category is ProfileWarning]
+
+
+def test_other_weights_warn(profile):
+    other = llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.05)
+    with pytest.warns(ProfileWarning, match="weights differ"):
+        countdown.sparsify_(other, profile)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [gemma3, lambda: llama(intermediate_size=54), lambda: llama(num_hidden_layers=2), lambda: llama(hidden_act="gelu")],
+    ids=["class", "shape", "layers", "activation"],
+)
+def test_another_structure_is_refused(make, profile):
+    model = make()
+    with pytest.raises(ProfileError, match=r"belongs to another model: .*LlamaForCausalLM with 3 FFNs"):
+        countdown.sparsify_(model, profile)
+    assert not any("Sparse" in type(module).__name__ for module in model.modules())
+
+
+def test_sparsity_and_decision_change_without_calibration(profile, llama_model):
+    ffn = find_ffns(llama_model)[0]
+    low, high = (profile.with_settings(sparsity=s).selector(ffn)[1] for s in (0.3, 0.8))
+    assert (low < high).all()
+    config, weights = profile.with_settings(decision="topk").selector(ffn)
+    assert config.decision == "topk"
+    assert torch.equal(weights, profile.entries[0].sites[ffn.name].weights)
+    with pytest.raises(ConfigError, match="0 ≤ sparsity < 1"):
+        profile.with_settings(sparsity=2)
+    with pytest.raises(ConfigError, match="calibrate again"):
+        profile.with_settings(weighting="none")
+
+
+def test_thresholds_divide_by_the_weights(profile, llama_model):
+    ffn = find_ffns(llama_model)[0]
+    site = profile.entries[0].sites[ffn.name]
+    _, thresholds = profile.selector(ffn)
+    torch.testing.assert_close(thresholds * site.weights, torch.full((53,), site.sketch.quantile(0.6)))
+    assert (profile.with_settings(sparsity=0.0).selector(ffn)[1] == -1).all()
+
+
+def test_a_neuron_of_weight_zero_is_never_active(llama_model, tokenizer, text):
+    with torch.no_grad():
+        # act(0) = 0, so E[a²] = 0: whatever u is, the neuron adds nothing.
+        llama_model.model.layers[0].mlp.gate_proj.weight[7] = 0
+    config = method("m-countdown", sparsity=0.5, weighting="rms")
+    profile = calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+    _, thresholds = profile.selector(find_ffns(llama_model)[0])
+    assert thresholds[7] == torch.inf
+    assert thresholds.isfinite().sum() == 52
+
+
+def test_threshold_without_sketch_is_refused(profile, llama_model):
+    for site in profile.entries[0].sites.values():
+        object.__setattr__(site, "sketch", None)
+    with pytest.raises(ProfileError, match="has no sketch"):
+        countdown.sparsify_(llama_model, profile)

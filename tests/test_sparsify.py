@@ -1,0 +1,291 @@
+"""Sparsified models: the same interface, the right tokens sparse, and back to the bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import countdown
+import oracle
+from conftest import FAMILIES, llama
+from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.methods import method, method_class, method_names
+from countdown.modules import SparseFFN, sparse_ffns
+
+IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
+
+
+def calibrated(model, tokenizer, text, **settings):
+    name = settings.pop("name", "m-countdown")
+    return countdown.calibrate(model, tokenizer, text, method(name, **settings), tokens=512, progress=False)
+
+
+@pytest.fixture
+def profile(llama_model, tokenizer, text):
+    return calibrated(llama_model, tokenizer, text, sparsity=0.5, weighting="rms")
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **more):
+    return model(ids, **more).logits
+
+
+EVERY = [
+    (name, decision, weighting)
+    for name in method_names()
+    for decision in method_class(name).decisions
+    for weighting in method_class(name).weightings
+]
+
+
+@pytest.mark.parametrize("name, decision, weighting", EVERY, ids=["-".join(row) for row in EVERY])
+def test_a_sparse_model_is_the_dense_one_with_masked_coefficients(name, decision, weighting, model, tokenizer, text):
+    profile = calibrated(model, tokenizer, text, name=name, decision=decision, weighting=weighting, sparsity=0.6)
+    masked = copy.deepcopy(model)
+    countdown.sparsify_(model, profile, apply_to="all")
+    for ffn, module in zip(countdown_ffns(masked), sparse_ffns(model).values(), strict=True):
+        ffn.module.forward = _masked_forward(ffn, module)
+    assert oracle.relative_error(logits(model), logits(masked).double()) < 1e-5
+    assert 0.3 < countdown.status(model)[0].realised_sparsity < 0.9
+
+
+def countdown_ffns(model):
+    from countdown.models.ffn import find_ffns
+
+    return find_ffns(model)
+
+
+def _masked_forward(ffn, module):
+    """The dense forward with a mask from the definitions, written without the ops."""
+
+    def forward(x):
+        a, u = ffn.project(x)
+        value = oracle.INDICATOR[module.method.indicator.name](a, u)
+        if module.method.decision == "threshold":
+            active = value > module.per_neuron
+        else:
+            ranked = (value * module.per_neuron).argsort(dim=-1, stable=True)
+            active = torch.ones_like(value, dtype=torch.bool)
+            active.scatter_(-1, ranked[..., : int(0.6 * 53)], False)
+        return ffn.combine(a * u * active)
+
+    return forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_gives_the_same_bits(family, dtype, tokenizer, text):
+    model = FAMILIES[family](dtype)
+    before, modules = logits(model), dict(model.named_modules())
+    countdown.sparsify_(model, calibrated(model, tokenizer, text, sparsity=0.7), apply_to="all")
+    assert not torch.equal(logits(model), before)
+    assert countdown.restore_(model) is model
+    assert torch.equal(logits(model), before)
+    assert all(module is modules[name] for name, module in model.named_modules())
+
+
+def test_sparsity_zero_gives_the_dense_bits(model, tokenizer, text):
+    before = logits(model)
+    countdown.sparsify_(model, calibrated(model, tokenizer, text, weighting="rms"), apply_to="all", sparsity=0.0)
+    assert torch.equal(logits(model), before)
+    assert countdown.status(model)[0].realised_sparsity == 0.0
+
+
+def test_under_decode_the_prompt_is_dense_and_generated_tokens_are_sparse(llama_model, profile):
+    dense = logits(llama_model)
+    with torch.no_grad():
+        cache = llama_model(IDS[:, :-1], use_cache=True).past_key_values
+    countdown.sparsify_(llama_model, profile)
+    assert torch.equal(logits(llama_model), dense)
+    assert all(site.tokens == 0 for site in countdown.status(llama_model))
+    step = logits(llama_model, IDS[:, -1:], past_key_values=cache)
+    assert all(site.tokens == 1 for site in countdown.status(llama_model))
+    assert not torch.allclose(step[:, 0], dense[:, -1])
+
+
+def test_batch_mates_do_not_change_a_token(llama_model, profile):
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    batch = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(3))
+    together = logits(llama_model, batch)
+    for row in range(6):
+        torch.testing.assert_close(together[row : row + 1], logits(llama_model, batch[row : row + 1]))
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}], ids=str
+)
+def test_generate_works_unchanged(more, llama_model, profile):
+    countdown.sparsify_(llama_model, profile)
+    torch.manual_seed(0)
+    out = llama_model.generate(IDS, max_new_tokens=6, pad_token_id=0, **more)
+    assert out.shape == (1, 14)
+    expected = 5 * (3 if "num_beams" in more else 1)
+    assert all(site.tokens == expected for site in countdown.status(llama_model))
+
+
+def test_sparse_generation_is_what_one_step_at_a_time_gives(llama_model, profile):
+    countdown.sparsify_(llama_model, profile)
+    out = llama_model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 8:]
+    with torch.no_grad():
+        result, expected = llama_model(IDS, use_cache=True), []
+        for _ in range(8):
+            expected.append(result.logits[0, -1].argmax().item())
+            token = torch.tensor([[expected[-1]]])
+            result = llama_model(token, past_key_values=result.past_key_values, use_cache=True)
+    assert out.tolist() == expected
+
+
+def test_names_parameters_and_state_dict_stay(llama_model, profile):
+    before = {name: tensor.data_ptr() for name, tensor in llama_model.state_dict().items()}
+    parameters = [name for name, _ in llama_model.named_parameters()]
+    countdown.sparsify_(llama_model, profile)
+    assert {name: tensor.data_ptr() for name, tensor in llama_model.state_dict().items()} == before
+    assert list(llama_model.state_dict()) == list(before)
+    assert [name for name, _ in llama_model.named_parameters()] == parameters
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_are_used_never_stale_ones(assign, llama_model, profile):
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    other = copy.deepcopy(llama_model.state_dict())
+    for name in other:
+        if "down_proj" in name:
+            other[name] = -other[name]
+    before = logits(llama_model)
+    llama_model.load_state_dict(other, assign=assign)
+    assert not torch.allclose(logits(llama_model), before)
+    sparse = logits(llama_model)
+    for module in sparse_ffns(llama_model).values():
+        module.per_neuron.fill_(-1)
+    dense = logits(llama_model)
+    countdown.restore_(llama_model)
+    assert torch.equal(logits(llama_model), dense)
+    assert not torch.equal(sparse, dense)
+
+
+def test_deepcopy_is_independent(llama_model, profile):
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    before = logits(llama_model)
+    other = copy.deepcopy(llama_model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(llama_model), before)
+    countdown.restore_(other)
+    assert torch.equal(logits(llama_model), before)
+    assert other.model.layers[0].mlp.up_proj.weight.eq(0).all()
+
+
+def test_changing_dtype_keeps_thresholds_exact(llama_model, profile):
+    countdown.sparsify_(llama_model, profile)
+    before = [module.per_neuron.clone() for module in sparse_ffns(llama_model).values()]
+    llama_model.half()
+    after = [module.per_neuron for module in sparse_ffns(llama_model).values()]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert llama_model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
+    out = llama_model.generate(IDS, max_new_tokens=2, pad_token_id=0)
+    assert out.shape == (1, 10)
+
+
+@pytest.mark.parametrize("decision", ["threshold", "topk"])
+def test_compiles_in_one_graph_and_the_compiled_code_runs(decision, llama_model, tokenizer, text):
+    profile = calibrated(llama_model, tokenizer, text, decision=decision)
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    expected = logits(llama_model, use_cache=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(llama_model, backend=counter, fullgraph=True)
+    countdown.reset_counters(llama_model)
+    torch.testing.assert_close(logits(compiled, use_cache=False), expected)
+    assert counter.frame_count == 1
+    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "sparse_ffn" in str(node.target)]
+    assert len(calls) == 3
+    assert [site.tokens for site in countdown.status(llama_model)] == [8, 8, 8]
+
+
+def test_saved_weights_are_the_dense_model(llama_model, profile, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    before = logits(llama_model)
+    countdown.sparsify_(llama_model, profile)
+    llama_model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), before)
+
+
+def test_from_pretrained(model_folder, llama_model, profile, tmp_path):
+    profile.save(tmp_path / "p")
+    countdown.sparsify_(llama_model, profile, apply_to="all", sparsity=0.3)
+    loaded = countdown.from_pretrained(str(model_folder), tmp_path / "p", apply_to="all", sparsity=0.3, device="cpu")
+    assert torch.equal(logits(loaded), logits(llama_model))
+
+
+def test_status_says_what_runs_where(llama_model, profile):
+    countdown.sparsify_(llama_model, profile)
+    first = countdown.status(llama_model)[0]
+    assert (first.name, first.method, first.indicator) == ("model.layers.0.mlp", "m-countdown", "up")
+    assert (first.decision, first.weighting, first.backend) == ("threshold", "rms", "reference")
+    assert (first.tokens, first.realised_sparsity, first.weights_read) == (0, None, None)
+    llama_model.generate(IDS, max_new_tokens=5, pad_token_id=0)
+    first = countdown.status(llama_model)[0]
+    assert first.tokens == 4
+    assert first.weights_read == pytest.approx((1 + 2 * (1 - first.realised_sparsity)) / 3)
+    countdown.reset_counters(llama_model)
+    assert countdown.status(llama_model)[0].tokens == 0
+
+
+def test_misuse_is_refused(llama_model, profile, monkeypatch):
+    with pytest.raises(ConfigError, match="apply_to is 'prefill'"):
+        countdown.sparsify_(llama_model, profile, apply_to="prefill")
+    with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
+        countdown.sparsify_(llama_model.train(), profile)
+    llama_model.eval()
+    for call in (countdown.restore_, countdown.status):
+        with pytest.raises(UnsupportedModelError, match="is not sparsified"):
+            call(llama_model)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
+    with pytest.raises(ConfigError, match="COUNTDOWN_BACKEND is 'triton'"):
+        countdown.sparsify_(llama_model, profile)
+    monkeypatch.delenv("COUNTDOWN_BACKEND")
+    countdown.sparsify_(llama_model, profile)
+    with pytest.raises(UnsupportedModelError, match="sparsified already"):
+        countdown.sparsify_(llama_model, profile)
+
+
+def test_training_is_refused(llama_model, profile, tokenizer, text):
+    countdown.sparsify_(llama_model, profile)
+    with pytest.raises(UnsupportedModelError, match="for inference"):
+        llama_model(IDS)
+    with pytest.raises(UnsupportedModelError, match="for inference"), torch.no_grad():
+        llama_model.train()(IDS)
+    with pytest.raises(UnsupportedModelError, match="sparsified already"):
+        calibrated(llama_model.eval(), tokenizer, text)
+
+
+def test_a_failed_sparsify_leaves_the_model_as_it_was(llama_model, profile):
+    llama_model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp .*has hooks"):
+        countdown.sparsify_(llama_model, profile)
+    assert not any(isinstance(module, SparseFFN) for module in llama_model.modules())
+
+
+def test_assisted_decoding_is_refused_under_decode_only(llama_model, profile):
+    more = {"max_new_tokens": 4, "pad_token_id": 0, "assistant_model": llama(num_hidden_layers=1), "do_sample": False}
+    countdown.sparsify_(llama_model, profile)
+    with pytest.raises(UnsupportedModelError, match="assisted decoding does not fit"):
+        llama_model.generate(IDS, **more)
+    countdown.restore_(llama_model)
+    llama_model.generate(IDS, **more)
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    assisted = llama_model.generate(IDS, **more)
+    plain = llama_model.generate(IDS, max_new_tokens=4, pad_token_id=0, do_sample=False)
+    assert torch.equal(assisted, plain)
+
+
+def test_only_matching_modules_are_replaced(llama_model, profile):
+    object.__setattr__(profile.entries[0], "pattern", "model.layers.1.*")
+    countdown.sparsify_(llama_model, profile)
+    assert list(sparse_ffns(llama_model)) == ["model.layers.1.mlp"]
+    assert isinstance(llama_model.model.layers[0].mlp, nn.Module)
