@@ -17,7 +17,8 @@ from countdown.ops import reference  # noqa: F401
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.countdown
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# The reference rounds where the dense FFN does, after every product.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 def on_gpu(weights, biases):

@@ -148,7 +148,30 @@ def load_tokenizer(source: Source | str) -> Any:
     source = Source.parse(source) if isinstance(source, str) else source
 
     with _explained(source):
-        return AutoTokenizer.from_pretrained(source.name, **source.arguments())
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+    if source.gguf_file:
+        _check_bos(source, tokenizer)
+    return tokenizer
+
+
+def _check_bos(source: Source, tokenizer: Any) -> None:
+    """Refuse a tokenizer that leaves out the BOS its GGUF file asks for: a model that expects it is then useless.
+
+    transformers before 5.23 loses it for Gemma, and before 5.18 splits its words wrongly as well.
+    """
+    import transformers
+    from gguf import GGUFReader
+    from packaging.version import Version
+
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if adds_bos or Version(transformers.__version__) >= Version("5.23"):
+        return
+    field = GGUFReader(Path(source.name) / str(source.gguf_file)).get_field("tokenizer.ggml.add_bos_token")
+    if field is not None and field.contents():
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} misreads the tokenizer of {source.gguf_file} (it drops BOS); "
+            "upgrade it: pip install 'transformers>=5.23'."
+        )
 
 
 def _dequantise() -> dict[str, Any]:
