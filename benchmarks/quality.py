@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py MODEL --windows 16 --text-dir DIR --output benchmarks/results/quality-NAME.json
 
-Calibrates on 32,768 tokens of the validation split, evaluates on the first windows of the test split, every
+Calibrates each on 32,768 tokens of the validation split, evaluates on the first windows of the test split, every
 token sparse. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt.
 """
 
@@ -43,10 +43,13 @@ def main() -> None:
     ids = windows(tokenizer, test.content, count=arguments.windows)
     records = []
     for profile in profiles:
-        for config in _settings(profile.entries[0].method):
-            chosen = profile.with_settings(sparsity=config.sparsity, decision=config.decision)
+        for decision in profile.entries[0].method.decisions:
+            chosen = profile.with_settings(decision=decision)
             records.append(_measure(model, chosen, ids, source, test))
-            print(f"{config}: {records[-1]['perplexity']:.2f} at {records[-1]['realised_sparsity']:.4f}", flush=True)
+            found = records[-1]
+            print(
+                f"{chosen.entries[0].method}: {found['perplexity']:.2f} at {found['realised_sparsity']:.4f}", flush=True
+            )
     command = shlex.join(["python", "benchmarks/quality.py", source.label, *arguments.public])
     header = meta(command, commit=arguments.commit or _commit(), calibration=profiles[0].calibration)
     write(arguments.output, {"meta": header, "records": records})
@@ -68,13 +71,8 @@ def _arguments() -> argparse.Namespace:
 def _methods() -> Iterator[Method]:
     for name in method_names():
         for weighting in method_class(name).weightings:
-            yield method(name, weighting=weighting)
-
-
-def _settings(config: Method) -> Iterator[Method]:
-    for decision in config.decisions:
-        for sparsity in SPARSITIES:
-            yield method(config.name, weighting=config.weighting, decision=decision, sparsity=sparsity)
+            for sparsity in SPARSITIES:
+                yield method(name, weighting=weighting, sparsity=sparsity)
 
 
 def _measure(model: nn.Module, profile: Profile, ids: Any, source: Source, text: Text) -> dict[str, Any]:

@@ -150,8 +150,17 @@ def test_thresholds_divide_by_the_weights(profile, llama_model):
     ffn = find_ffns(llama_model)[0]
     site = profile.entries[0].sites[ffn.name]
     _, thresholds = profile.selector(ffn)
-    torch.testing.assert_close(thresholds * site.weights, torch.full((53,), site.sketch.quantile(0.6)))
+    torch.testing.assert_close(thresholds * site.weights, torch.full((53,), site.thresholds[600].item()))
     assert (profile.with_settings(sparsity=0.0).selector(ffn)[1] == -1).all()
+
+
+def test_sparsities_between_the_points_are_interpolated(profile, llama_model):
+    ffn = find_ffns(llama_model)[0]
+    curve = profile.entries[0].sites[ffn.name].thresholds
+    weights = profile.entries[0].sites[ffn.name].weights
+    for sparsity, tau in ((0.6005, curve[600:602].mean()), (0.0005, curve[1] / 2), (0.9999, curve[999])):
+        thresholds = profile.with_settings(sparsity=sparsity).selector(ffn)[1]
+        torch.testing.assert_close(thresholds * weights, tau.expand(53), rtol=1e-4, atol=0)
 
 
 def test_a_neuron_of_weight_zero_is_never_active(llama_model, tokenizer, text):
@@ -165,8 +174,8 @@ def test_a_neuron_of_weight_zero_is_never_active(llama_model, tokenizer, text):
     assert thresholds.isfinite().sum() == 52
 
 
-def test_threshold_without_sketch_is_refused(profile, llama_model):
+def test_a_threshold_that_was_not_calibrated_is_refused(profile, llama_model):
     for site in profile.entries[0].sites.values():
-        object.__setattr__(site, "sketch", None)
-    with pytest.raises(ProfileError, match="has no sketch"):
+        object.__setattr__(site, "thresholds", None)
+    with pytest.raises(ProfileError, match="has no thresholds"):
         countdown.sparsify_(llama_model, profile)

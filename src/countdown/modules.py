@@ -98,38 +98,37 @@ class SparseFFN(nn.Module):
         return self
 
 
+# Called with an FFN and its a = act(g) and u, each [..., h]; returns the active set [..., h], or None for all.
+Observer = Callable[[GatedFFN, Tensor, Tensor], Tensor | None]
+
+
 class ObservedFFN(nn.Module):
-    """A gated FFN that shows its activations while it computes densely; stands in during calibration.
+    """A gated FFN that shows its activations as it computes; stands in during calibration.
 
     Args:
         ffn: The FFN to stand in for.
-        observe: Called with a = act(g) and u, each `[..., h]`, at every forward.
+        observe: Called at every forward.
     """
 
-    def __init__(self, ffn: GatedFFN, observe: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, ffn: GatedFFN, observe: Observer) -> None:
         super().__init__()
         self._ffn = ffn
         self._observe = observe
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., d]`."""
+        """Return y `[..., d]`, of the active neurons that the observer names."""
         a, u = self._ffn.project(x)
-        self._observe(a, u)
-        return self._ffn.combine(a * u)
+        active = self._observe(self._ffn, a, u)
+        s = a * u
+        return self._ffn.combine(s if active is None else torch.where(active, s, 0))
 
 
 @contextmanager
-def observed(
-    model: nn.Module, ffns: list[GatedFFN], observe: Callable[[GatedFFN, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Within the context, call `observe(ffn, a, u)` at every forward of every FFN."""
-
-    def observer(ffn: GatedFFN) -> Callable[[Tensor, Tensor], None]:
-        return lambda a, u: observe(ffn, a, u)
-
+def observed(model: nn.Module, ffns: list[GatedFFN], observe: Observer) -> Iterator[None]:
+    """Within the context, call `observe` at every forward of every FFN."""
     try:
         for ffn in ffns:
-            model.set_submodule(ffn.name, ObservedFFN(ffn, observer(ffn)))
+            model.set_submodule(ffn.name, ObservedFFN(ffn, observe))
         yield
     finally:
         for ffn in ffns:

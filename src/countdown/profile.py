@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from countdown.calibration.sketch import MagnitudeSketch
 from countdown.config import check_fields
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import Method, parse_method
@@ -41,11 +40,12 @@ class Site:
 
     Args:
         weights: What the indicator of each neuron is multiplied by, float32 `[h]`; None for 1.
-        sketch: Magnitudes of the weighted indicator; None for a method without thresholds.
+        thresholds: τ for sparsities 0, 1/n, ..., (n-1)/n, float32 `[n]`, the first -1; None for a method that
+            does not offer that decision.
     """
 
     weights: Tensor | None = None
-    sketch: MagnitudeSketch | None = None
+    thresholds: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Profile:
         """Return the method for `ffn` and its `per_neuron` tensor (see `ops.schema`), or None where no entry matches.
 
         Raises:
-            ProfileError: The method decides by threshold and the profile has no sketch of this FFN.
+            ProfileError: The method decides by threshold and the profile has no thresholds for this FFN.
         """
         for entry in self.entries:
             if fnmatchcase(ffn.name, entry.pattern):
@@ -201,10 +201,9 @@ class Profile:
         tensors = {f"sample/{name}": sample for name, sample in self.samples.items()}
         for index, entry in enumerate(self.entries):
             for name, site in entry.sites.items():
-                parts = {} if site.weights is None else {"weights": site.weights}
-                if site.sketch is not None:
-                    parts |= site.sketch.to_tensors()
-                tensors |= {f"entry/{index}/{name}/{part}": tensor for part, tensor in parts.items()}
+                for part, tensor in vars(site).items():
+                    if tensor is not None:
+                        tensors[f"entry/{index}/{name}/{part}"] = tensor
         return tensors
 
     @classmethod
@@ -227,7 +226,7 @@ class Profile:
                 index, name, part = rest.split("/")
                 sites[int(index)].setdefault(name, {})[part] = tensor
         entries = [
-            Entry(entry["pattern"], parse_method(entry["method"]), {n: _site(p) for n, p in by_name.items()})
+            Entry(entry["pattern"], parse_method(entry["method"]), {n: Site(**parts) for n, parts in by_name.items()})
             for entry, by_name in zip(header["entries"], sites, strict=True)
         ]
         return cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
@@ -243,25 +242,29 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ProfileError(f"{path} exists and is not a profile, so it is not overwritten; give another path.")
 
 
-def _site(parts: Mapping[str, Tensor]) -> Site:
-    sketch = MagnitudeSketch.from_tensors(parts["bins"], parts["counts"]) if "bins" in parts else None
-    return Site(parts.get("weights"), sketch)
-
-
 def _per_neuron(ffn: GatedFFN, method: Method, site: Site) -> Tensor:
     weights = torch.ones(ffn.h) if site.weights is None else site.weights
     if method.decision == "topk":
         return weights
-    return _thresholds(ffn, method, site.sketch, weights)
+    if site.thresholds is None:
+        raise ProfileError(f"the profile has no thresholds for {ffn.name}; calibrate again.")
+    return _thresholds(_interpolate(site.thresholds, method.sparsity), weights)
 
 
-def _thresholds(ffn: GatedFFN, method: Method, sketch: MagnitudeSketch | None, weights: Tensor) -> Tensor:
+def _interpolate(curve: Tensor, sparsity: float) -> float:
+    """Return τ at a sparsity: -1 at 0, and past the curve's last point that point."""
+    if sparsity == 0:
+        return -1.0
+    position = min(sparsity * len(curve), len(curve) - 1)
+    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
+    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
+    return float(low + (high - low) * (position - int(position)))
+
+
+def _thresholds(tau: float, weights: Tensor) -> Tensor:
     """Return τ_i, float32 `[h]`: inactive iff indicator · m_i ≤ τ, so τ_i = τ / m_i, and +inf where m_i = 0."""
-    if method.sparsity == 0:
-        return torch.full((ffn.h,), -1.0)
-    if sketch is None:
-        raise ProfileError(f"the profile has no sketch for the thresholds of {ffn.name}; calibrate again.")
-    tau = sketch.quantile(method.sparsity)
+    if tau < 0:
+        return torch.full_like(weights, -1.0)
     return torch.where(weights == 0, torch.inf, tau / weights)
 
 

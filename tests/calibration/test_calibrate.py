@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import countdown
 from conftest import llama
-from countdown.calibration.calibrate import calibrate, calibrate_all
+from countdown.calibration.calibrate import calibrate
+from countdown.calibration.sketch import MagnitudeSketch
+from countdown.calibration.statistics import threshold_curve
 from countdown.calibration.text import windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
@@ -36,30 +39,71 @@ def kept(model, tokenizer, text):
         return {ffn.name: ffn.project(torch.cat(inputs[ffn.name], dim=1)[0]) for ffn in ffns}
 
 
-def test_statistics_are_those_of_the_activations(model, tokenizer, text, kept):
-    configs = [
-        method(name, weighting=weighting) for name in method_names() for weighting in method_class(name).weightings
-    ]
-    profiles = calibrate_all(model, tokenizer, text, configs, tokens=TOKENS, progress=False)
-    ffns = {ffn.name: ffn for ffn in find_ffns(model)}
-    for config, profile in zip(configs, profiles, strict=True):
-        for name, site in profile.entries[0].sites.items():
-            a, u = kept[name]
-            moments = {"gate": a.double().square().mean(0), "up": u.double().square().mean(0)}
-            expected = config.weights(moments, ffns[name].column_norms())
-            value = config.indicator.formula(a, u)
-            if expected is None:
-                assert site.weights is None
-            else:
-                torch.testing.assert_close(site.weights.double(), expected, rtol=1e-5, atol=1e-8)
-                value = value * expected
-            if "threshold" not in config.decisions:
-                assert site.sketch is None
-                continue
-            assert site.sketch.total == TOKENS * 53
-            for q in (0.3, 0.5, 0.9):
-                share = (value <= site.sketch.quantile(q)).double().mean().item()
-                assert share == pytest.approx(q, abs=0.01)
+EVERY = [method(name, weighting=weighting) for name in method_names() for weighting in method_class(name).weightings]
+
+
+@pytest.mark.parametrize("config", EVERY, ids=str)
+def test_weights_are_those_of_the_activations(config, model, tokenizer, text, kept):
+    profile = calibrate(model, tokenizer, text, config, tokens=TOKENS, progress=False)
+    for ffn in find_ffns(model):
+        a, u = kept[ffn.name]
+        moments = {"gate": a.double().square().mean(0), "up": u.double().square().mean(0)}
+        expected = config.weights(moments, ffn.column_norms())
+        weights = profile.entries[0].sites[ffn.name].weights
+        if expected is None:
+            assert weights is None
+        else:
+            torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("weighting", ["none", "rms"])
+def test_every_layer_holds_its_target_when_all_are_sparse(weighting, sparsity, model, tokenizer, text):
+    config = method("m-countdown", sparsity=sparsity, weighting=weighting)
+    profile = calibrate(model, tokenizer, text, config, tokens=16384, progress=False)
+    countdown.sparsify_(model, profile, apply_to="all")
+    with torch.no_grad():
+        model(windows(tokenizer, text, count=16384 // 512))
+    for site in countdown.status(model):
+        assert site.realised_sparsity == pytest.approx(sparsity, abs=0.015)
+
+
+def test_another_sparsity_holds_without_calibration(model, tokenizer, text):
+    profile = calibrate(model, tokenizer, text, method("cats", sparsity=0.5), tokens=16384, progress=False)
+    for sparsity in (0.15, 0.4, 0.65, 0.85, 0.95):
+        countdown.sparsify_(model, profile, apply_to="all", sparsity=sparsity)
+        with torch.no_grad():
+            model(windows(tokenizer, text, count=16))
+        mean = sum(site.realised_sparsity for site in countdown.status(model)) / 3
+        assert mean == pytest.approx(sparsity, abs=0.02)
+        countdown.restore_(model)
+
+
+def test_a_method_without_threshold_has_none(llama_model, tokenizer, text):
+    profile = calibrate(llama_model, tokenizer, text, method("d-countdown"), tokens=512, progress=False)
+    assert all(site.thresholds is None for site in profile.entries[0].sites.values())
+
+
+def sketch_of(values: torch.Tensor) -> MagnitudeSketch:
+    sketch = MagnitudeSketch()
+    sketch.add(values)
+    return sketch
+
+
+def test_a_curve_lies_between_the_levels_it_was_made_at():
+    uniform = torch.linspace(0, 1, 100_001)
+    curve = threshold_curve({0.2: sketch_of(uniform), 0.6: sketch_of(uniform * 3)})
+    assert curve.shape == (1000,)
+    assert curve[0] == -1
+    expected = {1: 0.001, 100: 0.1, 200: 0.2, 400: (0.4 + 1.2) / 2, 500: 0.25 * 0.5 + 0.75 * 1.5, 600: 1.8, 900: 2.7}
+    for point, value in expected.items():
+        assert curve[point].item() == pytest.approx(value, rel=0.02)
+
+
+def test_a_curve_never_falls():
+    uniform = torch.linspace(0, 1, 10_001)
+    curve = threshold_curve({0.4: sketch_of(uniform), 0.5: sketch_of(uniform / 10)})
+    assert (curve.diff() >= 0).all()
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer, text):

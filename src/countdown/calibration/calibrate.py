@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from countdown.calibration.statistics import Sketches, Weights, magnitude_sketches, second_moments
+from countdown.calibration.statistics import Weights, second_moments, threshold_curves
 from countdown.calibration.text import WINDOW, Text, windows
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import Method
@@ -45,7 +45,8 @@ def calibrate(
         progress: Show progress on stderr.
 
     Returns:
-        A profile. It holds the sketch of the indicator, so another sparsity needs no new calibration.
+        A profile. It holds thresholds for every sparsity, so another one needs no new calibration; they are
+        estimated on most text at the sparsity of `config`.
 
     Raises:
         UnsupportedModelError: The model has no gated FFNs, is sparsified already, or is in training mode.
@@ -65,7 +66,7 @@ def calibrate_all(
     tokens: int = DEFAULT_TOKENS,
     progress: bool = True,
 ) -> list[Profile]:
-    """Calibrate several methods in the passes that one takes. As `calibrate`, with a profile for each config."""
+    """Calibrate several methods, sharing the pass that estimates moments. As `calibrate`, a profile for each."""
     ids = calibration_windows(tokenizer, texts, tokens)
     if model.training:
         raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
@@ -75,24 +76,23 @@ def calibrate_all(
     for ffn in ffns:
         check_untouched(ffn)
     weights = _weights(model, ffns, ids, configs, progress)
-    sketches = _sketches(model, ffns, ids, configs, weights, progress)
     samples = {ffn.name: weight_sample(ffn) for ffn in ffns}
-    return [
-        Profile(
-            base_model=_base_model(model),
-            structure=structure(model, ffns),
-            samples=samples,
-            calibration=_provenance(texts, ids, ffns),
-            entries=[
-                Entry(
-                    pattern=_pattern(ffns),
-                    method=config,
-                    sites={ffn.name: Site(weight[ffn.name], sketch.get(ffn.name)) for ffn in ffns},
-                )
-            ],
+    profiles = []
+    for config, weight in zip(configs, weights, strict=True):
+        thresholds: Mapping[str, Tensor] = {}
+        if "threshold" in config.decisions:
+            thresholds = threshold_curves(model, ffns, ids, config, weight, progress=progress)
+        sites = {ffn.name: Site(weight[ffn.name], thresholds.get(ffn.name)) for ffn in ffns}
+        profiles.append(
+            Profile(
+                base_model=_base_model(model),
+                structure=structure(model, ffns),
+                samples=samples,
+                calibration=_provenance(texts, ids, ffns),
+                entries=[Entry(_pattern(ffns), config, sites)],
+            )
         )
-        for config, weight, sketch in zip(configs, weights, sketches, strict=True)
-    ]
+    return profiles
 
 
 def calibration_windows(tokenizer: Any, texts: str | Text | Sequence[str], tokens: int) -> Tensor:
@@ -114,24 +114,6 @@ def _weights(
         # Sparse FFNs compare in float32, so that is what is sketched and stored.
         result.append({site: None if weight is None else weight.float() for site, weight in by_site.items()})
     return result
-
-
-def _sketches(
-    model: nn.Module,
-    ffns: list[GatedFFN],
-    ids: Tensor,
-    configs: Sequence[Method],
-    weights: Sequence[Weights],
-    progress: bool,
-) -> list[Sketches]:
-    results: list[Sketches] = [{} for _ in configs]
-    wanted = [index for index, config in enumerate(configs) if "threshold" in config.decisions]
-    if wanted:
-        pairs = [(configs[index], weights[index]) for index in wanted]
-        made = magnitude_sketches(model, ffns, ids, pairs, progress=progress)
-        for index, sketches in zip(wanted, made, strict=True):
-            results[index] = sketches
-    return results
 
 
 def _base_model(model: nn.Module) -> dict[str, Any]:

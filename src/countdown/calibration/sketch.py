@@ -1,4 +1,4 @@
-"""A mergeable sketch of how large a non-negative quantity gets, from which any quantile follows."""
+"""A sketch of how large a non-negative quantity gets, from which any quantile follows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ class MagnitudeSketch:
     """Counts of values by magnitude, in bins 1.6% wide or less.
 
     Adding is exact and independent of order. A quantile is interpolated inside its bin, so the share of the
-    counted values at or below `quantile(q)` differs from q by less than the share of one bin.
+    counted values at or below it differs from what was asked by less than the share of one bin.
 
     Args:
-        counts: int64 `[16384]`; zero when omitted.
-        device: Where counting happens, if `counts` is omitted.
+        device: Where counting happens.
     """
 
-    def __init__(self, counts: Tensor | None = None, *, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device) if counts is None else counts
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
 
     @property
     def total(self) -> int:
@@ -35,45 +34,31 @@ class MagnitudeSketch:
         patterns = values.float().abs().contiguous().view(torch.int32)
         self.counts += torch.bincount((patterns >> _SHIFT).flatten(), minlength=_BINS)
 
-    def quantile(self, q: float) -> float:
-        """Return the value at or below which a share `q` of the values lies; -1 for q = 0.
+    def quantiles(self, q: Tensor) -> Tensor:
+        """Return, for each share in `q`, the value at or below which that share of the values lies.
+
+        Args:
+            q: Float `[n]`, each 0 < q < 1.
+
+        Returns:
+            Float64 `[n]`, on the device of `q`.
 
         Raises:
-            ValueError: The sketch is empty, or q is outside [0, 1).
+            ValueError: The sketch is empty, or a share is outside (0, 1).
         """
-        if not 0 <= q < 1:
-            raise ValueError(f"q is {q}, expected 0 ≤ q < 1")
-        if q == 0:
-            return -1.0
-        cumulative = self.counts.cumsum(0)
-        total = int(cumulative[-1])
-        if total == 0:
+        if not bool(((q > 0) & (q < 1)).all()):
+            raise ValueError("a quantile is outside (0, 1)")
+        counts = self.counts.to(q.device).double()
+        cumulative = counts.cumsum(0)
+        if cumulative[-1] == 0:
             raise ValueError("the sketch is empty")
-        rank = q * total
-        index = int(torch.searchsorted(cumulative.double(), rank))
-        below = int(cumulative[index - 1]) if index else 0
-        low, high = _edge(index), _edge(index + 1)
-        return low + (high - low) * (rank - below) / int(self.counts[index])
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the counted bins: `bins` int32 `[n]`, `counts` int64 `[n]`."""
-        bins = self.counts.nonzero().flatten()
-        return {"bins": bins.int().cpu(), "counts": self.counts[bins].cpu()}
-
-    @classmethod
-    def from_tensors(cls, bins: Tensor, counts: Tensor) -> MagnitudeSketch:
-        """Return the sketch that `to_tensors` described.
-
-        Raises:
-            ValueError: The tensors do not describe one.
-        """
-        if bins.shape != counts.shape or bins.dim() != 1 or not bool(((bins >= 0) & (bins < _BINS)).all()):
-            raise ValueError("a sketch needs bins and counts of the same length, bins within range")
-        sketch = cls()
-        sketch.counts[bins.long()] = counts.long()
-        return sketch
+        rank = q.double() * cumulative[-1]
+        index = torch.searchsorted(cumulative, rank)
+        inside = (rank - (cumulative[index] - counts[index])) / counts[index]
+        low, high = _edges(index), _edges(index + 1)
+        return low + (high - low) * inside
 
 
-def _edge(index: int) -> float:
-    """Return the smallest value of bin `index`."""
-    return float(torch.tensor(index << _SHIFT, dtype=torch.int32).view(torch.float32))
+def _edges(index: Tensor) -> Tensor:
+    """Return the smallest value of each bin, float64."""
+    return (index << _SHIFT).int().view(torch.float32).double()

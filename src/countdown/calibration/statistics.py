@@ -1,12 +1,15 @@
 """The two streaming passes over the calibration text.
 
-The first estimates second moments, from which the weights of an indicator follow; the second sketches the
-weighted indicators, from which the threshold of any sparsity follows. Each keeps sums and counts only.
+The first runs the model dense and estimates second moments, from which the weights of an indicator follow. The
+second runs it sparse and estimates thresholds: what a layer sees, and so how many of its neurons lie below a
+threshold, depends on how sparse the layers before it are. Each pass keeps sums and counts only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +18,24 @@ from countdown.calibration.sketch import MagnitudeSketch
 from countdown.errors import CountdownError
 from countdown.methods import Method
 from countdown.models.ffn import GatedFFN
-from countdown.modules import observed
+from countdown.modules import Observer, observed
 from countdown.progress import track
+
+# The sparsities at which the second pass runs the model, beside the one that was asked for.
+LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+# A threshold curve has a point for each thousandth of sparsity.
+POINTS = 1000
 
 # By FFN, then by activation: E[a²] or E[u²], float64 [h].
 Moments = dict[str, dict[str, Tensor]]
 # By FFN: what each neuron's indicator is multiplied by, float32 [h], or None for 1.
-Weights = dict[str, Tensor | None]
-# By FFN: magnitudes of the weighted indicator, pooled over tokens and neurons.
-Sketches = dict[str, MagnitudeSketch]
+Weights = Mapping[str, Tensor | None]
 
 
 def second_moments(
     model: nn.Module, ffns: list[GatedFFN], windows: Tensor, names: Sequence[str], *, progress: bool = True
 ) -> Moments:
-    """Return the mean square of the named activations of every neuron.
+    """Return the mean square of the named activations of every neuron, in the dense model.
 
     Args:
         model: A dense causal language model in eval mode.
@@ -50,58 +56,108 @@ def second_moments(
                 squares = value.flatten(0, -2).double().square().sum(dim=0)
                 sums[ffn.name][name] = sums[ffn.name].get(name, 0) + squares
 
-    _run(model, ffns, windows, observe, "calibrating, second moments", progress)
+    with _decoding(model, ffns, observe) as feed:
+        for window in track(windows, "calibrating, second moments", show=progress):
+            feed(window)
     return {
         site: {name: (total / windows.numel()).cpu() for name, total in by_name.items()}
         for site, by_name in sums.items()
     }
 
 
-def magnitude_sketches(
-    model: nn.Module,
-    ffns: list[GatedFFN],
-    windows: Tensor,
-    methods: Sequence[tuple[Method, Mapping[str, Tensor | None]]],
-    *,
-    progress: bool = True,
-) -> list[Sketches]:
-    """Return, for each method with its weights, the sketch of the weighted indicator of every FFN.
+def threshold_curves(
+    model: nn.Module, ffns: list[GatedFFN], windows: Tensor, method: Method, weights: Weights, *, progress: bool = True
+) -> dict[str, Tensor]:
+    """Return, for every FFN, the threshold of its weighted indicator at any sparsity, all layers being sparse.
 
-    Arguments and errors are those of `second_moments`; `methods` pairs each method with its `Weights`.
+    Every window runs at one sparsity in all layers: the even ones at the method's own, the odd ones at `LEVELS`
+    in turn. A layer's threshold is the quantile of what it has seen so far at that sparsity, the present window
+    included, so that its mean over the text converges while the text is read once.
+
+    Args:
+        model, ffns, windows, progress: As for `second_moments`.
+        method: Its sparsity and indicator count here.
+        weights: Of its indicator.
+
+    Returns:
+        float32 `[1000]` by FFN: the thresholds for sparsities 0, 0.001, ..., 0.999; the first is -1.
+
+    Raises:
+        CountdownError: An activation is not finite.
     """
-    device = ffns[0].linears[0].weight.device
-    results: list[Sketches] = [{ffn.name: MagnitudeSketch(device=device) for ffn in ffns} for _ in methods]
-    on_device = [
-        {site: None if weight is None else weight.to(device) for site, weight in weights.items()}
-        for _, weights in methods
-    ]
+    passing = _ThresholdPass(ffns, method, weights)
+    schedule = itertools.islice(_schedule(method.sparsity), len(windows))
+    with _decoding(model, ffns, passing.observe) as feed:
+        shown = track(windows, f"calibrating, thresholds of {method.label}", show=progress)
+        for level, window in zip(schedule, shown, strict=True):
+            passing.level = level
+            feed(window)
+    return {name: threshold_curve(sketches) for name, sketches in passing.sketches.items()}
 
-    def observe(ffn: GatedFFN, a: Tensor, u: Tensor) -> None:
+
+def threshold_curve(sketches: Mapping[float, MagnitudeSketch]) -> Tensor:
+    """Return thresholds for sparsities 0 to 0.999, float32 `[1000]`, from sketches made at some sparsities.
+
+    Between two of those, it is between their quantiles; beyond them, the nearest one's counts.
+    """
+    levels = sorted(sketches)
+    q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
+    by_level = torch.stack([sketches[level].quantiles(q) for level in levels])
+    position = torch.tensor(levels, dtype=torch.float64)
+    above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
+    below = (above - 1).clamp(min=0)
+    gap = position[above] - position[below]
+    share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
+    points = torch.arange(POINTS - 1)
+    curve = torch.lerp(by_level[below, points], by_level[above, points], share)
+    # More sparsity never means a lower threshold, whatever text the levels happened to see.
+    return torch.cat([torch.tensor([-1.0]), curve.cummax(0).values.float()])
+
+
+class _ThresholdPass:
+    """Masks every layer at the present level and sketches what it saw."""
+
+    def __init__(self, ffns: list[GatedFFN], method: Method, weights: Weights) -> None:
+        self._device = ffns[0].linears[0].weight.device
+        self._formula = method.indicator.formula
+        self._weights = {name: None if weight is None else weight.to(self._device) for name, weight in weights.items()}
+        self.sketches: dict[str, dict[float, MagnitudeSketch]] = {ffn.name: {} for ffn in ffns}
+        self.level = 0.0
+
+    def observe(self, ffn: GatedFFN, a: Tensor, u: Tensor) -> Tensor | None:
         _check_finite(ffn, a, u)
-        a, u = a.float(), u.float()
-        for (method, _), weights, sketches in zip(methods, on_device, results, strict=True):
-            value = method.indicator.formula(a, u)
-            weight = weights[ffn.name]
-            sketches[ffn.name].add(value if weight is None else value * weight)
+        weight = self._weights[ffn.name]
+        value = self._formula(a.float(), u.float())
+        value = value if weight is None else value * weight
+        sketch = self.sketches[ffn.name].setdefault(self.level, MagnitudeSketch(self._device))
+        sketch.add(value)
+        if self.level == 0:
+            return None
+        return value > sketch.quantiles(torch.tensor([self.level], device=self._device)).float()
 
-    _run(model, ffns, windows, observe, "calibrating, thresholds", progress)
-    return results
+
+def _schedule(own: float) -> Iterator[float]:
+    others = itertools.cycle(level for level in LEVELS if level != own)
+    while True:
+        yield own
+        yield next(others)
 
 
-def _run(
-    model: nn.Module,
-    ffns: list[GatedFFN],
-    windows: Tensor,
-    observe: Callable[[GatedFFN, Tensor, Tensor], None],
-    description: str,
-    progress: bool,
-) -> None:
-    # Only the decoder: the vocabulary's logits are not needed, and cost more than a layer.
-    decoder = model.get_decoder()  # type: ignore[operator]
-    device = ffns[0].linears[0].weight.device
+class _Feed:
+    """Runs the decoder on a window. Not the head: the vocabulary's logits cost more than a layer."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._decoder = model.get_decoder()  # type: ignore[operator]
+        self._device = device
+
+    def __call__(self, window: Tensor) -> None:
+        self._decoder(input_ids=window[None].to(self._device), use_cache=False)
+
+
+@contextmanager
+def _decoding(model: nn.Module, ffns: list[GatedFFN], observe: Observer) -> Iterator[_Feed]:
     with torch.inference_mode(), observed(model, ffns, observe):
-        for window in track(windows, description, show=progress):
-            decoder(input_ids=window[None].to(device), use_cache=False)
+        yield _Feed(model, ffns[0].linears[0].weight.device)
 
 
 def _check_finite(ffn: GatedFFN, a: Tensor, u: Tensor) -> None:
