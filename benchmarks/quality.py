@@ -81,7 +81,6 @@ def _measure(model: nn.Module, profile: Profile, ids: Any, source: Source, text:
     sites = status(model)
     restore_(model)
     config = profile.entries[0].method
-    layers = [layer.realised for layer in result.layers]
     return {
         "model": source.label,
         "d": sites[0].d,
@@ -96,18 +95,9 @@ def _measure(model: nn.Module, profile: Profile, ids: Any, source: Source, text:
         "weighting": config.weighting,
         "allocation": "uniform",
         "sparsity": config.sparsity,
-        "realised_sparsity": result.realised_sparsity,
-        "realised_sparsity_min": min(layers),
-        "realised_sparsity_max": max(layers),
-        "weights_read": result.weights_read,
-        "apply_to": "all",
         "text": text.source,
         "windows": len(ids),
-        "tokens": result.tokens,
-        "perplexity": result.perplexity,
-        "dense_perplexity": result.dense_perplexity,
-        "kl": result.kl,
-        "top1": result.top1,
+        **result.record(),
     }
 
 

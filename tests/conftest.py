@@ -8,6 +8,8 @@ from typing import Any
 
 # Read when transformers is imported: no test may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when tqdm is imported: bars of transformers would mix with what a test captures.
+os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch

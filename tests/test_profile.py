@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import countdown
 from conftest import gemma3, llama
@@ -13,7 +15,7 @@ from countdown.calibration.calibrate import calibrate
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import method
 from countdown.models.ffn import find_ffns
-from countdown.profile import Profile
+from countdown.profile import Profile, check_free
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_nothing_is_overwritten_unasked(profile, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("mine")
-    with pytest.raises(ProfileError, match="is not a profile, so it is not overwritten"):
+    with pytest.raises(ProfileError, match="is not a profile and nothing else"):
         profile.save(precious, overwrite=True)
     assert (precious / "file").read_text() == "mine"
 
@@ -71,6 +73,39 @@ def test_a_failed_save_leaves_the_old_profile(profile, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
+@pytest.mark.parametrize("failure", [OSError("I/O error"), KeyboardInterrupt()], ids=["fails", "interrupted"])
+def test_an_overwrite_that_stops_half_way_leaves_the_old_profile(failure, profile, tmp_path, monkeypatch):
+    path = profile.save(tmp_path / "p")
+    before = (path / "profile.json").read_bytes()
+    replace, calls = os.replace, []
+
+    def second_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise failure
+        replace(*arguments)
+
+    monkeypatch.setattr("countdown.profile.os.replace", second_fails)
+    with pytest.raises((ProfileError, KeyboardInterrupt)):
+        profile.with_settings(sparsity=0.1).save(path, overwrite=True)
+    assert (path / "profile.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_overwriting_spares_what_is_not_the_profiles(profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(ProfileError, match="is not a profile and nothing else"):
+        profile.save(path, overwrite=True)
+    assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_a_path_that_cannot_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ProfileError, match="is not a folder that you may write to"):
+        check_free(tmp_path / "file" / "p", overwrite=False)
+
+
 def edited(tmp_path, profile, **changes):
     path = profile.save(tmp_path / "p")
     header = json.loads((path / "profile.json").read_text())
@@ -87,11 +122,57 @@ def edited(tmp_path, profile, **changes):
         ({"entries": [{"pattern": "*", "method": {"name": "nope"}}]}, "method is 'nope'"),
         ({"entries": None}, "damaged"),
         ({"entries": []}, "damaged"),
+        ({"structure": {}}, "damaged: .*structure"),
+        ({"structure": {"class": "LlamaForCausalLM", "ffns": {}}}, "damaged: .*structure"),
     ],
 )
 def test_what_cannot_be_read_is_said(changes, message, profile, tmp_path):
     with pytest.raises((ProfileError, ConfigError), match=message):
         Profile.load(edited(tmp_path, profile, **changes))
+
+
+W, T = "entry/0/model.layers.1.mlp/weights", "entry/0/model.layers.1.mlp/thresholds"
+S = "sample/model.layers.1.mlp"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (W, lambda t: t[:-1], r"weights of model\.layers\.1\.mlp have shape \(52,\), expected \(53,\)"),
+        (W, lambda t: t * torch.nan, "weights .* NaN"),
+        (W, lambda t: -t, "negative"),
+        (W, lambda t: t.double(), "weights .* are NaN, infinite"),
+        (W, None, "weights of .* and weighting disagree"),
+        (T, lambda t: t * torch.nan, "thresholds .* NaN"),
+        (T, lambda t: t.flip(0), "fall"),
+        (T, lambda t: t[:0], "not a curve"),
+        (T, lambda t: t[None], "not a curve"),
+        (S, lambda t: t * torch.nan, "weight sample"),
+        (S, lambda t: t[:2], "weight sample"),
+        (S, None, "weight samples do not match"),
+    ],
+)
+def test_contents_that_do_not_fit_are_said(key, change, message, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    tensors = load_file(path / "profile.safetensors")
+    tensor = tensors.pop(key)
+    if change is not None:
+        tensors[key] = change(tensor).contiguous()
+    save_file(tensors, path / "profile.safetensors")
+    with pytest.raises(ProfileError, match=f"damaged: .*{message}"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"\xff" * 8, (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", b""],
+    ids=["huge", "longer than the file", "not an object", "empty"],
+)
+def test_a_hostile_header_is_refused(header, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    (path / "profile.safetensors").write_bytes(header)
+    with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)
 
 
 def test_damaged_files_are_said(profile, tmp_path):
@@ -144,6 +225,9 @@ def test_sparsity_and_decision_change_without_calibration(profile, llama_model):
         profile.with_settings(sparsity=2)
     with pytest.raises(ConfigError, match="calibrate again"):
         profile.with_settings(weighting="none")
+    assert profile.with_settings(weighting="rms-norm").entries[0].method == profile.entries[0].method
+    with pytest.raises(ConfigError, match="no field 'name'"):
+        profile.with_settings(name="cats")
 
 
 def test_thresholds_divide_by_the_weights(profile, llama_model):

@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import countdown
 import oracle
 from conftest import FAMILIES, llama
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
 from countdown.modules import SparseFFN, sparse_ffns
 
@@ -220,6 +219,8 @@ def test_from_pretrained(model_folder, llama_model, profile, tmp_path):
     countdown.sparsify_(llama_model, profile, apply_to="all", sparsity=0.3)
     loaded = countdown.from_pretrained(str(model_folder), tmp_path / "p", apply_to="all", sparsity=0.3, device="cpu")
     assert torch.equal(logits(loaded), logits(llama_model))
+    with pytest.raises(ConfigError, match="sparsity needs a profile"):
+        countdown.from_pretrained(str(model_folder), sparsity=0.5)
 
 
 def test_status_says_what_runs_where(llama_model, profile):
@@ -288,4 +289,22 @@ def test_only_matching_modules_are_replaced(llama_model, profile):
     object.__setattr__(profile.entries[0], "pattern", "model.layers.1.*")
     countdown.sparsify_(llama_model, profile)
     assert list(sparse_ffns(llama_model)) == ["model.layers.1.mlp"]
-    assert isinstance(llama_model.model.layers[0].mlp, nn.Module)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(llama_model, profile):
+    object.__setattr__(profile.entries[0], "pattern", "model.blocks.*")
+    with pytest.raises(ProfileError, match=r"no FFN of the model matches .*model\.blocks"):
+        countdown.sparsify_(llama_model, profile)
+
+
+def test_sparsified_under_inference_mode_it_runs_outside_of_it(llama_model, profile):
+    with torch.inference_mode():
+        countdown.sparsify_(llama_model, profile)
+    llama_model.generate(IDS, max_new_tokens=3, pad_token_id=0)
+    assert countdown.status(llama_model)[0].tokens == 2
+
+
+def test_restored_modules_train_with_the_rest(llama_model, profile):
+    countdown.sparsify_(llama_model, profile).train()
+    countdown.restore_(llama_model)
+    assert all(module.training for module in llama_model.modules())

@@ -11,18 +11,15 @@ from countdown.errors import ConfigError
 
 def suggestion(name: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` when one of `options` is close to `name`, else an empty string."""
-    close = difflib.get_close_matches(name, list(options), n=1)
+    close = difflib.get_close_matches(str(name), list(options), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def check_choice(what: str, value: str, options: Iterable[str], *, because: str = "") -> None:
-    """Raise ConfigError unless `value` is one of `options`; `because` explains a narrowed choice."""
+def check_choice(what: str, value: str, options: Iterable[str]) -> None:
+    """Raise ConfigError unless `value` is one of `options`."""
     options = list(options)
     if value not in options:
-        reason = f" ({because})" if because else ""
-        raise ConfigError(
-            f"{what} is '{value}', expected one of: {', '.join(options)}{reason}.{suggestion(value, options)}"
-        )
+        raise ConfigError(f"{what} is '{value}', expected one of: {', '.join(options)}.{suggestion(value, options)}")
 
 
 def check_fields(what: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -50,8 +50,10 @@ class SparseFFN(nn.Module):
         self.apply_to = apply_to
         self.forced_dense = False
         device = ffn.linears[0].weight.device
-        self.register_buffer("per_neuron", per_neuron.to(device), persistent=False)
-        self.register_buffer("counters", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        # Made under inference_mode, the counters could not be counted up outside of it.
+        with torch.inference_mode(False):
+            self.register_buffer("per_neuron", per_neuron.to(device).clone(), persistent=False)
+            self.register_buffer("counters", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.eval()
 
     @property
@@ -133,6 +135,14 @@ def observed(model: nn.Module, ffns: list[GatedFFN], observe: Observer) -> Itera
     finally:
         for ffn in ffns:
             model.set_submodule(ffn.name, ffn.module)
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if `model` is sparsified or in training mode."""
+    if sparse_ffns(model):
+        raise UnsupportedModelError("the model is sparsified already; undo it with countdown.restore_(model).")
+    if model.training:
+        raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
 
 
 def sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:

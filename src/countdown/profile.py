@@ -1,7 +1,7 @@
 """Profiles: what calibration made, in a small folder that names its base model.
 
 profile.json          what was calibrated, on what, with which settings; the fingerprint's structure
-profile.safetensors   weights and sketches of every FFN; the fingerprint's sampled weights
+profile.safetensors   weights and threshold curves of every FFN; the fingerprint's sampled weights
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from countdown.config import check_fields
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import Method, parse_method
 from countdown.models.ffn import GatedFFN
-from countdown.models.fingerprint import structure, weights_agree
+from countdown.models.fingerprint import SAMPLES, structure, weights_agree
 
 FORMAT = "countdown-profile"
 VERSION = 1
@@ -90,11 +90,12 @@ class Profile:
         Raises:
             ConfigError: A setting is unknown, out of range, or needs a new calibration.
         """
-        if "weighting" in settings:
-            raise ConfigError("the weighting is part of a profile's calibration; calibrate again to change it.")
-        entries = [
-            replace(entry, method=parse_method({**entry.method.to_dict(), **settings})) for entry in self.entries
-        ]
+        entries = []
+        for entry in self.entries:
+            check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
+            if settings.get("weighting", entry.method.weighting) != entry.method.weighting:
+                raise ConfigError("the weighting is part of a profile's calibration; calibrate again to change it.")
+            entries.append(replace(entry, method=replace(entry.method, **settings)))
         return replace(self, entries=entries)
 
     def selector(self, ffn: GatedFFN) -> tuple[Method, Tensor] | None:
@@ -115,12 +116,11 @@ class Profile:
             ProfileError: Another class, other FFNs or other shapes.
         """
         found = structure(model, ffns)
-        for what in self.structure:
-            if found[what] != self.structure[what]:
-                raise ProfileError(
-                    f"the profile belongs to another model: it was made for {_shape(self.structure)} "
-                    f"({self.base_model.get('name', 'unnamed')}), this is {_shape(found)}."
-                )
+        if found != self.structure:
+            raise ProfileError(
+                f"the profile belongs to another model: it was made for {_shape(self.structure)} "
+                f"({self.base_model.get('name', 'unnamed')}), this is {_shape(found)}."
+            )
         if not weights_agree(ffns, self.samples):
             warnings.warn(
                 f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "
@@ -153,11 +153,10 @@ class Profile:
         try:
             new = scratch / "new"
             new.mkdir()
-            (new / _JSON).write_text(json.dumps(self._header(), indent=2, ensure_ascii=False) + "\n")
+            header = json.dumps(self._header(), indent=2, ensure_ascii=False)
+            (new / _JSON).write_text(header + "\n", encoding="utf-8")
             (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-            if path.exists():
-                os.replace(path, scratch / "old")
-            os.replace(new, path)
+            _swap(new, path, scratch / "old")
         except OSError as error:
             raise ProfileError(f"profile {path} cannot be written: {error}.") from error
         finally:
@@ -229,17 +228,70 @@ class Profile:
             Entry(entry["pattern"], parse_method(entry["method"]), {n: Site(**parts) for n, parts in by_name.items()})
             for entry, by_name in zip(header["entries"], sites, strict=True)
         ]
-        return cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
+        profile = cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
+        _check_contents(profile)
+        return profile
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ProfileError unless a profile may be written to `path`."""
-    if not path.exists():
-        return
-    if not overwrite:
-        raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
-    if not (path / _JSON).is_file():
-        raise ProfileError(f"{path} exists and is not a profile, so it is not overwritten; give another path.")
+    if path.exists():
+        if not overwrite:
+            raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
+        if not path.is_dir() or {inside.name for inside in path.iterdir()} != {_JSON, _TENSORS}:
+            raise ProfileError(
+                f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
+            )
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ProfileError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put `new` in the place of `path`; when that fails or is interrupted, what was there is there again."""
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+
+
+def _check_contents(profile: Profile) -> None:
+    """Raise ValueError unless structure, samples and statistics are whole and fit together."""
+    known = profile.structure
+    _require(set(known) == {"class", "ffns"} and bool(known["ffns"]), "its structure is not that of a model")
+    _require(set(profile.samples) == set(known["ffns"]), "its weight samples do not match its FFNs")
+    for name, sample in profile.samples.items():
+        _require(sample.shape == (3, SAMPLES) and _finite(sample), f"the weight sample of {name} is not valid")
+    for entry in profile.entries:
+        _require(isinstance(entry.pattern, str), "a pattern is not text")
+        _require(set(entry.sites) <= set(known["ffns"]), "it has statistics of FFNs that it does not list")
+        for name, shape in known["ffns"].items():
+            if fnmatchcase(name, entry.pattern):
+                _check_site(name, entry.sites.get(name, Site()), shape["h"], entry.method)
+
+
+def _check_site(name: str, site: Site, h: int, method: Method) -> None:
+    weights, curve = site.weights, site.thresholds
+    _require((weights is not None) == (method.weighting != "none"), f"weights of {name} and weighting disagree")
+    if weights is not None:
+        _require(weights.shape == (h,), f"weights of {name} have shape {tuple(weights.shape)}, expected {(h,)}")
+        _require(_finite(weights) and bool((weights >= 0).all()), f"weights of {name} are NaN, infinite or negative")
+    if curve is not None:
+        _require(curve.dim() == 1 and len(curve) > 1, f"thresholds of {name} are not a curve")
+        _require(_finite(curve) and bool((curve.diff() >= 0).all()), f"thresholds of {name} are NaN or fall")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
 
 
 def _per_neuron(ffn: GatedFFN, method: Method, site: Site) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -62,15 +63,24 @@ def write(target: str | Path, document: Any) -> None:
     if str(target) == "-":
         sys.stdout.write(text)
         return
-    path = Path(target)
+    write_text(Path(target), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all, making its folder if need be.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {error}.") from error
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise ConfigError(f"{path} cannot be written: {error}.") from error
 
 
 def _cpu_name() -> str:

@@ -10,10 +10,10 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 
 from countdown.config import check_choice
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.models.ffn import GatedFFN, check_untouched, find_ffns
 from countdown.models.loading import Source, load_model
-from countdown.modules import APPLY_TO, SparseFFN, sparse_ffns
+from countdown.modules import APPLY_TO, SparseFFN, check_dense, sparse_ffns
 from countdown.profile import Profile
 
 BACKENDS = ("reference",)
@@ -23,7 +23,8 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", sparsity: float | None = None) -> ModelT:
     """Replace the model's FFNs, in place, by ones that skip the neurons a token does not need.
 
-    `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are.
+    `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
+    may be loaded into them; hooks on the FFN's linears, or other linears in their place, would be bypassed.
 
     Args:
         model: A dense causal language model of transformers, in eval mode.
@@ -43,19 +44,18 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     _check_backend()
-    if sparse_ffns(model):
-        raise UnsupportedModelError("the model is sparsified already; undo it with countdown.restore_(model).")
-    if model.training:
-        raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
+    check_dense(model)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
     ffns = find_ffns(model)
     profile.check(model, ffns)
     # Everything that can fail comes before the first replacement.
-    replacements = {ffn.name: _sparse(ffn, profile, apply_to) for ffn in ffns}
+    replacements = {ffn.name: module for ffn in ffns if (module := _sparse(ffn, profile, apply_to)) is not None}
+    if not replacements:
+        patterns = ", ".join(entry.pattern for entry in profile.entries)
+        raise ProfileError(f"no FFN of the model matches the profile's pattern: {patterns}.")
     for name, module in replacements.items():
-        if module is not None:
-            model.set_submodule(name, module)
+        model.set_submodule(name, module)
     if apply_to == "decode":
         # transformers looks this hook up on the instance when, and only when, decoding is assisted.
         vars(model)["_get_candidate_generator"] = _refuse_assisted
@@ -69,7 +69,7 @@ def restore_(model: ModelT) -> ModelT:
         UnsupportedModelError: The model is not sparsified.
     """
     for name, module in _require_sparse(model).items():
-        model.set_submodule(name, module.dense)
+        model.set_submodule(name, module.dense.train(module.training))
     vars(model).pop("_get_candidate_generator", None)
     return model
 
@@ -100,6 +100,8 @@ def from_pretrained(
         ConfigError: Nothing loadable under this name, or a setting is out of range.
         ProfileError, UnsupportedModelError: See `sparsify_`.
     """
+    if profile is None and sparsity is not None:
+        raise ConfigError("sparsity needs a profile: without one the model stays dense.")
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)

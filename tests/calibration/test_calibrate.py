@@ -11,7 +11,7 @@ import torch
 
 import countdown
 from conftest import llama
-from countdown.calibration.calibrate import calibrate
+from countdown.calibration.calibrate import calibrate, calibration_windows
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.calibration.statistics import threshold_curve
 from countdown.calibration.text import windows
@@ -31,7 +31,7 @@ def kept(model, tokenizer, text):
         for ffn in ffns
     ]
     with torch.no_grad():
-        for window in windows(tokenizer, text, count=TOKENS // 512):
+        for window in calibration_windows(tokenizer, text, TOKENS):
             model(window[None])
     for hook in hooks:
         hook.remove()
@@ -63,7 +63,7 @@ def test_every_layer_holds_its_target_when_all_are_sparse(weighting, sparsity, m
     profile = calibrate(model, tokenizer, text, config, tokens=16384, progress=False)
     countdown.sparsify_(model, profile, apply_to="all")
     with torch.no_grad():
-        model(windows(tokenizer, text, count=16384 // 512))
+        model(calibration_windows(tokenizer, text, 16384))
     for site in countdown.status(model):
         assert site.realised_sparsity == pytest.approx(sparsity, abs=0.015)
 
@@ -137,10 +137,19 @@ def test_bad_input(llama_model, tokenizer, text):
     config = method("m-countdown")
     with pytest.raises(ConfigError, match="at least one window"):
         calibrate(llama_model, tokenizer, text, config, tokens=511)
-    with pytest.raises(TextError, match="too few for"):
-        calibrate(llama_model, tokenizer, "short", config, progress=False)
+    for short in ("short", ""):
+        with pytest.raises(TextError, match="too few for"):
+            calibrate(llama_model, tokenizer, short, config, progress=False)
+    with pytest.raises(ConfigError, match="longer than the model's context of 64"):
+        calibrate(llama(max_position_embeddings=64), tokenizer, text, config, progress=False)
     with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
         calibrate(llama_model.train(), tokenizer, text, config)
+
+
+def test_windows_are_spread_over_the_text(tokenizer):
+    text = "".join(chr(97 + i) * 512 for i in range(20))
+    rows = calibration_windows(tokenizer, text, 5 * 512)
+    assert [tokenizer.decode(row[:1]) for row in rows] == ["a", "e", "i", "m", "q"]
 
 
 def test_provenance(model_folder, tokenizer, text):
@@ -157,7 +166,7 @@ def test_provenance(model_folder, tokenizer, text):
 _MEMORY = """
 import resource, torch
 from conftest import byte_tokenizer, llama
-from countdown.calibration.calibrate import calibrate
+from countdown.calibration.calibrate import calibrate, calibration_windows
 from countdown.methods import method
 
 model, tokenizer = llama(intermediate_size=512, num_hidden_layers=4), byte_tokenizer()

@@ -60,6 +60,11 @@ def test_bad_sources(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(TextError, match="UTF-8"):
         load_text(str(tmp_path / "binary"), "evaluation")
+    (tmp_path / "valid.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(TextError, match="UTF-8"):
+        load_text("wikitext2", "calibration", text_dir=tmp_path)
+    with pytest.raises(TextError, match="neither a file nor"):
+        load_text("a text given in place of its name " * 20, "evaluation")
 
 
 def test_windows_do_not_overlap(tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -42,12 +43,15 @@ def run(*arguments: str | Path, cwd: Path) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def _environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment of a user's shell: without what conftest sets to quieten this process."""
+    return {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | (more or {})
+
+
 def spawn(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None, **more: Any) -> Result:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-P", "-m", "countdown", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, check=False, **more
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=_environment(env), check=False, **more)
     return Result(done.returncode, done.stdout, done.stderr)
 
 
@@ -83,7 +87,8 @@ def test_calibrate_then_evaluate(made, model_folder):
     assert (record["method"], record["weighting"], record["sparsity"]) == ("m-countdown", "rms", 0.6)
     assert record["tokens"] == 2 * 511
     assert 0.5 < record["realised_sparsity"] < 0.7
-    assert set(document["meta"]) == {"date", "command", "hardware", "versions"}
+    assert set(document["meta"]) == {"date", "command", "hardware", "versions", "text", "calibration"}
+    assert len(record["realised_sparsity_by_layer"]) == 3
 
 
 def test_sparsity_and_decision_change_at_load(made, model_folder):
@@ -118,8 +123,38 @@ def test_generate(made, model_folder):
     assert (first["run"], second["run"]) == ("dense", "sparse")
     assert dense.stdout == first["text"] + "\n"
     assert both.stdout == first["text"] + "\n" + second["text"] + "\n"
+    assert (second["method"], second["apply_to"]) == ("m-countdown", "decode")
     assert "tokens/s" in both.stderr
     assert "backend reference" in both.stderr
+
+
+def test_generate_keeps_stdout_for_json(made, model_folder):
+    result = run("generate", model_folder, "hello", "--max-new-tokens", "4", "--raw", "--json", "-", cwd=made)
+    (record,) = json.loads(result.stdout)["records"]
+    assert record["text"] in result.stderr
+
+
+def test_evaluating_on_the_calibration_text_is_refused(model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("some text of mine. " * 100)
+    common = ["--text", "mine.txt"]
+    made = run("calibrate", model_folder, "-o", "p", *common, "--tokens", "1024", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    result = run("evaluate", model_folder, "--profile", "p", *common, "--windows", "1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "calibrated on this very text" in result.stderr
+
+
+def test_ctrl_c_while_calibrating_leaves_nothing(model_folder, tmp_path):
+    command = [sys.executable, "-m", "countdown", "calibrate", model_folder, "-o", "p", "--tokens", "65536"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        for line in process.stderr:
+            if line.startswith("calibrating"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_from_stdin(model_folder, tmp_path, monkeypatch):
@@ -145,6 +180,10 @@ MISTAKES = {
     "compare with nothing": (["generate", "{model}", "hi", "--compare"], "something to compare"),
     "empty prompt": (["generate", "{model}", " "], "prompt is empty"),
     "dtype": (["generate", "{model}", "hi", "--dtype", "int4"], "dtype is 'int4'"),
+    "ignored": (["generate", "{model}", "hi", "--sparsity", "0.7"], "need --profile or --method"),
+    "revision": (["inspect", "{model}", "--revision", "main"], "belongs to models on the hub"),
+    "context": (["generate", "{model}", "hi", "--max-new-tokens", "5000"], "longer than the model's context"),
+    "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),
     "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
 }
 
@@ -177,7 +216,7 @@ def test_debug_shows_the_traceback(tmp_path):
 def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
     result = spawn("calibrate", model_folder, "-o", "q", "--tokens", "1024", cwd=tmp_path)
     assert result.stdout == "q\n"
-    assert "calibrating, thresholds: done\n" in result.stderr
+    assert "calibrating, thresholds of m-countdown: done\n" in result.stderr
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stderr
     quiet = run("calibrate", model_folder, "-o", "r", "--tokens", "1024", "-q", cwd=tmp_path)

@@ -91,5 +91,9 @@ def test_a_large_vocabulary_is_summed_in_pieces(sparse, ids, monkeypatch):
 def test_bad_input(sparse, ids):
     with pytest.raises(ConfigError, match="protocol is 'prefill'"):
         evaluate(sparse, ids, protocol="prefill")
+    with pytest.raises(ConfigError, match="needs at least 3"):
+        evaluate(sparse, ids[:, :2], protocol="decode")
+    with pytest.raises(ConfigError, match="longer than the model's context"):
+        evaluate(sparse, ids[:1].repeat(1, 5000))
     with pytest.raises(UnsupportedModelError, match="is not sparsified"):
         evaluate(llama(), ids)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from countdown.errors import ConfigError
-from countdown.methods import Method, method, method_class, method_names, parse_method, register
+from countdown.methods import Method, _registry, method, method_class, method_names, parse_method, register
 from countdown.ops.indicators import UP, Indicator
 
 
@@ -104,6 +104,13 @@ def test_weights_read(name, active, expected):
 )
 def test_drop_is_the_floor(sparsity, neurons, drop):
     assert method("cats", sparsity=sparsity).drop(neurons) == drop
+
+
+def test_a_broken_package_is_named_only_when_asked_for(monkeypatch):
+    monkeypatch.setitem(_registry._BROKEN, "broken", ImportError("no module named 'gone'"))
+    assert method("cats").name == "cats"
+    with pytest.raises(ConfigError, match="'broken' of an installed package cannot be loaded: ImportError"):
+        method("broken")
 
 
 def test_registering_checks_the_class():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from countdown.errors import ConfigError
+from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.models.loading import Source, load_model, load_skeleton, load_tokenizer
 
 
@@ -58,6 +61,33 @@ def test_bad_dtype_and_device(model_folder):
         load_model(source, dtype="bf32")
     with pytest.raises(ConfigError, match="device 'warp' cannot be used"):
         load_model(source, device="warp")
+
+
+def test_missing_weights_are_not_made_up(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"lacks 1 of the model's weights, model\.layers\.1\.mlp\.up_proj"):
+        load_model(Source.parse(str(tmp_path / "m")), device="cpu")
+
+
+def test_a_damaged_checkpoint_is_one_line(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UnsupportedModelError, match="cannot be loaded"):
+        load_model(Source.parse(str(tmp_path / "m")), device="cpu")
+
+
+def test_revision_belongs_to_the_hub(model_folder):
+    with pytest.raises(ConfigError, match="--revision belongs to models on the hub"):
+        Source.parse(str(model_folder), revision="main")
+
+
+def test_the_folder_one_stands_in_has_a_name(model_folder, monkeypatch):
+    monkeypatch.chdir(model_folder)
+    assert Source.parse(".").label == "tiny-llama"
 
 
 def test_skeleton_has_no_weights(model_folder):

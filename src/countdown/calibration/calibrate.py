@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from countdown.calibration.statistics import Weights, second_moments, threshold_curves
 from countdown.calibration.text import WINDOW, Text, windows
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import ConfigError
 from countdown.methods import Method
 from countdown.models.ffn import GatedFFN, check_untouched, find_ffns
 from countdown.models.fingerprint import structure, weight_sample
-from countdown.modules import sparse_ffns
+from countdown.models.loading import check_context
+from countdown.modules import check_dense
 from countdown.profile import Entry, Profile, Site
 
 DEFAULT_TOKENS = 32768
@@ -46,7 +47,7 @@ def calibrate(
 
     Returns:
         A profile. It holds thresholds for every sparsity, so another one needs no new calibration; they are
-        estimated on most text at the sparsity of `config`.
+        estimated on more text at the sparsity of `config` than at others.
 
     Raises:
         UnsupportedModelError: The model has no gated FFNs, is sparsified already, or is in training mode.
@@ -68,10 +69,8 @@ def calibrate_all(
 ) -> list[Profile]:
     """Calibrate several methods, sharing the pass that estimates moments. As `calibrate`, a profile for each."""
     ids = calibration_windows(tokenizer, texts, tokens)
-    if model.training:
-        raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
-    if sparse_ffns(model):
-        raise UnsupportedModelError("the model is sparsified already; undo it with countdown.restore_(model).")
+    check_dense(model)
+    check_context(model, WINDOW)
     ffns = find_ffns(model)
     for ffn in ffns:
         check_untouched(ffn)
@@ -96,10 +95,15 @@ def calibrate_all(
 
 
 def calibration_windows(tokenizer: Any, texts: str | Text | Sequence[str], tokens: int) -> Tensor:
-    """Return the windows that `calibrate` reads, int64 `[tokens // 512, 512]`, or raise its errors about text."""
+    """Return the windows that `calibrate` reads, int64 `[tokens // 512, 512]`, or raise its errors about text.
+
+    They are spread evenly over the text, which may be of many kinds from its beginning to its end.
+    """
     if tokens < WINDOW:
         raise ConfigError(f"tokens is {tokens}, expected at least one window of {WINDOW}.")
-    return windows(tokenizer, texts.content if isinstance(texts, Text) else texts, count=tokens // WINDOW)
+    count = tokens // WINDOW
+    rows = windows(tokenizer, texts.content if isinstance(texts, Text) else texts, at_least=count)
+    return rows[torch.arange(count) * len(rows) // count]
 
 
 def _weights(

@@ -7,6 +7,7 @@ is a UTF-8 file, used as it is.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -66,15 +67,26 @@ def load_text(source: str, split: str, *, text_dir: str | Path | None = None) ->
         raise TextError(f"--text-dir belongs to --text wikitext2, but the text is '{source}'.")
     if source == "python-docs":
         return Text(source, split, _python_docs(split))
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(source))
+    if not _is_file(path):
         raise TextError(
             f"text '{source}' is neither a file nor one of: {', '.join(BUILT_IN)}.{suggestion(source, BUILT_IN)}"
         )
+    return Text(path.name, "all", _read(path))
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return Text(path.name, "all", path.read_text(encoding="utf-8"))
+        return path.is_file()
+    except OSError:  # a text given in place of its name is too long for one
+        return False
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise TextError(f"text file {source} cannot be read as UTF-8: {error}") from error
+        raise TextError(f"text file {path} cannot be read as UTF-8: {error}") from error
 
 
 def detokenise(text: str) -> str:
@@ -94,10 +106,10 @@ def detokenise(text: str) -> str:
 def _wikitext2(split: str, text_dir: str | Path | None) -> str:
     name = {"calibration": "valid", "evaluation": "test"}[split]
     if text_dir is not None:
-        path = Path(text_dir).expanduser() / f"{name}.txt"
+        path = Path(os.path.expanduser(text_dir)) / f"{name}.txt"
         if not path.is_file():
             raise TextError(f"--text-dir {text_dir} has no {name}.txt; it needs WikiText-2's valid.txt and test.txt.")
-        return path.read_text(encoding="utf-8")
+        return _read(path)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -131,7 +143,9 @@ def _python_docs(split: str) -> str:
     return "\n\n".join(parts[split])
 
 
-def windows(tokenizer: Any, texts: str | Sequence[str], *, count: int | None = None, length: int = WINDOW) -> Tensor:
+def windows(
+    tokenizer: Any, texts: str | Sequence[str], *, count: int | None = None, at_least: int = 1, length: int = WINDOW
+) -> Tensor:
     """Return the first `count` non-overlapping windows of a text, int64 `[count, length]`.
 
     The texts are joined by newlines and tokenised once, without special tokens. Where the tokenizer itself
@@ -140,7 +154,7 @@ def windows(tokenizer: Any, texts: str | Sequence[str], *, count: int | None = N
     Args:
         tokenizer: A transformers tokenizer.
         texts: The text, or several.
-        count: How many windows; all when omitted.
+        count: How many windows; all when omitted, which must then be `at_least` so many.
         length: Tokens in a window, at least 2.
 
     Raises:
@@ -149,12 +163,13 @@ def windows(tokenizer: Any, texts: str | Sequence[str], *, count: int | None = N
     text = texts if isinstance(texts, str) else "\n".join(texts)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
     available = len(ids) // length
-    wanted = available if count is None else count
-    if wanted < 1 or available < wanted:
+    needed = at_least if count is None else count
+    if available < needed:
         raise TextError(
-            f"the text has {len(ids)} tokens, too few for {max(wanted, 1)} windows of {length}; "
+            f"the text has {len(ids)} tokens, too few for {needed} windows of {length}; "
             "give a longer text or ask for fewer tokens."
         )
+    wanted = available if count is None else count
     rows = ids[: wanted * length].view(wanted, length)
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:

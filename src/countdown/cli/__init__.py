@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 from countdown.cli.commands import app
 from countdown.cli.options import debugging
@@ -18,11 +19,17 @@ def main() -> None:
     try:
         app()
     except CountdownError as error:
-        if debugging():
-            raise
-        err.print(f"error: {error}", markup=False)
-        sys.exit(2)
+        _fail(error)
     except BrokenPipeError:
         # The reader of stdout has gone, as `| head` does; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a path that no check foresaw
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if debugging():
+        raise error
+    err.print(f"error: {error}", markup=False)
+    sys.exit(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.errors import ConfigError
-from countdown.methods import Method, method, method_class, method_names
+from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +91,7 @@ def inspect(
 def calibrate(
     model: o.Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
-    method_name: Annotated[str, typer.Option("--method", help="Method to calibrate.")] = "m-countdown",
+    method_name: Annotated[str, typer.Option("--method", help="Method to calibrate.")] = DEFAULT_METHOD,
     sparsity: o.Sparsity = None,
     decision: o.Decision = None,
     weighting: o.Weighting = None,
@@ -122,7 +122,7 @@ def calibrate(
     tokenizer = load_tokenizer(source)
     calibration_windows(tokenizer, loaded_text, tokens)  # what is wrong with it shows before the model loads
     loaded = _load(source, dtype, device, seed)
-    profile = _calibrate(loaded, tokenizer, loaded_text, config, tokens)
+    profile = _calibrate(loaded, tokenizer, loaded_text, config, tokens, source)
     profile.save(path, overwrite=overwrite)
     printing.err.print(
         f"profile of {config} written; run: countdown generate {model} --profile {path} 'Hello'", markup=False
@@ -167,17 +167,21 @@ def evaluate(
     chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     loaded_text = load_text(text, "evaluation", text_dir=text_dir)
+    _check_unseen(chosen, loaded_text)
     calibration_text = _calibration_text(chosen, text, text_dir)
     tokenizer = load_tokenizer(source)
     ids = cut(tokenizer, loaded_text.content, count=windows)
     loaded = _load(source, dtype, device, seed)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens)
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
     sparsify_(loaded, made)
     result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
     config = made.entries[0].method
-    about = {"model": source.label, **_settings(config), "text": loaded_text.describe(), "windows": windows}
-    printing.emit(json, {"meta": meta(), "records": [about | result.to_dict()]})
     printing.print_evaluation(printing.table_console(json), config, result)
+    about = {"model": source.label, **_settings(config), "text": loaded_text.source, "windows": windows}
+    printing.emit(
+        json,
+        {"meta": meta(text=loaded_text.describe(), calibration=made.calibration), "records": [about | result.record()]},
+    )
 
 
 @app.command()
@@ -217,13 +221,15 @@ def generate(
     sparse = profile is not None or method_name is not None
     if compare and not sparse:
         raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
+    if not sparse and (sparsity, decision, weighting) != (None, None, None):
+        raise ConfigError("--sparsity, --decision and --weighting need --profile or --method; without, it is dense.")
     chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting) if sparse else None
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
     tokenizer = load_tokenizer(source)
     ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw)
     loaded = _load(source, dtype, device, seed)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens) if chosen else None
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source) if chosen else None
     runs: dict[str, Generation] = {}
     for name in (["dense"] if compare or made is None else []) + (["sparse"] if made else []):
         if name == "sparse" and made is not None:
@@ -235,17 +241,13 @@ def generate(
             tokenizer,
             ids,
             max_new_tokens=max_new_tokens,
-            write=lambda piece: typer.echo(piece, nl=False),
+            write=lambda piece: typer.echo(piece, nl=False, err=json == "-"),
         )
-        typer.echo()
-    printing.emit(
-        json,
-        {
-            "meta": meta(),
-            "records": [{"model": source.label, "run": n, **asdict(g)} for n, g in runs.items()],
-        },
-    )
+        typer.echo(err=json == "-")
     printing.print_speeds(runs, loaded)
+    settings = {"dense": {}, "sparse": _settings(made.entries[0].method) | {"apply_to": apply_to} if made else {}}
+    records = [{"model": source.label, "run": n, **settings[n], **asdict(found)} for n, found in runs.items()]
+    printing.emit(json, {"meta": meta(), "records": records})
 
 
 @app.command()
@@ -261,8 +263,9 @@ def demo(
     """Calibrate and compare SmolLM2-135M on this CPU, offline; print the numbers and write a report."""
     from countdown.demo import run_demo
     from countdown.profile import check_free
-    from countdown.report.html import write_report
+    from countdown.report.html import check_installed, write_report
 
+    check_installed()
     report, profile = output / "report.html", output / "profile"
     if report.exists() and not overwrite:
         raise ConfigError(f"{report} exists already; give another --output or --overwrite.")
@@ -311,17 +314,27 @@ def _calibration_text(chosen: Profile | Method, text: str, text_dir: Path | None
     return load_text("python-docs", "calibration")
 
 
-def _as_profile(chosen: Profile | Method, model: nn.Module, tokenizer: Any, text: Text | None, tokens: int) -> Profile:
+def _check_unseen(chosen: Profile | Method, text: Text) -> None:
+    """Refuse to evaluate a profile on the text it was calibrated on."""
+    if not isinstance(chosen, Method) and chosen.calibration["text"].get("sha256") == text.sha256:
+        raise ConfigError(f"the profile was calibrated on this very text ({text.source}); evaluate it on another.")
+
+
+def _as_profile(
+    chosen: Profile | Method, model: nn.Module, tokenizer: Any, text: Text | None, tokens: int, source: Source
+) -> Profile:
     if not isinstance(chosen, Method):
         return chosen
     assert text is not None
-    return _calibrate(model, tokenizer, text, chosen, tokens)
+    return _calibrate(model, tokenizer, text, chosen, tokens, source)
 
 
-def _calibrate(model: nn.Module, tokenizer: Any, text: Text, config: Method, tokens: int) -> Profile:
+def _calibrate(model: nn.Module, tokenizer: Any, text: Text, config: Method, tokens: int, source: Source) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    return calibrate(model, tokenizer, text, config, tokens=tokens, progress=o.show_progress())
+    profile = calibrate(model, tokenizer, text, config, tokens=tokens, progress=o.show_progress())
+    # transformers names a GGUF model after its folder.
+    return replace(profile, base_model=profile.base_model | {"name": source.label})
 
 
 def _load(source: Source, dtype: str, device: str, seed: int) -> nn.Module:

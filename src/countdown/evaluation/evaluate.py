@@ -12,12 +12,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.config import check_choice
-from countdown.errors import CountdownError
+from countdown.errors import ConfigError, CountdownError
+from countdown.models.loading import check_context
 from countdown.modules import running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
 
 PROTOCOLS = ("all", "decode")
+# Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
+_SHORTEST = {"all": 2, "decode": 3}
 # Log-softmax is taken over this many logits at a time, in float32: 256 MB for each copy.
 _LOGITS_AT_ONCE = 1 << 26
 
@@ -58,9 +61,12 @@ class Evaluation:
     weights_read: float
     layers: list[LayerSparsity] = field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON can hold them."""
-        return asdict(self)
+    def record(self) -> dict[str, Any]:
+        """Return the fields flat, as results files hold them; of the layers, their realised sparsities."""
+        flat = asdict(self)
+        flat["apply_to"] = flat.pop("protocol")
+        del flat["layers"]
+        return flat | {"realised_sparsity_by_layer": [round(layer.realised, 5) for layer in self.layers]}
 
 
 @dataclass
@@ -94,10 +100,14 @@ def evaluate(model: nn.Module, windows: Tensor, *, protocol: str = "all", progre
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
-        ConfigError: Unknown protocol.
+        ConfigError: Unknown protocol, or windows too short or longer than the model's context.
         CountdownError: Some scored token was not computed sparsely in some layer.
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    length = windows.shape[1]
+    if length < _SHORTEST[protocol]:
+        raise ConfigError(f"windows have {length} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}.")
+    check_context(model, length)
     reset_counters(model)
     device = next(model.parameters()).device
     score = _score_all if protocol == "all" else _score_decode
@@ -139,6 +149,13 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
         yield out.logits[:, -1]
 
 
+def _perplexity(nll: float, tokens: int) -> float:
+    try:
+        return math.exp(nll / tokens)
+    except OverflowError:
+        return math.inf
+
+
 def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) -> Evaluation:
     sites = status(model)
     for site in sites:
@@ -153,8 +170,8 @@ def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) ->
     return Evaluation(
         protocol=protocol,
         tokens=sums.tokens,
-        perplexity=math.exp(sums.nll / sums.tokens),
-        dense_perplexity=math.exp(sums.dense_nll / sums.tokens),
+        perplexity=_perplexity(sums.nll, sums.tokens),
+        dense_perplexity=_perplexity(sums.dense_nll, sums.tokens),
         kl=sums.kl / sums.tokens,
         top1=sums.agree / sums.tokens,
         realised_sparsity=sum(realised[name] * size[name] for name in size) / whole,

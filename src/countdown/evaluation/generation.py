@@ -12,6 +12,7 @@ from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
 from countdown.errors import ConfigError
+from countdown.models.loading import check_context
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,11 @@ def generate(
         write: Called with each piece of text as it comes.
 
     Raises:
-        ConfigError: `max_new_tokens` is below 1.
+        ConfigError: `max_new_tokens` is below 1, or prompt and new tokens exceed the model's context.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+    check_context(model, prompt.shape[1] + max_new_tokens)
     stream = _Stream(tokenizer, write)
     device = next(model.parameters()).device
     ids = prompt.to(device)

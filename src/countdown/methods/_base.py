@@ -87,7 +87,7 @@ class Method:
 
     def drop(self, neurons: int) -> int:
         """Return ⌊k·h⌋, how many of `neurons` the topk decision makes inactive."""
-        # 0.7 * 10 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996: rounding first means both.
+        # 0.29 * 100 is 28.999999999999996, and means 29.
         return math.floor(round(self.sparsity * neurons, 9))
 
     def to_dict(self) -> dict[str, Any]:

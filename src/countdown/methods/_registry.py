@@ -20,6 +20,7 @@ from countdown.methods._base import Method
 from countdown.ops.indicators import Indicator, register_indicator
 
 _METHODS: dict[str, type[Method]] = {}
+_BROKEN: dict[str, Exception] = {}  # entry points that failed to load, by name
 M = TypeVar("M", bound=type[Method])
 
 
@@ -48,7 +49,10 @@ def _discover() -> None:
         if not module.name.startswith("_"):
             importlib.import_module(f"countdown.methods.{module.name}")
     for entry in entry_points(group="countdown.methods"):
-        register(entry.load())
+        try:
+            register(entry.load())
+        except Exception as error:  # one broken package must not take the others down
+            _BROKEN[entry.name] = error
 
 
 def method_names() -> list[str]:
@@ -64,6 +68,9 @@ def method_class(name: str) -> type[Method]:
         ConfigError: There is none.
     """
     _discover()
+    if name in _BROKEN:
+        error = _BROKEN[name]
+        raise ConfigError(f"method '{name}' of an installed package cannot be loaded: {type(error).__name__}: {error}")
     if name not in _METHODS:
         raise ConfigError(f"method is '{name}', expected one of: {', '.join(_METHODS)}.{suggestion(name, _METHODS)}")
     return _METHODS[name]

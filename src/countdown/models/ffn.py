@@ -114,7 +114,9 @@ def check_untouched(ffn: GatedFFN) -> None:
 def _decoder(model: nn.Module) -> tuple[nn.Module, str]:
     """Return the text decoder and its dotted prefix, so that vision and audio towers are left out."""
     get_decoder = getattr(model, "get_decoder", None)
-    decoder: nn.Module = get_decoder() if callable(get_decoder) else model
+    if not callable(get_decoder):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a causal language model of transformers.")
+    decoder: nn.Module = get_decoder()
     for name, module in model.named_modules():
         if module is decoder:
             return decoder, f"{name}." if name else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from countdown.config import check_choice
@@ -40,7 +41,9 @@ class Source:
         Raises:
             ConfigError: A path that does not exist, or a folder that holds no model.
         """
-        path = Path(model).expanduser()
+        path = Path(os.path.expanduser(model))
+        if revision and (path.suffix == ".gguf" or path.is_dir()):
+            raise ConfigError(f"--revision belongs to models on the hub, but {model} is local.")
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise ConfigError(f"model file {model} does not exist.")
@@ -72,7 +75,7 @@ class Source:
         """A short name without the machine's folders."""
         if self.gguf_file:
             return Path(self.gguf_file).stem
-        return Path(self.name).name if os.path.isdir(self.name) else self.name
+        return Path(self.name).resolve().name if os.path.isdir(self.name) else self.name
 
 
 def resolve_device(device: str) -> torch.device:
@@ -114,12 +117,26 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     from transformers import AutoModelForCausalLM
 
     place = resolve_device(device)
-    arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source)}
+    arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source), "output_loading_info": True}
     if source.gguf_file:
         arguments |= _dequantise()
     with _explained(source):
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
-    return model.to(place).eval()
+        model, found = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
+    if missing := sorted(found["missing_keys"]):
+        raise UnsupportedModelError(
+            f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
+            "copy may be incomplete."
+        )
+    result: nn.Module = model.to(place).eval()
+    return result
+
+
+def check_context(model: nn.Module, tokens: int) -> None:
+    """Raise ConfigError if a sequence of so many tokens is longer than the model's context."""
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise ConfigError(f"a sequence of {tokens} tokens is longer than the model's context of {context}.")
 
 
 def load_skeleton(source: Source) -> nn.Module:
@@ -199,7 +216,7 @@ class _explained:  # noqa: N801
             ) from error
         if isinstance(error, OSError):
             raise ConfigError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | RuntimeError | SafetensorError):
             raise UnsupportedModelError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
 
 

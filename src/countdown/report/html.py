@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections import defaultdict
 from pathlib import Path
@@ -10,11 +11,18 @@ from typing import Any
 from countdown.demo import Demo
 from countdown.errors import ConfigError
 from countdown.evaluation.generation import first_difference
-from countdown.results import hardware, versions
+from countdown.results import hardware, versions, write_text
 
 # Legible on white and on near-black alike.
 COLOURS = ("#2a78d6", "#d9730d", "#3f9142", "#a846a0")
 _INK = "#808081"  # replaced by the page's own text colour
+
+
+def check_installed() -> None:
+    """Raise ConfigError if what the report is made with is not installed."""
+    missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the report needs {' and '.join(missing)}: pip install 'countdown-llm[report]'")
 
 
 def render(demo: Demo) -> str:
@@ -23,10 +31,9 @@ def render(demo: Demo) -> str:
     Raises:
         ConfigError: matplotlib or jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, select_autoescape
-    except ImportError as error:
-        raise ConfigError("the report needs: pip install 'countdown-llm[report]'") from error
+    check_installed()
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
     environment = Environment(
         loader=PackageLoader("countdown", "report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
@@ -45,20 +52,16 @@ def render(demo: Demo) -> str:
 
 def write_report(demo: Demo, path: Path) -> None:
     """Render the report and write it to `path`."""
-    html = render(demo)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    write_text(path, render(demo))
 
 
 def plot(demo: Demo) -> str:
     """Return an SVG: perplexity against weights read, a line for each method."""
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("svg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ConfigError("the report needs: pip install 'countdown-llm[report]'") from error
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "countdown",
