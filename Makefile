@@ -26,9 +26,10 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/tables.py --check
 
-# Rewrites the tables in the docs from benchmarks/results/*.json.
+# Rewrites the tables and the picture in the docs from benchmarks/results/*.json.
 docs: $(VENV)/ready
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/plots.py
 
 $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
