@@ -9,10 +9,10 @@ from countdown.ops.indicators import GATE
 @register
 @dataclass(frozen=True, kw_only=True)
 class Cats(Method):
-    """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763, section 4).
+    """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763).
 
     Reads W_gate densely, W_up and W_down at the active neurons. Weighting `rms` ranks by |a_i|·√E[u_i²]: the
-    FFN part of CHESS (arXiv 2409.01366, section 3), whose thresholds on attention inputs are not included.
+    FFN part of CHESS (arXiv 2409.01366), whose thresholds on attention inputs are not included.
     """
 
     name = "cats"

@@ -9,7 +9,7 @@ from countdown.ops.indicators import COEFFICIENT
 @register
 @dataclass(frozen=True, kw_only=True)
 class DCountdown(Method):
-    """Keep the neurons with large |s_i|, the direct coefficient (COUNTDOWN, arXiv 2505.17701, section 4.1).
+    """Keep the neurons with large |s_i|, the direct coefficient (D-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a
     cheap prediction of s can reach, not a speed-up. Nothing of s_i is unseen, so `rms` has nothing to

@@ -9,7 +9,7 @@ from countdown.ops.indicators import UP
 @register
 @dataclass(frozen=True, kw_only=True)
 class MCountdown(Method):
-    """Keep the neurons with large |u_i|, the indirect coefficient (COUNTDOWN, arXiv 2505.17701, section 4.2).
+    """Keep the neurons with large |u_i|, the indirect coefficient (M-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     Reads W_up densely, W_gate and W_down at the active neurons: (1 + 2ρ)·d·h weights, ρ the active share.
     Weighting `rms` ranks by |u_i|·√E[a_i²], the expected size of s_i when only u_i is known; it costs
