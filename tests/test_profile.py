@@ -123,6 +123,8 @@ def edited(tmp_path, profile, **changes):
         ({"entries": None}, "damaged"),
         ({"entries": []}, "damaged"),
         ({"structure": {}}, "damaged: .*structure"),
+        ({"calibration": {}}, "damaged: .*calibrated on"),
+        ({"base_model": "llama"}, "damaged: .*calibrated on"),
         ({"structure": {"class": "LlamaForCausalLM", "ffns": {}}}, "damaged: .*structure"),
     ],
 )

@@ -8,6 +8,9 @@ from typing import Any
 
 from countdown.errors import ConfigError
 
+# How many tokens calibration reads unless told otherwise.
+CALIBRATION_TOKENS = 32768
+
 
 def suggestion(name: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` when one of `options` is close to `name`, else an empty string."""

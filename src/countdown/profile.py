@@ -262,6 +262,8 @@ def _swap(new: Path, path: Path, old: Path) -> None:
 def _check_contents(profile: Profile) -> None:
     """Raise ValueError unless structure, samples and statistics are whole and fit together."""
     known = profile.structure
+    facts = (profile.base_model, profile.calibration, profile.calibration.get("text"))
+    _require(all(isinstance(fact, dict) for fact in facts), "it does not say what it was calibrated on")
     _require(set(known) == {"class", "ffns"} and bool(known["ffns"]), "its structure is not that of a model")
     _require(set(profile.samples) == set(known["ffns"]), "its weight samples do not match its FFNs")
     for name, sample in profile.samples.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from countdown.calibration.statistics import Weights, second_moments, threshold_curves
 from countdown.calibration.text import WINDOW, Text, windows
+from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
 from countdown.methods import Method
 from countdown.models.ffn import GatedFFN, check_untouched, find_ffns
@@ -21,8 +22,6 @@ from countdown.models.loading import check_context
 from countdown.modules import check_dense
 from countdown.profile import Entry, Profile, Site
 
-DEFAULT_TOKENS = 32768
-
 
 def calibrate(
     model: nn.Module,
@@ -30,7 +29,7 @@ def calibrate(
     texts: str | Text | Sequence[str],
     config: Method,
     *,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     progress: bool = True,
 ) -> Profile:
     """Estimate what a method needs and return it as a profile.
@@ -64,7 +63,7 @@ def calibrate_all(
     texts: str | Text | Sequence[str],
     configs: Sequence[Method],
     *,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = CALIBRATION_TOKENS,
     progress: bool = True,
 ) -> list[Profile]:
     """Calibrate several methods, sharing the pass that estimates moments. As `calibrate`, a profile for each."""

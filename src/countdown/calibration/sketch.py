@@ -24,11 +24,6 @@ class MagnitudeSketch:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
 
-    @property
-    def total(self) -> int:
-        """How many values were added."""
-        return int(self.counts.sum())
-
     def add(self, values: Tensor) -> None:
         """Count `values`, any shape, finite and non-negative (the sign of a zero does not matter)."""
         patterns = values.float().abs().contiguous().view(torch.int32)

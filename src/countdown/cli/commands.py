@@ -11,6 +11,7 @@ import typer
 
 from countdown.cli import options as o
 from countdown.cli import printing
+from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
 
@@ -97,7 +98,7 @@ def calibrate(
     weighting: o.Weighting = None,
     text: o.TextName = "python-docs",
     text_dir: o.TextDir = None,
-    tokens: o.Tokens = 32768,
+    tokens: o.Tokens = CALIBRATION_TOKENS,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -142,7 +143,7 @@ def evaluate(
     text_dir: o.TextDir = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of 512 tokens to score.")] = 16,
     protocol: Annotated[str, typer.Option(help="all: every token sparse. decode: dense prompt.")] = "all",
-    tokens: o.Tokens = 32768,
+    tokens: o.Tokens = CALIBRATION_TOKENS,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
     seed: o.Seed = 0,
@@ -197,7 +198,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     apply_to: Annotated[str, typer.Option(help="decode: the prompt is dense. all: every token sparse.")] = "decode",
-    tokens: o.Tokens = 32768,
+    tokens: o.Tokens = CALIBRATION_TOKENS,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
     seed: o.Seed = 0,
@@ -273,7 +274,7 @@ def demo(
 
     found = run_demo(
         progress=o.show_progress(),
-        say=lambda line: printing.err.print(line, markup=False) if o.show_progress() else None,
+        say=printing.say if o.show_progress() else lambda _: None,
     )
     found.profile.save(profile, overwrite=overwrite)
     write_report(found, report)
