@@ -1,9 +1,13 @@
-"""What every method costs in quality: all decisions and weightings, 0.5 to 0.9, on WikiText-2.
+"""What sparsity costs in quality, on WikiText-2 and other text, every token sparse.
 
-    python benchmarks/quality.py MODEL --windows 16 --text-dir DIR --output benchmarks/results/quality-NAME.json
+    python benchmarks/quality.py MODEL --sweep SWEEP --windows 16 --text-dir DIR --output benchmarks/results/NAME.json
 
-Calibrates each on 32,768 tokens of the validation split, evaluates on the first windows of the test split, every
-token sparse. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt.
+Calibrates on 32,768 tokens of WikiText-2's validation split, evaluates on the first windows of its test split. MODEL
+is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt. Sweeps:
+
+    methods     every method, decision and weighting, 0.5 to 0.9; --only NAME for one method
+    allocation  uniform against global, and against global by the local output error alone
+    texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
 """
 
 from __future__ import annotations
@@ -13,92 +17,161 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from countdown.calibration.calibrate import calibrate_all
+from countdown.calibration.calibrate import ERROR_STRIDE, calibrate, calibration_sequences
+from countdown.calibration.statistics import Assignment, sketch_sparse
 from countdown.calibration.text import Text, load_text, windows
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import Method, method, method_class, method_names
+from countdown.models.find import find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.profile import Profile
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_, status
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+TOKENS = 32768
 
 
 def main() -> None:
-    """Run the sweep and write the results file."""
+    """Run a sweep and write the results file."""
     arguments = _arguments()
-    source = Source.parse(arguments.model)
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype="bfloat16", device=arguments.device)
-    calibration, test = (
-        load_text("wikitext2", split, text_dir=arguments.text_dir) for split in ("calibration", "evaluation")
-    )
-    profiles = calibrate_all(model, tokenizer, calibration, list(_methods()))
-    ids = windows(tokenizer, test.content, count=arguments.windows)
+    bench = Bench.of(arguments)
+    command = shlex.join(["python", "benchmarks/quality.py", bench.source.label, *arguments.public])
+    header = meta(command, commit=arguments.commit or _commit(), tokens=TOKENS)
     records = []
-    for profile in profiles:
-        for decision in profile.entries[0].method.decisions:
-            chosen = profile.with_settings(decision=decision)
-            records.append(_measure(model, chosen, ids, source, test))
-            found = records[-1]
-            print(
-                f"{chosen.entries[0].method}: {found['perplexity']:.2f} at {found['realised_sparsity']:.4f}", flush=True
-            )
-    command = shlex.join(["python", "benchmarks/quality.py", source.label, *arguments.public])
-    header = meta(command, commit=arguments.commit or _commit(), calibration=profiles[0].calibration)
-    write(arguments.output, {"meta": header, "records": records})
+    for record in SWEEPS[arguments.sweep](bench, arguments):
+        records.append(record)
+        shown = ("method", "weighting", "decision", "allocation", "sparsity", "text", "realised_sparsity", "perplexity")
+        print(*(record[key] for key in shown), flush=True)
+        # Each time: a sweep that is cut short has what it measured.
+        write(arguments.output, {"meta": header, "records": records})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and the texts it is measured on."""
+
+    source: Source
+    model: nn.Module
+    tokenizer: Any
+    valid: Text
+    test: Text
+    windows: int
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Bench:
+        """Load what the arguments name."""
+        source = Source.parse(arguments.model)
+        valid, test = (load_text("wikitext2", s, text_dir=arguments.text_dir) for s in ("calibration", "evaluation"))
+        model = load_model(source, dtype="bfloat16", device=arguments.device)
+        return cls(source, model, load_tokenizer(source), valid, test, arguments.windows)
+
+    def calibrated(self, config: Method, *texts: Text) -> Profile:
+        """Return a profile of `config`, calibrated on these texts or else on the validation split."""
+        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=TOKENS, progress=False)
+        print("calibrated", config, flush=True)
+        return found
+
+    def ids(self, text: Text) -> Tensor:
+        """Return the windows of a text that are scored."""
+        return windows(self.tokenizer, text.content, count=self.windows)
+
+    def measured(self, profile: Profile, text: Text | None = None, **about: Any) -> dict[str, Any]:
+        """Return the record of a profile on a text, or else on the test split."""
+        text = text or self.test
+        ids = self.ids(text)
+        sparsify_(self.model, profile)
+        result = evaluate(self.model, ids, progress=False)
+        sites = status(self.model)
+        restore_(self.model)
+        return {
+            "model": self.source.label,
+            "sites": len(sites),
+            "vocab": self.model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
+            "dtype": "bfloat16",
+            "device": str(next(self.model.parameters()).device),
+            **profile.recipe.record(),
+            "text": text.source,
+            "calibrated_on": [seen["source"] for seen in profile.calibration["texts"]],
+            "windows": len(ids),
+            **result.record(),
+            "target_by_layer": [round(layer.target, 5) for layer in result.layers],
+            **about,
+        }
+
+
+def _methods(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in [arguments.only] if arguments.only else method_names():
+        for weighting in method_class(name).weightings:
+            for sparsity in SPARSITIES:
+                profile = bench.calibrated(method(name, weighting=weighting, sparsity=sparsity))
+                for decision in method_class(name).decisions:
+                    yield bench.measured(profile.with_settings(decision=decision))
+
+
+def _allocation(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, weighting in (("m-countdown", "rms"), ("d-countdown", "none")):
+        for sparsity in (0.7, 0.5, 0.8):
+            for decision in method_class(name).decisions:
+                config = method(name, weighting=weighting, sparsity=sparsity, decision=decision)
+                uniform = bench.calibrated(config)
+                yield bench.measured(uniform)
+                spread = bench.calibrated(replace(config, allocation="global"))
+                yield bench.measured(spread)
+                if decision == "topk":
+                    yield bench.measured(_by_local_error(bench, spread), allocation="global, local error")
+
+
+def _by_local_error(bench: Bench, profile: Profile) -> Profile:
+    """Return the profile with each site's own output error in place of its effect on the model's output."""
+    (entry,) = profile.entries
+    sites = find_sites(bench.model, profile.kinds)
+    assigned = [Assignment(site, entry.method, entry.sites[site.name].weights) for site in sites]
+    some = calibration_sequences(bench.tokenizer, bench.valid, TOKENS)[::ERROR_STRIDE]
+    levels = repeat({site.name: entry.method.sparsity for site in sites})
+    sketches = sketch_sparse(bench.model, assigned, some, levels, losses=True, progress=False)
+    errors = {site.name: sketches[site.name].errors(site.terms).float() for site in sites}
+    changed = {name: replace(found, errors=errors[name]) for name, found in entry.sites.items()}
+    return replace(profile, entries=[replace(entry, sites=changed)])
+
+
+def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    docs, other_docs = (load_text("python-docs", split) for split in ("calibration", "evaluation"))
+    others = [load_text(str(arguments.other), "evaluation")] if arguments.other else []
+    for name, weighting in (("m-countdown", "rms"), ("cats", "rms")):
+        for sparsity in SPARSITIES:
+            config = method(name, weighting=weighting, sparsity=sparsity)
+            for seen in ((bench.valid,), (bench.valid, docs)):
+                profile = bench.calibrated(config, *seen)
+                for text in (bench.test, other_docs, *others):
+                    yield bench.measured(profile, text)
+
+
+SWEEPS = {"methods": _methods, "allocation": _allocation, "texts": _texts}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--sweep", choices=list(SWEEPS), default="methods")
+    parser.add_argument("--only", choices=method_names())
+    parser.add_argument("--other", type=Path)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--text-dir", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", help="where the checkout has no git history")
     arguments = parser.parse_args()
-    arguments.public = ["--windows", str(arguments.windows)]
+    only = ["--only", arguments.only] if arguments.only else []
+    arguments.public = ["--sweep", arguments.sweep, *only, "--windows", str(arguments.windows)]
     return arguments
-
-
-def _methods() -> Iterator[Method]:
-    for name in method_names():
-        for weighting in method_class(name).weightings:
-            for sparsity in SPARSITIES:
-                yield method(name, weighting=weighting, sparsity=sparsity)
-
-
-def _measure(model: nn.Module, profile: Profile, ids: Any, source: Source, text: Text) -> dict[str, Any]:
-    sparsify_(model, profile)
-    result = evaluate(model, ids, progress=False)
-    sites = status(model)
-    restore_(model)
-    config = profile.entries[0].method
-    return {
-        "model": source.label,
-        "d": sites[0].d,
-        "h": sites[0].h,
-        "layers": len(sites),
-        "vocab": model.config.vocab_size,  # type: ignore[union-attr]
-        "dtype": "bfloat16",
-        "device": str(next(model.parameters()).device),
-        "method": config.name,
-        "indicator": "exact",
-        "decision": config.decision,
-        "weighting": config.weighting,
-        "allocation": "uniform",
-        "sparsity": config.sparsity,
-        "text": text.source,
-        "windows": len(ids),
-        **result.record(),
-    }
 
 
 def _commit() -> str:

@@ -17,7 +17,9 @@ INDICATOR = {
     "up": lambda a, u: abs(u),
     "gate": lambda a, u: abs(a),
     "coefficient": lambda a, u: abs(a * u),
+    "input": abs,
 }
+FFN_INDICATORS = ("up", "gate", "coefficient")
 
 
 def projections(

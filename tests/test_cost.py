@@ -8,7 +8,7 @@ import torch
 from conftest import llama
 from countdown.cost import ceiling, token_bytes
 from countdown.methods import method_class
-from countdown.models.ffn import find_ffns
+from countdown.models.find import find_ffns
 
 FFN = 3 * 3 * 24 * 53 * 4
 ATTENTION = 3 * (24 * 24 + 24 * 12 + 24 * 12 + 24 * 24) * 4
@@ -20,12 +20,12 @@ TABLE = 257 * 24 * 4
 def test_an_embedding_counts_once_if_it_is_the_head(tied):
     model = llama(tie_word_embeddings=tied)
     found = token_bytes(model, find_ffns(model))
-    assert (found.ffn, found.other) == (FFN, ATTENTION + NORMS + TABLE)
+    assert (found.own, found.other) == (FFN, ATTENTION + NORMS + TABLE)
 
 
 def test_half_the_bytes_in_bfloat16():
     model = llama(torch.bfloat16)
-    assert token_bytes(model, find_ffns(model)).ffn == FFN // 2
+    assert token_bytes(model, find_ffns(model)).own == FFN // 2
 
 
 def test_ceiling():
@@ -33,6 +33,6 @@ def test_ceiling():
     found = token_bytes(model, find_ffns(model))
     row = ceiling(found, method_class("m-countdown"), 0.7)
     assert row.weights_read == pytest.approx(1.6 / 3)
-    assert row.ffn_speedup == pytest.approx(3 / 1.6)
-    assert row.token_speedup == pytest.approx(found.total / (found.other + found.ffn * 1.6 / 3))
+    assert row.own_speedup == pytest.approx(3 / 1.6)
+    assert row.token_speedup == pytest.approx(found.total / (found.other + found.own * 1.6 / 3))
     assert ceiling(found, method_class("m-countdown"), 0.0).token_speedup == 1.0

@@ -14,7 +14,7 @@ from conftest import gemma3, llama
 from countdown.calibration.calibrate import calibrate
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import method
-from countdown.models.ffn import find_ffns
+from countdown.models.find import find_ffns
 from countdown.profile import Profile, check_free
 
 
@@ -22,6 +22,10 @@ from countdown.profile import Profile, check_free
 def profile(llama_model, tokenizer, text):
     config = method("m-countdown", sparsity=0.6, weighting="rms-norm")
     return calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+
+
+def selector(profile, ffn):
+    return profile.selectors([ffn])[ffn.name]
 
 
 def test_round_trip(profile, llama_model, tmp_path):
@@ -32,7 +36,7 @@ def test_round_trip(profile, llama_model, tmp_path):
         profile.calibration,
     )
     for ffn in find_ffns(llama_model):
-        one, other = profile.selector(ffn), again.selector(ffn)
+        one, other = selector(profile, ffn), selector(again, ffn)
         assert one[0] == other[0]
         assert torch.equal(one[1], other[1])
 
@@ -211,16 +215,16 @@ def test_other_weights_warn(profile):
 )
 def test_another_structure_is_refused(make, profile):
     model = make()
-    with pytest.raises(ProfileError, match=r"belongs to another model: .*LlamaForCausalLM with 3 FFNs"):
+    with pytest.raises(ProfileError, match=r"belongs to another model: .*LlamaForCausalLM with 3 modules"):
         countdown.sparsify_(model, profile)
     assert not any("Sparse" in type(module).__name__ for module in model.modules())
 
 
 def test_sparsity_and_decision_change_without_calibration(profile, llama_model):
     ffn = find_ffns(llama_model)[0]
-    low, high = (profile.with_settings(sparsity=s).selector(ffn)[1] for s in (0.3, 0.8))
+    low, high = (selector(profile.with_settings(sparsity=s), ffn)[1] for s in (0.3, 0.8))
     assert (low < high).all()
-    config, weights = profile.with_settings(decision="topk").selector(ffn)
+    config, weights = selector(profile.with_settings(decision="topk"), ffn)
     assert config.decision == "topk"
     assert torch.equal(weights, profile.entries[0].sites[ffn.name].weights)
     with pytest.raises(ConfigError, match="0 ≤ sparsity < 1"):
@@ -235,9 +239,9 @@ def test_sparsity_and_decision_change_without_calibration(profile, llama_model):
 def test_thresholds_divide_by_the_weights(profile, llama_model):
     ffn = find_ffns(llama_model)[0]
     site = profile.entries[0].sites[ffn.name]
-    _, thresholds = profile.selector(ffn)
+    _, thresholds = selector(profile, ffn)
     torch.testing.assert_close(thresholds * site.weights, torch.full((53,), site.thresholds[600].item()))
-    assert (profile.with_settings(sparsity=0.0).selector(ffn)[1] == -1).all()
+    assert (selector(profile.with_settings(sparsity=0.0), ffn)[1] == -1).all()
 
 
 def test_sparsities_between_the_points_are_interpolated(profile, llama_model):
@@ -245,7 +249,7 @@ def test_sparsities_between_the_points_are_interpolated(profile, llama_model):
     curve = profile.entries[0].sites[ffn.name].thresholds
     weights = profile.entries[0].sites[ffn.name].weights
     for sparsity, tau in ((0.6005, curve[600:602].mean()), (0.0005, curve[1] / 2), (0.9999, curve[999])):
-        thresholds = profile.with_settings(sparsity=sparsity).selector(ffn)[1]
+        thresholds = selector(profile.with_settings(sparsity=sparsity), ffn)[1]
         torch.testing.assert_close(thresholds * weights, tau.expand(53), rtol=1e-4, atol=0)
 
 
@@ -255,7 +259,7 @@ def test_a_neuron_of_weight_zero_is_never_active(llama_model, tokenizer, text):
         llama_model.model.layers[0].mlp.gate_proj.weight[7] = 0
     config = method("m-countdown", sparsity=0.5, weighting="rms")
     profile = calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
-    _, thresholds = profile.selector(find_ffns(llama_model)[0])
+    _, thresholds = selector(profile, find_ffns(llama_model)[0])
     assert thresholds[7] == torch.inf
     assert thresholds.isfinite().sum() == 52
 

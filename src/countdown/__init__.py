@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from countdown.methods import method, method_names
     from countdown.models.loading import load_tokenizer
     from countdown.profile import Profile
-    from countdown.sparsify import from_pretrained, reset_counters, restore_, sparsify_, status
+    from countdown.recipe import Recipe, RecipeEntry
+    from countdown.sparsify import export, from_pretrained, reset_counters, restore_, sparsify_, status
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
@@ -42,10 +43,13 @@ _HOMES = {
     "TextError": "countdown.errors",
     "UnsupportedModelError": "countdown.errors",
     "evaluate": "countdown.evaluation.evaluate",
+    "export": "countdown.sparsify",
     "from_pretrained": "countdown.sparsify",
     "method": "countdown.methods",
     "method_names": "countdown.methods",
     "Profile": "countdown.profile",
+    "Recipe": "countdown.recipe",
+    "RecipeEntry": "countdown.recipe",
     "reset_counters": "countdown.sparsify",
     "restore_": "countdown.sparsify",
     "sparsify_": "countdown.sparsify",
@@ -58,11 +62,14 @@ __all__ = [
     "Profile",
     "ProfileError",
     "ProfileWarning",
+    "Recipe",
+    "RecipeEntry",
     "TextError",
     "UnsupportedModelError",
     "__version__",
     "calibrate",
     "evaluate",
+    "export",
     "from_pretrained",
     "load_text",
     "load_tokenizer",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from countdown.methods import Method
-from countdown.models.ffn import GatedFFN
+from countdown.models.sites import Site
 
 
 @dataclass(frozen=True)
@@ -16,18 +16,18 @@ class TokenBytes:
     """Weight bytes that one decoded token reads in the dense model.
 
     Args:
-        ffn: In the gated FFNs.
-        other: Elsewhere: attention, norms, the output head. An input embedding that is not also the head is
-            left out: a token reads one row of it.
+        own: In the sites that a method applies to: the gated FFNs, or all linears of the layers.
+        other: Elsewhere in the text decoder: attention, norms, the output head. An input embedding that is not also
+            the head is left out: a token reads one row of it.
     """
 
-    ffn: int
+    own: int
     other: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.ffn + self.other
+        return self.own + self.other
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,28 @@ class Ceiling:
     Args:
         method: Its name.
         sparsity: Share of inactive neurons.
-        weights_read: Share of the FFN's weight bytes read.
-        ffn_speedup: 1 / weights_read.
-        token_speedup: Over the whole token, everything outside the FFNs unchanged.
+        weights_read: Share of those sites' weight bytes read.
+        own_speedup: 1 / weights_read.
+        token_speedup: Over the whole token, everything outside those sites unchanged.
     """
 
     method: str
     sparsity: float
     weights_read: float
-    ffn_speedup: float
+    own_speedup: float
     token_speedup: float
 
 
-def token_bytes(model: nn.Module, ffns: Sequence[GatedFFN]) -> TokenBytes:
+def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     """Count the weight bytes of one decoded token."""
-    ffn = sum(linear.weight.nbytes for site in ffns for linear in site.linears)
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    own = sum(matrix.nbytes for site in sites for matrix in site.matrices)
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
+    read = [*model.get_decoder().parameters(), *(head.parameters() if head is not None else ())]  # type: ignore[operator]
     untied = head is not None and head.weight is not embedding
-    return TokenBytes(ffn, total - ffn - (embedding.nbytes if untied else 0))
+    # A tied head is the embedding itself, and counts once.
+    total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())
+    return TokenBytes(own, total - own - (embedding.nbytes if untied else 0))
 
 
 def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceiling:
@@ -66,6 +68,6 @@ def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceilin
         method=method.name,
         sparsity=sparsity,
         weights_read=read,
-        ffn_speedup=1 / read,
-        token_speedup=bytes_.total / (bytes_.other + read * bytes_.ffn),
+        own_speedup=1 / read,
+        token_speedup=bytes_.total / (bytes_.other + read * bytes_.own),
     )

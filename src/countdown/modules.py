@@ -1,59 +1,57 @@
-"""The modules that run in place of a model's FFNs."""
+"""The modules that run in place of a model's sites."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
 from countdown.methods import Method
-from countdown.models.ffn import GatedFFN
+from countdown.models.sites import GatedFFN, LinearInput, Site, check_plain
 from countdown.ops import reference  # noqa: F401  (registers the ops)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 APPLY_TO = ("decode", "all")
+SiteT = TypeVar("SiteT", bound=Site)
 
 
-class SparseFFN(nn.Module):
-    """A gated FFN that computes, for each token, only the active neurons.
+class SparseSite(nn.Module):
+    """A module that sums, for each token, only the active terms of the site it replaces.
 
-    It adopts the children of the module it replaces, so names, parameters and `state_dict` stay as they are.
-    A token's active set depends on its own values and its phase alone: a call with one new token for each
-    sequence is generation, one with more is prompt.
+    A token's active set depends on its own values and its phase alone: a call with one new token for each sequence
+    is generation, one with more is prompt.
 
     Args:
-        ffn: The FFN to replace; its module is kept and gives the dense path.
-        method: What decides, with its settings.
-        per_neuron: float32 `[h]`: the thresholds τ_i of a threshold decision, the weights m_i of topk.
+        site: What to replace; its module is kept and gives the dense path.
+        method: What decides, with its settings for this site.
+        per_term: float32 `[terms]`: the thresholds τ_i of a threshold decision, the weights m_i of topk.
         apply_to: `decode` (the prompt is dense) or `all`.
     """
 
-    per_neuron: Tensor
+    kind: ClassVar[str]
+    per_term: Tensor
     counters: Tensor
 
-    def __init__(self, ffn: GatedFFN, method: Method, per_neuron: Tensor, *, apply_to: str) -> None:
+    def __init__(self, site: Site, method: Method, per_term: Tensor, *, apply_to: str) -> None:
         super().__init__()
-        for name, child in ffn.module.named_children():
-            self.add_module(name, child)
         # In a tuple, so that its parameters are not registered twice.
-        self._dense = (ffn.module,)
-        self.roles = (ffn.gate_name, ffn.up_name, ffn.down_name)
-        self.activation = ffn.activation
-        self.d, self.h = ffn.d, ffn.h
+        self._dense = (site.module,)
+        self.terms, self.size = site.terms, site.size
         self.method = method
         self.apply_to = apply_to
         self.forced_dense = False
-        device = ffn.linears[0].weight.device
         # Made under inference_mode, the counters could not be counted up outside of it.
         with torch.inference_mode(False):
-            self.register_buffer("per_neuron", per_neuron.to(device).clone(), persistent=False)
-            self.register_buffer("counters", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+            self.register_buffer("per_term", per_term.to(site.device).clone(), persistent=False)
+            counters = torch.zeros(2, dtype=torch.int64, device=site.device)
+            self.register_buffer("counters", counters, persistent=False)
         self.eval()
 
     @property
@@ -61,12 +59,21 @@ class SparseFFN(nn.Module):
         """The module this one replaces. It shares every parameter with it."""
         return self._dense[0]
 
+    def check_parts(self) -> None:
+        """Raise UnsupportedModelError if a module inside was replaced by one that would be bypassed."""
+
+    @abstractmethod
+    def sparse(self, x: Tensor) -> Tensor:
+        """Return the sum over the active terms of each token."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., d]` for x `[..., d]`, the second last dimension counting a sequence's new tokens.
+        """Return what the dense module would, the second last dimension of x counting a sequence's new tokens.
 
         Raises:
-            UnsupportedModelError: In training mode, or when gradients are recorded.
+            UnsupportedModelError: In training mode, when gradients are recorded, or when an adapter was put on a
+                linear that would be bypassed.
         """
+        self.check_parts()
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             raise UnsupportedModelError(
                 "a sparsified model is for inference: call model.eval() and run it under torch.no_grad() or "
@@ -75,85 +82,153 @@ class SparseFFN(nn.Module):
         if self.forced_dense or (self.apply_to == "decode" and x.shape[-2] != 1):
             y: Tensor = self.dense(x)
             return y
-        gate, up, down = (self.get_submodule(name) for name in self.roles)
-        return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
-            x,
-            [gate.weight, up.weight, down.weight],
-            [gate.bias, up.bias, down.bias],
-            self.per_neuron,
-            self.counters,
-            decision=self.method.decision,
-            drop=self.method.drop(self.h),
-            indicator=self.method.indicator.name,
-            activation=self.activation,
-        )
+        return self.sparse(x)
 
     def extra_repr(self) -> str:
         """Name what decides, for `print(model)`."""
         return f"{self.method}, apply_to={self.apply_to}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseFFN:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSite:
         # model.half() and the like cast float buffers; thresholds keep their bits and only change device.
-        exact = self.per_neuron
+        exact = self.per_term
         super()._apply(fn, recurse)
-        self.per_neuron = exact.to(self.per_neuron.device)
+        self.per_term = exact.to(self.per_term.device)
         return self
 
+    def _decision(self) -> dict[str, Any]:
+        return {
+            "decision": self.method.decision,
+            "drop": self.method.drop(self.terms),
+            "indicator": self.method.indicator.name,
+        }
 
-# Called with an FFN and its a = act(g) and u, each [..., h]; returns the active set [..., h], or None for all.
-Observer = Callable[[GatedFFN, Tensor, Tensor], Tensor | None]
+
+class SparseFFN(SparseSite):
+    """A gated FFN that computes, for each token, only the active neurons.
+
+    It adopts the children of the module it replaces, so names, parameters and `state_dict` stay as they are.
+    """
+
+    kind = GatedFFN.kind
+
+    def __init__(self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str) -> None:
+        super().__init__(site, method, per_term, apply_to=apply_to)
+        for name, child in site.module.named_children():
+            self.add_module(name, child)
+        self.projections = (site.gate, site.up, site.down)
+        self.activation = site.activation
+
+    def check_parts(self) -> None:
+        """See `SparseSite.check_parts`."""
+        for rows in self.projections:
+            check_plain(rows.child, self.get_submodule(rows.child))
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """Return y `[..., d]` of the active neurons for x `[..., d]`."""
+        weights, biases = zip(*(rows.of(self) for rows in self.projections), strict=True)
+        return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
+            x, weights, biases, self.per_term, self.counters, activation=self.activation, **self._decision()
+        )
 
 
-class ObservedFFN(nn.Module):
-    """A gated FFN that shows its activations as it computes; stands in during calibration.
+class SparseLinear(SparseSite):
+    """A linear layer that reads, for each token, only the columns of its active input channels.
+
+    It shares the dictionary of parameters with the linear it replaces, so that whatever moves, casts or assigns
+    them, here or there, is seen by both.
+    """
+
+    kind = LinearInput.kind
+
+    def __init__(self, site: LinearInput, method: Method, per_term: Tensor, *, apply_to: str) -> None:
+        super().__init__(site, method, per_term, apply_to=apply_to)
+        self._parameters = site.module._parameters
+        self.in_features, self.out_features = site.module.in_features, site.module.out_features
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """Return z `[..., d_out]` of the active input channels for x `[..., d_in]`."""
+        return torch.ops.countdown.sparse_linear(  # type: ignore[no-any-return]
+            x, self.weight, self.bias, self.per_term, self.counters, **self._decision()
+        )
+
+
+_SPARSE: dict[str, type[SparseSite]] = {cls.kind: cls for cls in (SparseFFN, SparseLinear)}
+
+
+def sparse_module(site: Site, method: Method, per_term: Tensor, *, apply_to: str) -> SparseSite:
+    """Return the module that runs in place of `site`. Arguments as for `SparseSite`."""
+    return _SPARSE[site.kind](site, method, per_term, apply_to=apply_to)
+
+
+# Called with a site and the factors of its terms, each [..., terms]; returns the active set, or None for all.
+Observer = Callable[[Site, tuple[Tensor, ...]], Tensor | None]
+
+
+class ObservedSite(nn.Module):
+    """A site that shows its factors as it computes; stands in during calibration.
 
     Args:
-        ffn: The FFN to stand in for.
+        site: What to stand in for.
         observe: Called at every forward.
     """
 
-    def __init__(self, ffn: GatedFFN, observe: Observer) -> None:
+    def __init__(self, site: Site, observe: Observer) -> None:
         super().__init__()
-        self._ffn = ffn
+        self._site = site
         self._observe = observe
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., d]`, of the active neurons that the observer names."""
-        a, u = self._ffn.project(x)
-        active = self._observe(self._ffn, a, u)
-        s = a * u
-        return self._ffn.combine(s if active is None else torch.where(active, s, 0))
+        """Return the sum over the active terms that the observer names."""
+        factors = self._site.project(x)
+        active = self._observe(self._site, factors)
+        coefficients = coefficients_of(factors)
+        return self._site.combine(coefficients if active is None else torch.where(active, coefficients, 0))
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at more of a linear than its forward: at the dtype of its weight, say.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._site.module, name)
+
+
+def coefficients_of(factors: tuple[Tensor, ...]) -> Tensor:
+    """Return the product of the factors: what each term's column is multiplied by."""
+    first, *others = factors
+    for other in others:
+        first = first * other
+    return first
 
 
 @contextmanager
-def observed(model: nn.Module, ffns: list[GatedFFN], observe: Observer) -> Iterator[None]:
-    """Within the context, call `observe` at every forward of every FFN."""
+def observed(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iterator[None]:
+    """Within the context, call `observe` at every forward of every site."""
     try:
-        for ffn in ffns:
-            model.set_submodule(ffn.name, ObservedFFN(ffn, observe))
+        for site in sites:
+            model.set_submodule(site.name, ObservedSite(site, observe))
         yield
     finally:
-        for ffn in ffns:
-            model.set_submodule(ffn.name, ffn.module)
+        for site in sites:
+            model.set_submodule(site.name, site.module)
 
 
 def check_dense(model: nn.Module) -> None:
     """Raise UnsupportedModelError if `model` is sparsified or in training mode."""
-    if sparse_ffns(model):
+    if sparse_sites(model):
         raise UnsupportedModelError("the model is sparsified already; undo it with countdown.restore_(model).")
     if model.training:
         raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
 
 
-def sparse_ffns(model: nn.Module) -> dict[str, SparseFFN]:
-    """Return the sparse FFNs of `model` by name; empty for a model that is not sparsified."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseFFN)}
+def sparse_sites(model: nn.Module) -> dict[str, SparseSite]:
+    """Return the sparse modules of `model` by name; empty for a model that is not sparsified."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseSite)}
 
 
 @contextmanager
 def running(model: nn.Module, mode: str) -> Iterator[None]:
     """Within the context, run a sparsified model as `dense`, or sparse on `decode` or `all` tokens."""
-    modules = sparse_ffns(model).values()
+    modules = sparse_sites(model).values()
     before: list[tuple[Any, ...]] = [(module.apply_to, module.forced_dense) for module in modules]
     try:
         for module in modules:

@@ -1,7 +1,7 @@
 """Profiles: what calibration made, in a small folder that names its base model.
 
 profile.json          what was calibrated, on what, with which settings; the fingerprint's structure
-profile.safetensors   weights and threshold curves of every FFN; the fingerprint's sampled weights
+profile.safetensors   weights, threshold and error curves of every site; the fingerprint's sampled weights
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +22,34 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from countdown.allocation import allocate
 from countdown.config import check_fields
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import Method, parse_method
-from countdown.models.ffn import GatedFFN
 from countdown.models.fingerprint import SAMPLES, structure, weights_agree
+from countdown.models.sites import Site
+from countdown.recipe import Recipe, RecipeEntry, match
 
 FORMAT = "countdown-profile"
 VERSION = 1
-_JSON, _TENSORS = "profile.json", "profile.safetensors"
+FILES = _JSON, _TENSORS = "profile.json", "profile.safetensors"
 
 
 @dataclass(frozen=True)
-class Site:
-    """What one FFN needs.
+class Statistics:
+    """What one site needs.
 
     Args:
-        weights: What the indicator of each neuron is multiplied by, float32 `[h]`; None for 1.
+        weights: What the indicator of each term is multiplied by, float32 `[terms]`; None for 1.
         thresholds: τ for sparsities 0, 1/n, ..., (n-1)/n, float32 `[n]`, the first -1; None for a method that
             does not offer that decision.
+        errors: Estimated error at those sparsities, float32 `[n]`, the first 0; None unless calibrated for global
+            allocation.
     """
 
     weights: Tensor | None = None
     thresholds: Tensor | None = None
+    errors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,14 @@ class Entry:
     """One method and the modules it applies to.
 
     Args:
-        pattern: Shell-style pattern of module names, e.g. `model.layers.*.mlp`.
+        pattern: Shell-style pattern of module names, e.g. `*.mlp`.
         method: The method with its settings.
-        sites: By module name.
+        sites: Its statistics by module name.
     """
 
     pattern: str
     method: Method
-    sites: dict[str, Site]
+    sites: dict[str, Statistics]
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ class Profile:
     Args:
         base_model: `name` and, where known, `revision`, `model_type`.
         structure: See `models.fingerprint.structure`.
-        samples: By FFN, weights sampled from the base model, float32 `[3, n]`.
+        samples: By site, weights sampled from the base model, float32 `[matrices, n]`.
         calibration: Text, tokens, dtype and versions: what is needed to repeat it.
-        entries: Methods by module pattern; the first whose pattern matches applies.
+        entries: Methods by module pattern, as in a recipe.
     """
 
     base_model: dict[str, Any]
@@ -85,7 +89,8 @@ class Profile:
         """Return a profile with other settings of its methods, as far as its statistics allow.
 
         Args:
-            **settings: `sparsity`, `decision`; any field of the methods but the weighting, which is calibrated.
+            **settings: `sparsity`, `decision`, `allocation`; any field of the methods but the weighting, which is
+                calibrated.
 
         Raises:
             ConfigError: A setting is unknown, out of range, or needs a new calibration.
@@ -98,30 +103,49 @@ class Profile:
             entries.append(replace(entry, method=replace(entry.method, **settings)))
         return replace(self, entries=entries)
 
-    def selector(self, ffn: GatedFFN) -> tuple[Method, Tensor] | None:
-        """Return the method for `ffn` and its `per_neuron` tensor (see `ops.schema`), or None where no entry matches.
+    @property
+    def recipe(self) -> Recipe:
+        """What was calibrated, with the settings it has now."""
+        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of sites that its methods apply to."""
+        return list(dict.fromkeys(entry.method.kind for entry in self.entries))
+
+    def selectors(self, sites: Sequence[Site]) -> dict[str, tuple[Method, Tensor]]:
+        """Return, for each site that an entry takes, its method and its thresholds or weights (see `ops.schema`).
+
+        The sparsity of that method is the site's own share of what the entry allocates.
 
         Raises:
-            ProfileError: The method decides by threshold and the profile has no thresholds for this FFN.
+            ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
         """
-        for entry in self.entries:
-            if fnmatchcase(ffn.name, entry.pattern):
-                return entry.method, _per_neuron(ffn, entry.method, entry.sites.get(ffn.name, Site()))
-        return None
+        sizes = {site.name: site.size for site in sites}
+        chosen = {}
+        for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
+            for name, sparsity in allocated(entry, sizes).items():
+                method = replace(entry.method, sparsity=sparsity)
+                chosen[name] = method, _per_term(name, method, entry.sites[name], self._terms(name))
+        return chosen
 
-    def check(self, model: nn.Module, ffns: list[GatedFFN]) -> None:
+    def _terms(self, name: str) -> int:
+        shape = self.structure["sites"][name]
+        return int(shape["h"] if "h" in shape else shape["d"])
+
+    def check(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Raise if the profile belongs to another structure; warn if the weights differ.
 
         Raises:
-            ProfileError: Another class, other FFNs or other shapes.
+            ProfileError: Another class, other sites or other shapes.
         """
-        found = structure(model, ffns)
+        found = structure(model, sites)
         if found != self.structure:
             raise ProfileError(
                 f"the profile belongs to another model: it was made for {_shape(self.structure)} "
                 f"({self.base_model.get('name', 'unnamed')}), this is {_shape(found)}."
             )
-        if not weights_agree(ffns, self.samples):
+        if not weights_agree(sites, self.samples):
             warnings.warn(
                 f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "
                 "sparsity and quality may be off: calibrate on this model.",
@@ -156,7 +180,7 @@ class Profile:
             header = json.dumps(self._header(), indent=2, ensure_ascii=False)
             (new / _JSON).write_text(header + "\n", encoding="utf-8")
             (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-            _swap(new, path, scratch / "old")
+            swap(new, path, scratch / "old")
         except OSError as error:
             raise ProfileError(f"profile {path} cannot be written: {error}.") from error
         finally:
@@ -225,7 +249,11 @@ class Profile:
                 index, name, part = rest.split("/")
                 sites[int(index)].setdefault(name, {})[part] = tensor
         entries = [
-            Entry(entry["pattern"], parse_method(entry["method"]), {n: Site(**parts) for n, parts in by_name.items()})
+            Entry(
+                entry["pattern"],
+                parse_method(entry["method"]),
+                {n: Statistics(**parts) for n, parts in by_name.items()},
+            )
             for entry, by_name in zip(header["entries"], sites, strict=True)
         ]
         profile = cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
@@ -247,7 +275,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ProfileError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
 
 
-def _swap(new: Path, path: Path, old: Path) -> None:
+def swap(new: Path, path: Path, old: Path) -> None:
     """Put `new` in the place of `path`; when that fails or is interrupted, what was there is there again."""
     try:
         if path.exists():
@@ -259,32 +287,78 @@ def _swap(new: Path, path: Path, old: Path) -> None:
         raise
 
 
+def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the sparsity of each site of an entry.
+
+    Args:
+        entry: The entry.
+        sizes: Weights of each site, by name.
+
+    Raises:
+        ProfileError: The entry allocates globally and has no error estimates.
+    """
+    method, names = entry.method, list(entry.sites)
+    if method.allocation == "uniform" or method.sparsity == 0:
+        return dict.fromkeys(names, method.sparsity)
+    errors = [entry.sites[name].errors for name in names]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(names):
+        raise ProfileError("the profile was not calibrated for allocation 'global'; calibrate again with it.")
+    shares = allocate(torch.stack(known), torch.tensor([sizes[name] for name in names]), method.sparsity)
+    return dict(zip(names, shares.tolist(), strict=True))
+
+
+def threshold_at(curve: Tensor, sparsity: float) -> float:
+    """Return the value of a curve (see `Statistics`) at a sparsity: its first at 0, past its last point that one."""
+    if sparsity == 0:
+        return float(curve[0])
+    position = min(sparsity * len(curve), len(curve) - 1)
+    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
+    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
+    return float(low + (high - low) * (position - int(position)))
+
+
+def _taken(entries: Sequence[Entry], kinds: Mapping[str, str]) -> list[Entry]:
+    """Return the entries, each with the statistics of the sites that it takes now."""
+    try:
+        owners = match([(entry.pattern, entry.method.kind) for entry in entries], list(kinds.items()))
+    except ConfigError as error:
+        raise ProfileError(str(error)) from error
+    return [
+        replace(entry, sites={name: entry.sites.get(name, Statistics()) for name, o in owners.items() if o == index})
+        for index, entry in enumerate(entries)
+    ]
+
+
 def _check_contents(profile: Profile) -> None:
     """Raise ValueError unless structure, samples and statistics are whole and fit together."""
     known = profile.structure
-    facts = (profile.base_model, profile.calibration, profile.calibration.get("text"))
+    facts = (profile.base_model, profile.calibration, *profile.calibration.get("texts", [None]))
     _require(all(isinstance(fact, dict) for fact in facts), "it does not say what it was calibrated on")
-    _require(set(known) == {"class", "ffns"} and bool(known["ffns"]), "its structure is not that of a model")
-    _require(set(profile.samples) == set(known["ffns"]), "its weight samples do not match its FFNs")
+    _require(set(known) == {"class", "sites"} and bool(known["sites"]), "its structure is not that of a model")
+    _require(set(profile.samples) == set(known["sites"]), "its weight samples do not match its modules")
     for name, sample in profile.samples.items():
-        _require(sample.shape == (3, SAMPLES) and _finite(sample), f"the weight sample of {name} is not valid")
+        matrices = 3 if known["sites"][name]["kind"] == "ffn" else 1
+        whole = sample.shape == (matrices, SAMPLES) and _finite(sample)
+        _require(whole, f"the weight sample of {name} is not valid")
     for entry in profile.entries:
         _require(isinstance(entry.pattern, str), "a pattern is not text")
-        _require(set(entry.sites) <= set(known["ffns"]), "it has statistics of FFNs that it does not list")
-        for name, shape in known["ffns"].items():
-            if fnmatchcase(name, entry.pattern):
-                _check_site(name, entry.sites.get(name, Site()), shape["h"], entry.method)
+        _require(set(entry.sites) <= set(known["sites"]), "it has statistics of modules that it does not list")
+    for entry in _taken(profile.entries, {name: shape["kind"] for name, shape in known["sites"].items()}):
+        for name, statistics in entry.sites.items():
+            _check_statistics(name, statistics, profile._terms(name), entry.method)
 
 
-def _check_site(name: str, site: Site, h: int, method: Method) -> None:
-    weights, curve = site.weights, site.thresholds
+def _check_statistics(name: str, found: Statistics, terms: int, method: Method) -> None:
+    weights = found.weights
     _require((weights is not None) == (method.weighting != "none"), f"weights of {name} and weighting disagree")
     if weights is not None:
-        _require(weights.shape == (h,), f"weights of {name} have shape {tuple(weights.shape)}, expected {(h,)}")
+        _require(weights.shape == (terms,), f"weights of {name} have shape {tuple(weights.shape)}, expected {(terms,)}")
         _require(_finite(weights) and bool((weights >= 0).all()), f"weights of {name} are NaN, infinite or negative")
-    if curve is not None:
-        _require(curve.dim() == 1 and len(curve) > 1, f"thresholds of {name} are not a curve")
-        _require(_finite(curve) and bool((curve.diff() >= 0).all()), f"thresholds of {name} are NaN or fall")
+    for what, curve in (("thresholds", found.thresholds), ("errors", found.errors)):
+        if curve is not None:
+            _require(curve.dim() == 1 and len(curve) > 1, f"{what} of {name} are not a curve")
+            _require(_finite(curve) and bool((curve.diff() >= 0).all()), f"{what} of {name} are NaN or fall")
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -296,32 +370,23 @@ def _require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _per_neuron(ffn: GatedFFN, method: Method, site: Site) -> Tensor:
-    weights = torch.ones(ffn.h) if site.weights is None else site.weights
+def _per_term(name: str, method: Method, found: Statistics, terms: int) -> Tensor:
+    weights = torch.ones(terms) if found.weights is None else found.weights
     if method.decision == "topk":
         return weights
-    if site.thresholds is None:
-        raise ProfileError(f"the profile has no thresholds for {ffn.name}; calibrate again.")
-    return _thresholds(_interpolate(site.thresholds, method.sparsity), weights)
-
-
-def _interpolate(curve: Tensor, sparsity: float) -> float:
-    """Return τ at a sparsity: -1 at 0, and past the curve's last point that point."""
-    if sparsity == 0:
-        return -1.0
-    position = min(sparsity * len(curve), len(curve) - 1)
-    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
-    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
-    return float(low + (high - low) * (position - int(position)))
+    if found.thresholds is None:
+        raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
+    return _thresholds(threshold_at(found.thresholds, method.sparsity), weights)
 
 
 def _thresholds(tau: float, weights: Tensor) -> Tensor:
-    """Return τ_i, float32 `[h]`: inactive iff indicator · m_i ≤ τ, so τ_i = τ / m_i, and +inf where m_i = 0."""
+    """Return τ_i, float32 `[terms]`: inactive iff indicator · m_i ≤ τ, so τ_i = τ / m_i, and +inf where m_i = 0."""
     if tau < 0:
         return torch.full_like(weights, -1.0)
     return torch.where(weights == 0, torch.inf, tau / weights)
 
 
 def _shape(found: Mapping[str, Any]) -> str:
-    ffns = list(found["ffns"].values())
-    return f"{found['class']} with {len(ffns)} FFNs of d {ffns[0]['d']}, h {ffns[0]['h']}, {ffns[0]['activation']}"
+    sites = list(found["sites"].values())
+    first = ", ".join(f"{key} {value}" for key, value in sites[0].items())
+    return f"{found['class']} with {len(sites)} modules of {first}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -10,24 +11,28 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 
 from countdown.config import check_choice
-from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
-from countdown.models.ffn import GatedFFN, check_untouched, find_ffns
-from countdown.models.loading import Source, load_model
-from countdown.modules import APPLY_TO, SparseFFN, check_dense, sparse_ffns
+from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.models.find import find_sites
+from countdown.models.loading import Source, load_model, load_tokenizer
+from countdown.models.sites import Site, check_untouched
+from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
 from countdown.profile import Profile
+from countdown.saving import base_model, check_folder, forget_profile, keep_profile, new_folder, own_profile
 
 BACKENDS = ("reference",)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", sparsity: float | None = None) -> ModelT:
-    """Replace the model's FFNs, in place, by ones that skip the neurons a token does not need.
+    """Replace the model's FFNs or linears, in place, by ones that skip the terms a token does not need.
 
     `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
-    may be loaded into them; hooks on the FFN's linears, or other linears in their place, would be bypassed.
+    may be loaded into them; hooks on an FFN's linears would be bypassed. `model.save_pretrained(dir)` writes the
+    dense model, and the profile beside it, for `countdown.from_pretrained(dir)`.
 
     Args:
-        model: A dense causal language model of transformers, in eval mode.
+        model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters
+            leave the replaced modules alone.
         profile: What `calibrate` made for this model.
         apply_to: `decode`: prompts are dense, generated tokens sparse. `all`: every token is sparse, as
             evaluation needs it.
@@ -37,7 +42,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
         The same model.
 
     Raises:
-        UnsupportedModelError: The model is sparsified already, in training mode, or has FFNs that cannot be
+        UnsupportedModelError: The model is sparsified already, in training mode, or has modules that cannot be
             replaced. The model is then unchanged.
         ProfileError: The profile belongs to another model.
         ConfigError: A setting is out of range.
@@ -47,18 +52,17 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     check_dense(model)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
-    ffns = find_ffns(model)
-    profile.check(model, ffns)
+    base = base_model(model)
+    sites = find_sites(base, profile.kinds)
+    profile.check(base, sites)
     # Everything that can fail comes before the first replacement.
-    replacements = {ffn.name: module for ffn in ffns if (module := _sparse(ffn, profile, apply_to)) is not None}
-    if not replacements:
-        patterns = ", ".join(entry.pattern for entry in profile.entries)
-        raise ProfileError(f"no FFN of the model matches the profile's pattern: {patterns}.")
+    replacements = _replacements(sites, profile, apply_to)
     for name, module in replacements.items():
-        model.set_submodule(name, module)
+        base.set_submodule(name, module)
+    keep_profile(base, profile)
     if apply_to == "decode":
         # transformers looks this hook up on the instance when, and only when, decoding is assisted.
-        vars(model)["_get_candidate_generator"] = _refuse_assisted
+        vars(base)["_get_candidate_generator"] = _refuse_assisted
     return model
 
 
@@ -70,7 +74,9 @@ def restore_(model: ModelT) -> ModelT:
     """
     for name, module in _require_sparse(model).items():
         model.set_submodule(name, module.dense.train(module.training))
-    vars(model).pop("_get_candidate_generator", None)
+    base = base_model(model)
+    forget_profile(base)
+    vars(base).pop("_get_candidate_generator", None)
     return model
 
 
@@ -85,11 +91,12 @@ def from_pretrained(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Load a model by hub id, folder or GGUF file, and sparsify it if a profile is given.
+    """Load a model by hub id, folder or GGUF file, and sparsify it if there is a profile.
 
     Args:
         model: Hub id, folder with `config.json`, or path of a `.gguf` file (its weights are dequantised).
-        profile: A profile or the folder of one; without it the model stays dense.
+        profile: A profile or the folder of one; without it the one in the model's own subfolder `countdown`, and
+            if it has none the model stays dense.
         apply_to, sparsity: See `sparsify_`.
         dtype: `auto` (the checkpoint's; bfloat16 for GGUF), `bfloat16`, `float16` or `float32`.
         device: `auto` (CUDA where there is one), or a torch device.
@@ -100,40 +107,84 @@ def from_pretrained(
         ConfigError: Nothing loadable under this name, or a setting is out of range.
         ProfileError, UnsupportedModelError: See `sparsify_`.
     """
-    if profile is None and sparsity is not None:
-        raise ConfigError("sparsity needs a profile: without one the model stays dense.")
+    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
-    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    elif profile is None:
+        profile = own_profile(source)
+    if profile is None and sparsity is not None:
+        raise ConfigError(f"sparsity needs a profile, and {source.label} has none of its own.")
     loaded = load_model(source, dtype=dtype, device=device)
     if profile is not None:
         sparsify_(loaded, profile, apply_to=apply_to, sparsity=sparsity)
     return loaded
 
 
+def export(
+    model: str,
+    profile: Profile | str | Path,
+    path: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder with a dense base model, its tokenizer and a profile: whole, or not at all.
+
+    `countdown.from_pretrained(path)` loads it sparse, `AutoModelForCausalLM.from_pretrained(path)` dense.
+
+    Args:
+        model: Hub id, folder or GGUF file of the base model.
+        profile: A profile that fits it, or the folder of one.
+        path: The folder to make.
+        dtype, revision, trust_remote_code: See `from_pretrained`.
+        overwrite: Replace what an earlier export wrote. Anything else that is there is never replaced.
+
+    Raises:
+        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken.
+    """
+    path = Path(path)
+    check_folder(path, overwrite=overwrite)
+    source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+    tokenizer = load_tokenizer(source)
+    loaded: Any = load_model(source, dtype=dtype, device="cpu")
+    sparsify_(loaded, profile)
+    with new_folder(path) as scratch:
+        loaded.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    return path
+
+
 @dataclass(frozen=True)
 class SiteStatus:
-    """What runs in place of one FFN.
+    """What runs in place of one module.
 
     Args:
         name: The module's name.
-        method, decision, weighting: As calibrated.
+        kind: `ffn` or `linear`.
+        terms: Neurons of an FFN, input channels of a linear.
+        size: Weights of its matrices.
+        method, decision, weighting, allocation: As calibrated.
         indicator: What is compared.
         backend: What computes.
         apply_to: `decode` or `all`.
-        target_sparsity: Asked for.
-        realised_sparsity: Share of inactive neurons over the tokens counted; None before the first.
+        target_sparsity: Asked for, of this module: global allocation gives each its own.
+        realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
         tokens: Tokens computed sparsely since `sparsify_` or `reset_counters`.
         weights_read: Share of the dense weight bytes that the method reads at the realised sparsity.
     """
 
     name: str
-    d: int
-    h: int
+    kind: str
+    terms: int
+    size: int
     method: str
     indicator: str
     decision: str
     weighting: str
+    allocation: str
     backend: str
     apply_to: str
     target_sparsity: float
@@ -143,7 +194,7 @@ class SiteStatus:
 
 
 def status(model: nn.Module) -> list[SiteStatus]:
-    """Return what runs where, an entry for each sparse FFN, in the order of layers.
+    """Return what runs where, an entry for each sparse module, in the order of layers.
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
@@ -152,7 +203,7 @@ def status(model: nn.Module) -> list[SiteStatus]:
 
 
 def reset_counters(model: nn.Module) -> None:
-    """Start counting tokens and active neurons anew.
+    """Start counting tokens and active terms anew.
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
@@ -161,38 +212,41 @@ def reset_counters(model: nn.Module) -> None:
         module.counters.zero_()
 
 
-def _require_sparse(model: nn.Module) -> dict[str, SparseFFN]:
-    modules = sparse_ffns(model)
+def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
+    modules = sparse_sites(model)
     if not modules:
         raise UnsupportedModelError("the model is not sparsified; call countdown.sparsify_(model, profile) first.")
     return modules
 
 
-def _sparse(ffn: GatedFFN, profile: Profile, apply_to: str) -> SparseFFN | None:
-    chosen = profile.selector(ffn)
-    if chosen is None:
-        return None
-    check_untouched(ffn)
-    return SparseFFN(ffn, *chosen, apply_to=apply_to)
+def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dict[str, SparseSite]:
+    by_name = {site.name: site for site in sites}
+    chosen = profile.selectors(sites)
+    for name in chosen:
+        check_untouched(by_name[name])
+    return {name: sparse_module(by_name[name], *pair, apply_to=apply_to) for name, pair in chosen.items()}
 
 
-def _site_status(name: str, module: SparseFFN) -> SiteStatus:
+def _site_status(name: str, module: SparseSite) -> SiteStatus:
     tokens, active = module.counters.tolist()
-    share = active / (tokens * module.h) if tokens else None
+    share = active / (tokens * module.terms) if tokens else None
+    method = module.method
     return SiteStatus(
         name=name,
-        d=module.d,
-        h=module.h,
-        method=module.method.name,
-        indicator=module.method.indicator.name,
-        decision=module.method.decision,
-        weighting=module.method.weighting,
+        kind=module.kind,
+        terms=module.terms,
+        size=module.size,
+        method=method.name,
+        indicator=method.indicator.name,
+        decision=method.decision,
+        weighting=method.weighting,
+        allocation=method.allocation,
         backend=BACKENDS[0],
         apply_to=module.apply_to,
-        target_sparsity=module.method.sparsity,
+        target_sparsity=method.sparsity,
         realised_sparsity=None if share is None else 1 - share,
         tokens=tokens,
-        weights_read=None if share is None else module.method.indicator.weights_read(share),
+        weights_read=None if share is None else method.indicator.weights_read(share),
     )
 
 

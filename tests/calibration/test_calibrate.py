@@ -11,32 +11,32 @@ import torch
 
 import countdown
 from conftest import llama
-from countdown.calibration.calibrate import calibrate, calibration_windows
+from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.sketch import MagnitudeSketch
-from countdown.calibration.statistics import threshold_curve
+from countdown.calibration.statistics import SiteSketches
 from countdown.calibration.text import windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
-from countdown.models.ffn import find_ffns
+from countdown.models.find import find_sites
 
 TOKENS = 2048
 
 
 @pytest.fixture
 def kept(model, tokenizer, text):
-    """For each FFN, a and u over the calibration tokens, float32 [tokens, h]."""
-    ffns, inputs = find_ffns(model), {}
+    """For each site, its factors over the calibration tokens, float32 [tokens, terms]."""
+    sites, inputs = find_sites(model, ["ffn", "linear"]), {}
     hooks = [
-        ffn.module.register_forward_pre_hook(lambda _, x, name=ffn.name: inputs.setdefault(name, []).append(x[0]))
-        for ffn in ffns
+        site.module.register_forward_pre_hook(lambda _, x, name=site.name: inputs.setdefault(name, []).append(x[0]))
+        for site in sites
     ]
     with torch.no_grad():
-        for window in calibration_windows(tokenizer, text, TOKENS):
+        for window in calibration_sequences(tokenizer, text, TOKENS):
             model(window[None])
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        return {ffn.name: ffn.project(torch.cat(inputs[ffn.name], dim=1)[0]) for ffn in ffns}
+        return {site.name: site.project(torch.cat(inputs[site.name], dim=1)[0]) for site in sites}
 
 
 EVERY = [method(name, weighting=weighting) for name in method_names() for weighting in method_class(name).weightings]
@@ -45,11 +45,10 @@ EVERY = [method(name, weighting=weighting) for name in method_names() for weight
 @pytest.mark.parametrize("config", EVERY, ids=str)
 def test_weights_are_those_of_the_activations(config, model, tokenizer, text, kept):
     profile = calibrate(model, tokenizer, text, config, tokens=TOKENS, progress=False)
-    for ffn in find_ffns(model):
-        a, u = kept[ffn.name]
-        moments = {"gate": a.double().square().mean(0), "up": u.double().square().mean(0)}
-        expected = config.weights(moments, ffn.column_norms())
-        weights = profile.entries[0].sites[ffn.name].weights
+    for site in find_sites(model, [config.kind]):
+        squares = [factor.double().square().mean(0) for factor in kept[site.name]]
+        expected = config.weights(dict(zip(site.factors, squares, strict=True)), site.column_norms())
+        weights = profile.entries[0].sites[site.name].weights
         if expected is None:
             assert weights is None
         else:
@@ -63,7 +62,7 @@ def test_every_layer_holds_its_target_when_all_are_sparse(weighting, sparsity, m
     profile = calibrate(model, tokenizer, text, config, tokens=16384, progress=False)
     countdown.sparsify_(model, profile, apply_to="all")
     with torch.no_grad():
-        model(calibration_windows(tokenizer, text, 16384))
+        model(torch.stack(calibration_sequences(tokenizer, text, 16384)))
     for site in countdown.status(model):
         assert site.realised_sparsity == pytest.approx(sparsity, abs=0.015)
 
@@ -90,9 +89,13 @@ def sketch_of(values: torch.Tensor) -> MagnitudeSketch:
     return sketch
 
 
+def thresholds(by_level: dict[float, MagnitudeSketch]) -> torch.Tensor:
+    return SiteSketches(by_level).thresholds()
+
+
 def test_a_curve_lies_between_the_levels_it_was_made_at():
     uniform = torch.linspace(0, 1, 100_001)
-    curve = threshold_curve({0.2: sketch_of(uniform), 0.6: sketch_of(uniform * 3)})
+    curve = thresholds({0.2: sketch_of(uniform), 0.6: sketch_of(uniform * 3)})
     assert curve.shape == (1000,)
     assert curve[0] == -1
     expected = {1: 0.001, 100: 0.1, 200: 0.2, 400: (0.4 + 1.2) / 2, 500: 0.25 * 0.5 + 0.75 * 1.5, 600: 1.8, 900: 2.7}
@@ -102,7 +105,7 @@ def test_a_curve_lies_between_the_levels_it_was_made_at():
 
 def test_a_curve_never_falls():
     uniform = torch.linspace(0, 1, 10_001)
-    curve = threshold_curve({0.4: sketch_of(uniform), 0.5: sketch_of(uniform / 10)})
+    curve = thresholds({0.4: sketch_of(uniform), 0.5: sketch_of(uniform / 10)})
     assert (curve.diff() >= 0).all()
 
 
@@ -120,7 +123,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("countdown.calibration.statistics._check_finite", interrupt)
+    monkeypatch.setattr("countdown.calibration.statistics.check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
     assert llama_model.model.layers[1].mlp is original
@@ -148,7 +151,7 @@ def test_bad_input(llama_model, tokenizer, text):
 
 def test_windows_are_spread_over_the_text(tokenizer):
     text = "".join(chr(97 + i) * 512 for i in range(20))
-    rows = calibration_windows(tokenizer, text, 5 * 512)
+    rows = calibration_sequences(tokenizer, text, 5 * 512)
     assert [tokenizer.decode(row[:1]) for row in rows] == ["a", "e", "i", "m", "q"]
 
 
@@ -160,13 +163,13 @@ def test_provenance(model_folder, tokenizer, text):
     assert profile.base_model == {"name": "tiny-llama", "model_type": "llama"}
     assert profile.calibration["tokens"] == 1024
     assert profile.calibration["dtype"] == "float32"
-    assert profile.entries[0].pattern == "model.layers.*.mlp"
+    assert profile.entries[0].pattern == "*"
 
 
 _MEMORY = """
 import resource, torch
 from conftest import byte_tokenizer, llama
-from countdown.calibration.calibrate import calibrate, calibration_windows
+from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.methods import method
 
 model, tokenizer = llama(intermediate_size=512, num_hidden_layers=4), byte_tokenizer()
@@ -188,9 +191,3 @@ def test_memory_does_not_grow_with_the_text():
         [sys.executable, "-c", _MEMORY], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
     )
     assert float(run.stdout) < 50
-
-
-def test_a_single_layer_has_its_own_name_as_pattern(tokenizer, text):
-    model = llama(num_hidden_layers=1)
-    profile = calibrate(model, tokenizer, text, method("cats"), tokens=512, progress=False)
-    assert profile.entries[0].pattern == "model.layers.0.mlp"

@@ -13,7 +13,7 @@ from countdown.calibration.text import windows
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
-from countdown.modules import running, sparse_ffns
+from countdown.modules import running, sparse_sites
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def test_a_model_without_sparsity_agrees_with_itself(model, tokenizer, text, ids
 
 def test_apply_to_is_left_as_it_was(sparse, ids):
     evaluate(sparse, ids, progress=False)
-    assert {(m.apply_to, m.forced_dense) for m in sparse_ffns(sparse).values()} == {("decode", False)}
+    assert {(m.apply_to, m.forced_dense) for m in sparse_sites(sparse).values()} == {("decode", False)}
 
 
 def test_a_layer_that_stays_dense_is_noticed(sparse, ids):
-    module = sparse_ffns(sparse)["model.layers.1.mlp"]
+    module = sparse_sites(sparse)["model.layers.1.mlp"]
     module.forward = module.dense.forward
     with pytest.raises(CountdownError, match=r"model\.layers\.1\.mlp computed 0 tokens sparsely, expected 96"):
         evaluate(sparse, ids, progress=False)
@@ -82,7 +82,7 @@ def test_a_layer_that_stays_dense_is_noticed(sparse, ids):
 
 def test_a_large_vocabulary_is_summed_in_pieces(sparse, ids, monkeypatch):
     whole = evaluate(sparse, ids, progress=False)
-    monkeypatch.setattr("countdown.evaluation.evaluate._LOGITS_AT_ONCE", 257 * 7)
+    monkeypatch.setattr("countdown.evaluation.evaluate.LOGITS_AT_ONCE", 257 * 7)
     pieces = evaluate(sparse, ids, progress=False)
     assert pieces.tokens == whole.tokens
     assert (pieces.perplexity, pieces.kl) == pytest.approx((whole.perplexity, whole.kl), rel=1e-6)

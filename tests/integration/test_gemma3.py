@@ -8,7 +8,7 @@ import countdown
 from countdown.calibration.text import windows
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
-from countdown.models.ffn import find_ffns
+from countdown.models.find import find_ffns
 
 pytestmark = [pytest.mark.gemma, pytest.mark.slow]
 

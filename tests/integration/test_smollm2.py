@@ -12,7 +12,7 @@ from countdown.demo import find_model
 from countdown.evaluation.evaluate import evaluate
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.methods import method
-from countdown.models.ffn import find_ffns
+from countdown.models.find import find_ffns
 
 CONFIGS = {
     "m": method("m-countdown"),

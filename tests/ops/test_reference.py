@@ -32,7 +32,7 @@ def call(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], per_neur
     dtype=st.sampled_from(list(TOLERANCE)),
     bias=st.booleans(),
     activation=st.sampled_from(list(oracle.ACT)),
-    indicator=st.sampled_from(list(oracle.INDICATOR)),
+    indicator=st.sampled_from(oracle.FFN_INDICATORS),
     share=st.floats(0, 1),
     decision=st.sampled_from(["threshold", "topk"]),
     seed=st.integers(0, 1000),
@@ -59,7 +59,7 @@ def test_sparse_ffn_is_the_masked_dense_ffn(d, h, tokens, dtype, bias, activatio
 @given(
     h=st.integers(1, 40),
     tokens=st.integers(1, 5),
-    indicator=st.sampled_from(list(oracle.INDICATOR)),
+    indicator=st.sampled_from(oracle.FFN_INDICATORS),
     share=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
@@ -115,7 +115,7 @@ def test_infinite_threshold_drops_that_neuron_alone():
 
 
 @pytest.mark.parametrize("decision", ["threshold", "topk"])
-@pytest.mark.parametrize("indicator", oracle.INDICATOR)
+@pytest.mark.parametrize("indicator", oracle.FFN_INDICATORS)
 def test_nan_input_stays_nan_as_in_dense(decision, indicator):
     weights, biases = oracle.random_ffn(7, 11, torch.float32)
     x = torch.randn(2, 7)
@@ -185,8 +185,8 @@ BAD = {
     "dtype": ({"x": torch.randn(3, 7).half()}, "expected torch.float16 like x"),
     "down": ({"weights": [torch.randn(11, 7), torch.randn(11, 7), torch.randn(11, 7)]}, "W_down is"),
     "bias": ({"biases": [torch.randn(7), None, None]}, "bias of gate"),
-    "threshold shape": ({"per_neuron": torch.ones(10)}, "per_neuron is"),
-    "threshold dtype": ({"per_neuron": torch.ones(11).double()}, "per_neuron is"),
+    "threshold shape": ({"per_neuron": torch.ones(10)}, "thresholds or weights are"),
+    "threshold dtype": ({"per_neuron": torch.ones(11).double()}, "thresholds or weights are"),
     "decision": ({"decision": "best"}, "decision is 'best'"),
     "drop": ({"drop": 12}, "drop is 12"),
     "activation": ({"activation": "swish"}, "activation is 'swish'"),

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from countdown.calibration.statistics import Weights, second_moments, threshold_curves
-from countdown.calibration.text import WINDOW, Text, windows
+from countdown.calibration.sensitivity import chord, kl_slopes
+from countdown.calibration.statistics import Assignment, second_moments, sketch_sparse
+from countdown.calibration.text import WINDOW, Text, unpadded, windows
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
 from countdown.methods import Method
-from countdown.models.ffn import GatedFFN, check_untouched, find_ffns
+from countdown.models.find import find_sites
 from countdown.models.fingerprint import structure, weight_sample
 from countdown.models.loading import check_context
+from countdown.models.sites import Site, check_untouched
 from countdown.modules import check_dense
-from countdown.profile import Entry, Profile, Site
+from countdown.profile import Entry, Profile, Statistics, allocated, threshold_at
+from countdown.progress import track
+from countdown.recipe import Recipe, match
+
+Texts = str | Text | Sequence[str] | Sequence[Text] | Mapping[str, Any]
+
+# The sparsities at which the sparse pass runs the model, beside the one that was asked for.
+LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+# To allocate, error curves are estimated on every so many-th sequence; their scales in so many rounds over the text,
+# as a mean over so many of the last ones, each going this part of the way to what looks best then.
+ERROR_STRIDE = 4
+ROUNDS = 16
+MEMORY = 8
+STEP = 0.4
 
 
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
-    texts: str | Text | Sequence[str],
-    config: Method,
+    texts: Texts,
+    config: Method | Recipe,
     *,
     tokens: int = CALIBRATION_TOKENS,
     progress: bool = True,
@@ -39,9 +56,12 @@ def calibrate(
     Args:
         model: A dense causal language model of transformers, in eval mode. It is left as it was.
         tokenizer: Its tokenizer.
-        texts: Text unlike the one evaluated on; several are joined by newlines.
-        config: The method, e.g. `countdown.method("m-countdown", sparsity=0.7)`.
-        tokens: How many tokens to read, rounded down to windows of 512; at least one window.
+        texts: Text unlike the one evaluated on. Several strings are joined by newlines; of several loaded by
+            `load_text`, each gives its share of the tokens, which makes thresholds hold on more kinds of text. Or a
+            batch as tokenizers return it, `input_ids` and `attention_mask` `[n, length]`: then every sequence is
+            read, without its padding.
+        config: The method, e.g. `countdown.method("m-countdown", sparsity=0.7)`, or a recipe of several.
+        tokens: How many tokens of text to read, rounded down to windows of 512; at least one window.
         progress: Show progress on stderr.
 
     Returns:
@@ -50,7 +70,7 @@ def calibrate(
 
     Raises:
         UnsupportedModelError: The model has no gated FFNs, is sparsified already, or is in training mode.
-        ConfigError: Too few tokens asked for.
+        ConfigError: Too few tokens asked for, or a recipe that does not fit the model.
         TextError: The text is too short.
         CountdownError: Activations are not finite.
     """
@@ -60,63 +80,175 @@ def calibrate(
 def calibrate_all(
     model: nn.Module,
     tokenizer: Any,
-    texts: str | Text | Sequence[str],
-    configs: Sequence[Method],
+    texts: Texts,
+    configs: Sequence[Method | Recipe],
     *,
     tokens: int = CALIBRATION_TOKENS,
     progress: bool = True,
 ) -> list[Profile]:
-    """Calibrate several methods, sharing the pass that estimates moments. As `calibrate`, a profile for each."""
-    ids = calibration_windows(tokenizer, texts, tokens)
+    """Calibrate several methods or recipes. As `calibrate`, a profile for each."""
+    sequences = calibration_sequences(tokenizer, texts, tokens)
     check_dense(model)
-    check_context(model, WINDOW)
-    ffns = find_ffns(model)
-    for ffn in ffns:
-        check_untouched(ffn)
-    weights = _weights(model, ffns, ids, configs, progress)
-    samples = {ffn.name: weight_sample(ffn) for ffn in ffns}
-    profiles = []
-    for config, weight in zip(configs, weights, strict=True):
-        thresholds: Mapping[str, Tensor] = {}
-        if "threshold" in config.decisions:
-            thresholds = threshold_curves(model, ffns, ids, config, weight, progress=progress)
-        sites = {ffn.name: Site(weight[ffn.name], thresholds.get(ffn.name)) for ffn in ffns}
-        profiles.append(
-            Profile(
-                base_model=_base_model(model),
-                structure=structure(model, ffns),
-                samples=samples,
-                calibration=_provenance(texts, ids, ffns),
-                entries=[Entry(_pattern(ffns), config, sites)],
-            )
-        )
-    return profiles
+    check_context(model, max(len(sequence) for sequence in sequences))
+    return [_calibrate(model, texts, sequences, Recipe.of(config), progress) for config in configs]
 
 
-def calibration_windows(tokenizer: Any, texts: str | Text | Sequence[str], tokens: int) -> Tensor:
-    """Return the windows that `calibrate` reads, int64 `[tokens // 512, 512]`, or raise its errors about text.
+def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
+    """Return the sequences that `calibrate` reads, each int64 `[length]`, or raise its errors about text.
 
-    They are spread evenly over the text, which may be of many kinds from its beginning to its end.
+    Windows of a text are spread evenly over it: it may be of many kinds from its beginning to its end.
     """
-    if tokens < WINDOW:
-        raise ConfigError(f"tokens is {tokens}, expected at least one window of {WINDOW}.")
-    count = tokens // WINDOW
-    rows = windows(tokenizer, texts.content if isinstance(texts, Text) else texts, at_least=count)
-    return rows[torch.arange(count) * len(rows) // count]
+    if isinstance(texts, Mapping):
+        return unpadded(texts)
+    loaded = _loaded(texts)
+    count = tokens // (WINDOW * max(len(loaded), 1))
+    if count < 1:
+        raise ConfigError(f"tokens is {tokens}, expected at least one window of {WINDOW} for each text.")
+    if not loaded:
+        return _spread(windows(tokenizer, texts, at_least=count), count)  # type: ignore[arg-type]
+    by_text = [_spread(windows(tokenizer, text.content, at_least=count), count) for text in loaded]
+    # Two at a time, because the sparse pass runs every other sequence at the target.
+    pairs = [rows[start : start + 2] for start in range(0, count, 2) for rows in by_text]
+    return [row for pair in pairs for row in pair]
 
 
-def _weights(
-    model: nn.Module, ffns: list[GatedFFN], ids: Tensor, configs: Sequence[Method], progress: bool
-) -> list[Weights]:
-    names = sorted({name for config in configs for name in config.moments()})
-    moments = second_moments(model, ffns, ids, names, progress=progress) if names else {}
-    norms = {ffn.name: ffn.column_norms().cpu() for ffn in ffns}
-    result: list[Weights] = []
-    for config in configs:
-        by_site = {ffn.name: config.weights(moments.get(ffn.name, {}), norms[ffn.name]) for ffn in ffns}
-        # Sparse FFNs compare in float32, so that is what is sketched and stored.
-        result.append({site: None if weight is None else weight.float() for site, weight in by_site.items()})
+def _spread(rows: Tensor, count: int) -> list[Tensor]:
+    return list(rows[torch.arange(count) * len(rows) // count])
+
+
+def _loaded(texts: Texts) -> list[Text]:
+    """Return the texts that say where they come from; none for strings."""
+    if isinstance(texts, Text):
+        return [texts]
+    return [] if isinstance(texts, str | Mapping) else [text for text in texts if isinstance(text, Text)]
+
+
+def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: Recipe, progress: bool) -> Profile:
+    sites = find_sites(model, [entry.method.kind for entry in recipe.entries])
+    owners = match(
+        [(entry.pattern, entry.method.kind) for entry in recipe.entries], [(site.name, site.kind) for site in sites]
+    )
+    assigned = [Assignment(site, recipe.entries[owners[site.name]].method) for site in sites if site.name in owners]
+    for entry in assigned:
+        check_untouched(entry.site)
+    assigned = _weighted(model, assigned, sequences, progress)
+    found = {entry.site.name: Statistics(entry.weights) for entry in assigned}
+    entries = [
+        Entry(entry.pattern, entry.method, {name: found[name] for name, owner in owners.items() if owner == index})
+        for index, entry in enumerate(recipe.entries)
+    ]
+    entries = _with_errors(model, entries, assigned, sequences, progress)
+    entries = _with_thresholds(model, entries, assigned, sequences, progress)
+    return Profile(
+        base_model=_base_model(model),
+        structure=structure(model, sites),
+        samples={site.name: weight_sample(site) for site in sites},
+        calibration=_provenance(texts, sequences, sites),
+        entries=entries,
+    )
+
+
+def _weighted(
+    model: nn.Module, assigned: list[Assignment], sequences: list[Tensor], progress: bool
+) -> list[Assignment]:
+    """Return the assignments with the weights of their indicators."""
+    any_moments = any(entry.method.moments() for entry in assigned)
+    moments = second_moments(model, assigned, sequences, progress=progress) if any_moments else {}
+    result = []
+    for entry in assigned:
+        norms = entry.site.column_norms().cpu()
+        weights = entry.method.weights(moments.get(entry.site.name, {}), norms)
+        # Sparse modules compare in float32, so that is what is sketched and stored.
+        result.append(replace(entry, weights=None if weights is None else weights.float()))
     return result
+
+
+def _with_errors(
+    model: nn.Module, entries: list[Entry], assigned: list[Assignment], sequences: list[Tensor], progress: bool
+) -> list[Entry]:
+    """Return the entries, those of global allocation with the estimated errors of their sites.
+
+    A site's estimate is the expected squared error of its output, E Σ c_i²‖w_i‖² over the terms it drops, as a
+    function of sparsity, scaled so that at the allocated sparsity it rises as the KL of the whole model does. What
+    is allocated moves the scales, so this is repeated.
+    """
+    owners = [e for e in entries if e.method.allocation == "global" and e.method.sparsity]
+    chosen = {name for entry in owners for name in entry.sites}
+    if not chosen:
+        return entries
+    some, schedule = sequences[::ERROR_STRIDE], itertools.repeat(_uniform(assigned)(None))
+    sketches = sketch_sparse(model, assigned, some, schedule, losses=True, label="allocation", progress=progress)
+    judged = [entry for entry in assigned if entry.site.name in chosen]
+    local = {entry.site.name: sketches[entry.site.name].errors(entry.site.terms) for entry in judged}
+    curves = {entry.site.name: sketches[entry.site.name].thresholds() for entry in assigned}
+    sizes = {entry.site.name: entry.site.size for entry in assigned}
+    now, scales = _uniform(assigned)(None), dict.fromkeys(chosen, 0.0)
+    for round_, some in enumerate(track(_rounds(sequences), "calibrating, effect of each module", show=progress), 1):
+        slopes = kl_slopes(model, assigned, some, now, lambda name, k: threshold_at(curves[name], k))
+        for name in chosen:
+            scale = slopes[name] / _rise(local[name], now[name])
+            # A mean over the rounds that forgets the first ones, which were made elsewhere.
+            scales[name] += (scale - scales[name]) / min(round_, MEMORY)
+        entries = _updated(entries, "errors", {n: (local[n] * max(scales[n], 0.0)).float() for n in chosen})
+        wanted = {name: k for entry in entries for name, k in allocated(entry, sizes).items()}
+        now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
+    return entries
+
+
+def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:
+    """Return other sequences for each round, each lot spread over the text."""
+    count = min(ROUNDS, len(sequences))
+    return [sequences[start::count] for start in range(count)]
+
+
+def _rise(local: Tensor, sparsity: float) -> float:
+    """Return the slope of an error curve at a sparsity, over the chord that the slopes of the KL are taken over."""
+    low, high = chord(sparsity)
+    return max((threshold_at(local, high) - threshold_at(local, low)) / (high - low), 1e-30)
+
+
+def _with_thresholds(
+    model: nn.Module, entries: list[Entry], assigned: list[Assignment], sequences: list[Tensor], progress: bool
+) -> list[Entry]:
+    """Return the entries with the threshold curves of those sites whose method can decide by threshold."""
+    wanted = {name for entry in entries if "threshold" in entry.method.decisions for name in entry.sites}
+    if not wanted:
+        return entries
+    sizes = {entry.site.name: entry.site.size for entry in assigned}
+
+    def levels(sparsity: float | None) -> dict[str, float]:
+        settings = (e if sparsity is None else replace(e, method=replace(e.method, sparsity=sparsity)) for e in entries)
+        return {name: level for entry in settings for name, level in allocated(entry, sizes).items()}
+
+    label = "; ".join(entry.method.label for entry in entries)
+    sketches = sketch_sparse(model, assigned, sequences, _schedule(levels), label=label, progress=progress)
+    return _updated(entries, "thresholds", {name: sketches[name].thresholds() for name in wanted})
+
+
+def _updated(entries: list[Entry], part: str, found: Mapping[str, Tensor]) -> list[Entry]:
+    """Return the entries with `found`, by site, as this part of their statistics."""
+    return [
+        replace(
+            entry,
+            sites={
+                name: replace(old, **{part: found[name]}) if name in found else old for name, old in entry.sites.items()
+            },
+        )
+        for entry in entries
+    ]
+
+
+def _uniform(assigned: Sequence[Assignment]) -> Callable[[float | None], dict[str, float]]:
+    return lambda sparsity: {e.site.name: e.method.sparsity if sparsity is None else sparsity for e in assigned}
+
+
+def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[dict[str, float]]:
+    """Yield the sparsity of every site for each sequence: the targets, and `LEVELS` in turn, alternately."""
+    own = levels(None)
+    others = [found for level in LEVELS if (found := levels(level)) != own]
+    for other in itertools.cycle(others):
+        yield own
+        yield other
 
 
 def _base_model(model: nn.Module) -> dict[str, Any]:
@@ -131,21 +263,15 @@ def _base_model(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value}
 
 
-def _provenance(texts: str | Text | Sequence[str], ids: Tensor, ffns: list[GatedFFN]) -> dict[str, Any]:
+def _provenance(texts: Texts, sequences: list[Tensor], sites: Sequence[Site]) -> dict[str, Any]:
     import transformers
 
-    described = texts.describe() if isinstance(texts, Text) else {"source": "given"}
+    described = [text.describe() for text in _loaded(texts)] or [{"source": "given"}]
     return {
-        "text": described,
-        "tokens": ids.numel(),
-        "window": ids.shape[1],
-        "dtype": str(ffns[0].linears[0].weight.dtype).removeprefix("torch."),
+        "texts": described,
+        "tokens": sum(len(sequence) for sequence in sequences),
+        "window": max(len(sequence) for sequence in sequences),
+        "dtype": str(sites[0].matrices[0].dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def _pattern(ffns: list[GatedFFN]) -> str:
-    """Return `a.*.b` for FFNs named a.0.b, a.1.b, and so on."""
-    first, last = ffns[0].name.split("."), ffns[-1].name.split(".")
-    return ".".join(one if one == other else "*" for one, other in zip(first, last, strict=True))

@@ -12,9 +12,9 @@ _BINS = 1 << (31 - _SHIFT)
 
 
 class MagnitudeSketch:
-    """Counts of values by magnitude, in bins 1.6% wide or less.
+    """Counts of values by magnitude, in bins 1.6% wide or less, and what is lost when they are dropped.
 
-    Adding is exact and independent of order. A quantile is interpolated inside its bin, so the share of the
+    Counting is exact and independent of order. A quantile is interpolated inside its bin, so the share of the
     counted values at or below it differs from what was asked by less than the share of one bin.
 
     Args:
@@ -23,11 +23,20 @@ class MagnitudeSketch:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
+        self.losses = torch.zeros(_BINS, dtype=torch.float64, device=device)
 
-    def add(self, values: Tensor) -> None:
-        """Count `values`, any shape, finite and non-negative (the sign of a zero does not matter)."""
+    def add(self, values: Tensor, losses: Tensor | None = None) -> None:
+        """Count `values`, any shape, finite and non-negative (the sign of a zero does not matter).
+
+        Args:
+            values: What is counted.
+            losses: What each costs when it is dropped, of the same shape.
+        """
         patterns = values.float().abs().contiguous().view(torch.int32)
-        self.counts += torch.bincount((patterns >> _SHIFT).flatten(), minlength=_BINS)
+        bins = (patterns >> _SHIFT).flatten()
+        self.counts += torch.bincount(bins, minlength=_BINS)
+        if losses is not None:
+            self.losses += torch.bincount(bins, losses.double().flatten(), minlength=_BINS)
 
     def quantiles(self, q: Tensor) -> Tensor:
         """Return, for each share in `q`, the value at or below which that share of the values lies.
@@ -41,6 +50,21 @@ class MagnitudeSketch:
         Raises:
             ValueError: The sketch is empty, or a share is outside (0, 1).
         """
+        index, inside = self._place(q)
+        low, high = _edges(index), _edges(index + 1)
+        return low + (high - low) * inside
+
+    def lost(self, q: Tensor) -> Tensor:
+        """Return, for each share in `q`, the sum of losses when that share of the values is dropped, smallest first.
+
+        Arguments, shape, dtype and errors as for `quantiles`.
+        """
+        index, inside = self._place(q)
+        losses = self.losses.to(q.device)
+        return losses.cumsum(0)[index] - losses[index] * (1 - inside)
+
+    def _place(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return in which bin each quantile lies and how far inside, 0 to 1."""
         if not bool(((q > 0) & (q < 1)).all()):
             raise ValueError("a quantile is outside (0, 1)")
         counts = self.counts.to(q.device).double()
@@ -49,9 +73,7 @@ class MagnitudeSketch:
             raise ValueError("the sketch is empty")
         rank = q.double() * cumulative[-1]
         index = torch.searchsorted(cumulative, rank)
-        inside = (rank - (cumulative[index] - counts[index])) / counts[index]
-        low, high = _edges(index), _edges(index + 1)
-        return low + (high - low) * inside
+        return index, (rank - (cumulative[index] - counts[index])) / counts[index]
 
 
 def _edges(index: Tensor) -> Tensor:

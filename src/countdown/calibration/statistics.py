@@ -1,15 +1,15 @@
-"""The two streaming passes over the calibration text.
+"""The streaming passes over the calibration text.
 
 The first runs the model dense and estimates second moments, from which the weights of an indicator follow. The
-second runs it sparse and estimates thresholds: what a layer sees, and so how many of its neurons lie below a
-threshold, depends on how sparse the layers before it are. Each pass keeps sums and counts only.
+second runs it sparse and estimates thresholds: what a module sees, and so how many of its terms lie below a
+threshold, depends on how sparse the modules before it are. Each pass keeps sums and counts only.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,152 +17,202 @@ from torch import Tensor, nn
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.errors import CountdownError
 from countdown.methods import Method
-from countdown.models.ffn import GatedFFN
-from countdown.modules import Observer, observed
+from countdown.models.sites import Site
+from countdown.modules import Observer, coefficients_of, observed
 from countdown.progress import track
 
-# The sparsities at which the second pass runs the model, beside the one that was asked for.
-LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 # A threshold curve has a point for each thousandth of sparsity.
 POINTS = 1000
 
-# By FFN, then by activation: E[a²] or E[u²], float64 [h].
+# By site, then by factor: the mean square of each term's, float64 [terms].
 Moments = dict[str, dict[str, Tensor]]
-# By FFN: what each neuron's indicator is multiplied by, float32 [h], or None for 1.
-Weights = Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A site, the method that is calibrated for it, and what its indicator is multiplied by.
+
+    Args:
+        site: The site.
+        method: Its method; its sparsity is the target.
+        weights: float32 `[terms]`, or None for 1.
+    """
+
+    site: Site
+    method: Method
+    weights: Tensor | None = None
+
+
+@dataclass
+class SiteSketches:
+    """What the sparse pass saw of one site: a sketch of its weighted indicator at each sparsity it ran at."""
+
+    by_level: dict[float, MagnitudeSketch] = field(default_factory=dict)
+
+    def thresholds(self) -> Tensor:
+        """Return thresholds for sparsities 0, 0.001, ..., 0.999, float32 `[1000]`, the first -1."""
+        return torch.cat([torch.tensor([-1.0]), self._curve(MagnitudeSketch.quantiles).float()])
+
+    def errors(self, terms: int) -> Tensor:
+        """Return the expected squared error of the output at those sparsities, float64 `[1000]`, the first 0.
+
+        Args:
+            terms: How many terms the site has.
+        """
+
+        def per_token(sketch: MagnitudeSketch, q: Tensor) -> Tensor:
+            return sketch.lost(q) * terms / int(sketch.counts.sum())
+
+        return torch.cat([torch.zeros(1, dtype=torch.float64), self._curve(per_token)])
+
+    def _curve(self, value: Callable[[MagnitudeSketch, Tensor], Tensor]) -> Tensor:
+        """Return a value at sparsities 0.001, ..., 0.999, from sketches made at some sparsities.
+
+        Between two of those, it is between theirs; beyond them, the nearest one's counts.
+        """
+        levels = sorted(self.by_level)
+        q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
+        by_level = torch.stack([value(self.by_level[level], q) for level in levels])
+        position = torch.tensor(levels, dtype=torch.float64)
+        above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
+        below = (above - 1).clamp(min=0)
+        gap = position[above] - position[below]
+        share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
+        points = torch.arange(POINTS - 1)
+        # More sparsity never means less, whatever text the levels happened to see.
+        return torch.lerp(by_level[below, points], by_level[above, points], share).cummax(0).values
 
 
 def second_moments(
-    model: nn.Module, ffns: list[GatedFFN], windows: Tensor, names: Sequence[str], *, progress: bool = True
+    model: nn.Module, assigned: Sequence[Assignment], sequences: Sequence[Tensor], *, progress: bool = True
 ) -> Moments:
-    """Return the mean square of the named activations of every neuron, in the dense model.
+    """Return the mean square, in the dense model, of the factors that each site's method asks for.
 
     Args:
         model: A dense causal language model in eval mode.
-        ffns: Its FFNs.
-        windows: Token ids, int64 `[n, length]`.
-        names: Out of `gate` (a = act(g)) and `up` (u).
+        assigned: Its sites and their methods.
+        sequences: Token ids, each int64 `[length]`.
         progress: Show progress on stderr.
 
     Raises:
         CountdownError: An activation is not finite.
     """
-    sums: Moments = {ffn.name: {} for ffn in ffns}
+    wanted = {entry.site.name: entry.method.moments() for entry in assigned}
+    sums: Moments = {name: {} for name in wanted}
 
-    def observe(ffn: GatedFFN, a: Tensor, u: Tensor) -> None:
-        _check_finite(ffn, a, u)
-        for name, value in (("gate", a), ("up", u)):
-            if name in names:
+    def observe(site: Site, factors: tuple[Tensor, ...]) -> None:
+        check_finite(site, factors)
+        for name, value in zip(site.factors, factors, strict=True):
+            if name in wanted[site.name]:
                 squares = value.flatten(0, -2).double().square().sum(dim=0)
-                sums[ffn.name][name] = sums[ffn.name].get(name, 0) + squares
+                sums[site.name][name] = sums[site.name].get(name, 0) + squares
 
-    with _decoding(model, ffns, observe) as feed:
-        for window in track(windows, "calibrating, second moments", show=progress):
-            feed(window)
-    return {
-        site: {name: (total / windows.numel()).cpu() for name, total in by_name.items()}
-        for site, by_name in sums.items()
-    }
+    with decoding(model, [entry.site for entry in assigned if wanted[entry.site.name]], observe) as feed:
+        for sequence in track(sequences, "calibrating, second moments", show=progress):
+            feed(sequence)
+    tokens = sum(sequence.numel() for sequence in sequences)
+    return {site: {name: (total / tokens).cpu() for name, total in by_name.items()} for site, by_name in sums.items()}
 
 
-def threshold_curves(
-    model: nn.Module, ffns: list[GatedFFN], windows: Tensor, method: Method, weights: Weights, *, progress: bool = True
-) -> dict[str, Tensor]:
-    """Return, for every FFN, the threshold of its weighted indicator at any sparsity, all layers being sparse.
+def sketch_sparse(
+    model: nn.Module,
+    assigned: Sequence[Assignment],
+    sequences: Sequence[Tensor],
+    schedule: Iterator[Mapping[str, float]],
+    *,
+    losses: bool = False,
+    label: str = "",
+    progress: bool = True,
+) -> dict[str, SiteSketches]:
+    """Sketch every site's weighted indicator while all sites are sparse.
 
-    Every window runs at one sparsity in all layers: the even ones at the method's own, the odd ones at `LEVELS`
-    in turn. A layer's threshold is the quantile of what it has seen so far at that sparsity, the present window
+    A site masks at the quantile of what it has seen so far at the sparsity it runs at, the present sequence
     included, so that its mean over the text converges while the text is read once.
 
     Args:
-        model, ffns, windows, progress: As for `second_moments`.
-        method: Its sparsity and indicator count here.
-        weights: Of its indicator.
+        model, assigned, sequences, progress: As for `second_moments`.
+        schedule: For each sequence, the sparsity of every site by name.
+        losses: Sketch as well what dropping a term costs, c²‖w‖² for coefficient c and column w.
+        label: Shown with the progress.
 
     Returns:
-        float32 `[1000]` by FFN: the thresholds for sparsities 0, 0.001, ..., 0.999; the first is -1.
+        Sketches by site.
 
     Raises:
         CountdownError: An activation is not finite.
     """
-    passing = _ThresholdPass(ffns, method, weights)
-    schedule = itertools.islice(_schedule(method.sparsity), len(windows))
-    with _decoding(model, ffns, passing.observe) as feed:
-        shown = track(windows, f"calibrating, thresholds of {method.label}", show=progress)
-        for level, window in zip(schedule, shown, strict=True):
-            passing.level = level
-            feed(window)
-    return {name: threshold_curve(sketches) for name, sketches in passing.sketches.items()}
+    passing = _SparsePass(assigned, losses)
+    with decoding(model, [entry.site for entry in assigned], passing.observe) as feed:
+        for sequence in track(sequences, f"calibrating, thresholds of {label}", show=progress):
+            passing.levels = next(schedule)
+            feed(sequence)
+    return passing.sketches
 
 
-def threshold_curve(sketches: Mapping[float, MagnitudeSketch]) -> Tensor:
-    """Return thresholds for sparsities 0 to 0.999, float32 `[1000]`, from sketches made at some sparsities.
+class _SparsePass:
+    """Masks every site at its present level and sketches what it saw."""
 
-    Between two of those, it is between their quantiles; beyond them, the nearest one's counts.
-    """
-    levels = sorted(sketches)
-    q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
-    by_level = torch.stack([sketches[level].quantiles(q) for level in levels])
-    position = torch.tensor(levels, dtype=torch.float64)
-    above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
-    below = (above - 1).clamp(min=0)
-    gap = position[above] - position[below]
-    share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
-    points = torch.arange(POINTS - 1)
-    curve = torch.lerp(by_level[below, points], by_level[above, points], share)
-    # More sparsity never means a lower threshold, whatever text the levels happened to see.
-    return torch.cat([torch.tensor([-1.0]), curve.cummax(0).values.float()])
+    def __init__(self, assigned: Sequence[Assignment], losses: bool) -> None:
+        self.sketches = {entry.site.name: SiteSketches() for entry in assigned}
+        self.levels: Mapping[str, float] = {}
+        self._indicators = {entry.site.name: WeightedIndicator(entry) for entry in assigned}
+        self._norms = {e.site.name: e.site.column_norms().float() for e in assigned} if losses else {}
 
-
-class _ThresholdPass:
-    """Masks every layer at the present level and sketches what it saw."""
-
-    def __init__(self, ffns: list[GatedFFN], method: Method, weights: Weights) -> None:
-        self._device = ffns[0].linears[0].weight.device
-        self._formula = method.indicator.formula
-        self._weights = {name: None if weight is None else weight.to(self._device) for name, weight in weights.items()}
-        self.sketches: dict[str, dict[float, MagnitudeSketch]] = {ffn.name: {} for ffn in ffns}
-        self.level = 0.0
-
-    def observe(self, ffn: GatedFFN, a: Tensor, u: Tensor) -> Tensor | None:
-        _check_finite(ffn, a, u)
-        weight = self._weights[ffn.name]
-        value = self._formula(a.float(), u.float())
-        value = value if weight is None else value * weight
-        sketch = self.sketches[ffn.name].setdefault(self.level, MagnitudeSketch(self._device))
-        sketch.add(value)
-        if self.level == 0:
+    def observe(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
+        check_finite(site, factors)
+        value = self._indicators[site.name](factors)
+        level = self.levels[site.name]
+        sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
+        sketch.add(value, self._lost(site, factors))
+        if level == 0:
             return None
-        return value > sketch.quantiles(torch.tensor([self.level], device=self._device)).float()
+        return value > sketch.quantiles(torch.tensor([level], device=site.device)).float()
+
+    def _lost(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
+        if site.name not in self._norms:
+            return None
+        return (coefficients_of(factors).float() * self._norms[site.name]).square()
 
 
-def _schedule(own: float) -> Iterator[float]:
-    others = itertools.cycle(level for level in LEVELS if level != own)
-    while True:
-        yield own
-        yield next(others)
+class WeightedIndicator:
+    """The weighted indicator of one site.
 
+    Args:
+        assignment: The site with its method and weights.
+    """
 
-class _Feed:
-    """Runs the decoder on a window. Not the head: the vocabulary's logits cost more than a layer."""
+    def __init__(self, assignment: Assignment) -> None:
+        weights = assignment.weights
+        self._formula = assignment.method.indicator.formula
+        self._weights = None if weights is None else weights.to(assignment.site.device)
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._decoder = model.get_decoder()  # type: ignore[operator]
-        self._device = device
-
-    def __call__(self, window: Tensor) -> None:
-        self._decoder(input_ids=window[None].to(self._device), use_cache=False)
+    def __call__(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return it, float32 `[..., terms]`, for the site's factors."""
+        value = self._formula(*(factor.float() for factor in factors))
+        return value if self._weights is None else value * self._weights
 
 
 @contextmanager
-def _decoding(model: nn.Module, ffns: list[GatedFFN], observe: Observer) -> Iterator[_Feed]:
-    with torch.inference_mode(), observed(model, ffns, observe):
-        yield _Feed(model, ffns[0].linears[0].weight.device)
+def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iterator[Callable[[Tensor], None]]:
+    """Within the context, the function given runs the decoder on token ids `[length]`, and `observe` sees the sites.
+
+    The head is left out: the vocabulary's logits cost more than a layer.
+    """
+    decoder = model.get_decoder()  # type: ignore[operator]
+    device = next(model.parameters()).device
+
+    def feed(sequence: Tensor) -> None:
+        decoder(input_ids=sequence[None].to(device), use_cache=False)
+
+    with torch.inference_mode(), observed(model, sites, observe):
+        yield feed
 
 
-def _check_finite(ffn: GatedFFN, a: Tensor, u: Tensor) -> None:
-    # A sum is finite only if every term is; one read-back for each layer and window.
-    if not bool((a.float().sum() + u.float().sum()).isfinite()):
+def check_finite(site: Site, factors: tuple[Tensor, ...]) -> None:
+    """Raise CountdownError unless every factor is finite."""
+    # A sum is finite only if every term is; one read-back for each site and sequence.
+    if not bool(torch.stack([factor.float().sum() for factor in factors]).sum().isfinite()):
         raise CountdownError(
-            f"activations of {ffn.name} are not finite in {a.dtype}; calibrate in a wider dtype (--dtype bfloat16)."
+            f"activations of {site.name} are not finite in {factors[0].dtype}; calibrate in a wider dtype "
+            "(--dtype bfloat16)."
         )

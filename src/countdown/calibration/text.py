@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,28 @@ def _python_docs(split: str) -> str:
         # Every fourth topic is for evaluation.
         parts["evaluation" if index % 4 == 3 else "calibration"].extend(paragraphs)
     return "\n\n".join(parts[split])
+
+
+def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
+    """Return the sequences of a padded batch, each int64 `[length]`, without their padding.
+
+    Args:
+        batch: What a tokenizer returns: `input_ids` and `attention_mask`, each `[n, length]`, padded left or right.
+
+    Raises:
+        TextError: There is no `input_ids`, the two differ in shape, or a sequence is nothing but padding.
+    """
+    if "input_ids" not in batch:
+        raise TextError("the batch has no input_ids; give what a tokenizer returns, or text.")
+    ids = torch.as_tensor(batch["input_ids"])
+    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
+    if ids.dim() != 2 or ids.shape != mask.shape:
+        raise TextError(
+            f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected [n, length]."
+        )
+    if not bool(mask.any(dim=1).all()):
+        raise TextError("a sequence of the batch is nothing but padding.")
+    return [row[kept] for row, kept in zip(ids, mask, strict=True)]
 
 
 def windows(

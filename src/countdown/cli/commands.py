@@ -13,7 +13,7 @@ from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
-from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
+from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from countdown.evaluation.generation import Generation
     from countdown.models.loading import Source
     from countdown.profile import Profile
+    from countdown.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,21 +50,22 @@ def inspect(
 ) -> None:
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
     from countdown.cost import ceiling, token_bytes
-    from countdown.models.ffn import find_ffns
+    from countdown.models.find import find_ffns, find_sites
     from countdown.models.loading import Source, load_skeleton
 
     skeleton = load_skeleton(Source.parse(model, revision=revision, trust_remote_code=trust_remote_code))
     ffns = find_ffns(skeleton)
     bytes_ = token_bytes(skeleton, ffns)
     classes = [method_class(name) for name in method_names()]
-    ceilings = [ceiling(bytes_, cls, sparsity) for cls in classes for sparsity in (0.5, 0.7, 0.8, 0.9)]
+    read = {kind: token_bytes(skeleton, find_sites(skeleton, [kind])) for kind in {cls.kind for cls in classes}}
+    ceilings = [ceiling(read[cls.kind], cls, sparsity) for cls in classes for sparsity in (0.5, 0.7, 0.8, 0.9)]
     facts = {
         "model_class": type(skeleton).__name__,
         "ffns": [
             {"name": f.name, "class": type(f.module).__name__, "d": f.d, "h": f.h, "activation": f.activation}
             for f in ffns
         ],
-        "ffn_share_of_token_bytes": bytes_.ffn / bytes_.total,
+        "ffn_share_of_token_bytes": bytes_.own / bytes_.total,
         "ceilings": [asdict(row) for row in ceilings],
     }
     printing.emit(json, facts)
@@ -72,19 +74,19 @@ def inspect(
     out.print(
         f"{facts['model_class']}: {len(ffns)} gated FFNs ({type(first.module).__name__}), d {first.d}, h {first.h}, "
         f"{first.activation}\n{first.name} … {ffns[-1].name}\n"
-        f"The FFNs are {bytes_.ffn / bytes_.total:.0%} of the weight bytes that a decoded token reads."
+        f"The FFNs are {bytes_.own / bytes_.total:.0%} of the weight bytes that a decoded token reads."
     )
     rows = [
         (
             c.method,
             f"{c.sparsity:.0%}",
             f"{c.weights_read:.0%}",
-            f"{c.ffn_speedup:.2f}×",
+            f"{c.own_speedup:.2f}×",
             f"{c.token_speedup:.2f}×",
         )
         for c in ceilings
     ]
-    printing.print_table(out, ["method", "sparsity", "weights read", "FFN ceiling", "token ceiling"], rows)
+    printing.print_table(out, ["method", "sparsity", "weights read", "ceiling of its modules", "of the token"], rows)
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
 
 
@@ -92,11 +94,12 @@ def inspect(
 def calibrate(
     model: o.Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
-    method_name: Annotated[str, typer.Option("--method", help="Method to calibrate.")] = DEFAULT_METHOD,
+    method_name: Annotated[str, typer.Option("--method", help=o.METHOD_HELP)] = DEFAULT_METHOD,
     sparsity: o.Sparsity = None,
     decision: o.Decision = None,
     weighting: o.Weighting = None,
-    text: o.TextName = "python-docs",
+    allocation: o.Allocation = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help=o.TEXTS_HELP)] = None,
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
     overwrite: o.Overwrite = False,
@@ -110,20 +113,19 @@ def calibrate(
     debug: o.Debug = False,
 ) -> None:
     """Estimate what a method needs from a text and write it as a profile."""
-    from countdown.calibration.calibrate import calibration_windows
-    from countdown.calibration.text import load_text
+    from countdown.calibration.calibrate import calibration_sequences
     from countdown.models.loading import Source, load_tokenizer
     from countdown.profile import check_free
 
-    config = _method(method_name, sparsity, decision, weighting)
+    config = _recipe(method_name, _given(sparsity, decision, weighting, allocation))
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    path = output or Path(f"{source.label.rpartition('/')[2]}-{config.name}")
+    path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
-    loaded_text = load_text(text, "calibration", text_dir=text_dir)
+    texts = _texts(text or ["python-docs"], text_dir)
     tokenizer = load_tokenizer(source)
-    calibration_windows(tokenizer, loaded_text, tokens)  # what is wrong with it shows before the model loads
+    calibration_sequences(tokenizer, texts, tokens)  # what is wrong with it shows before the model loads
     loaded = _load(source, dtype, device, seed)
-    profile = _calibrate(loaded, tokenizer, loaded_text, config, tokens, source)
+    profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
     profile.save(path, overwrite=overwrite)
     printing.err.print(
         f"profile of {config} written; run: countdown generate {model} --profile {path} 'Hello'", markup=False
@@ -139,6 +141,7 @@ def evaluate(
     sparsity: o.Sparsity = None,
     decision: o.Decision = None,
     weighting: o.Weighting = None,
+    allocation: o.Allocation = None,
     text: o.TextName = "python-docs",
     text_dir: o.TextDir = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of 512 tokens to score.")] = 16,
@@ -165,8 +168,10 @@ def evaluate(
     from countdown.sparsify import sparsify_
 
     check_choice("--protocol", protocol, PROTOCOLS)
-    chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation), source)
+    if chosen is None:
+        raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
     loaded_text = load_text(text, "evaluation", text_dir=text_dir)
     _check_unseen(chosen, loaded_text)
     calibration_text = _calibration_text(chosen, text, text_dir)
@@ -176,9 +181,8 @@ def evaluate(
     made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
     sparsify_(loaded, made)
     result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
-    config = made.entries[0].method
-    printing.print_evaluation(printing.table_console(json), config, result)
-    about = {"model": source.label, **_settings(config), "text": loaded_text.source, "windows": windows}
+    printing.print_evaluation(printing.table_console(json), str(made.recipe), result)
+    about = {"model": source.label, **made.recipe.record(), "text": loaded_text.source, "windows": windows}
     printing.emit(
         json,
         {"meta": meta(text=loaded_text.describe(), calibration=made.calibration), "records": [about | result.record()]},
@@ -194,6 +198,7 @@ def generate(
     sparsity: o.Sparsity = None,
     decision: o.Decision = None,
     weighting: o.Weighting = None,
+    allocation: o.Allocation = None,
     compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
@@ -219,13 +224,10 @@ def generate(
     from countdown.sparsify import sparsify_
 
     check_choice("--apply-to", apply_to, APPLY_TO)
-    sparse = profile is not None or method_name is not None
-    if compare and not sparse:
-        raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
-    if not sparse and (sparsity, decision, weighting) != (None, None, None):
-        raise ConfigError("--sparsity, --decision and --weighting need --profile or --method; without, it is dense.")
-    chosen = _profile_or_method(profile, method_name, sparsity, decision, weighting) if sparse else None
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
+    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation), source)
+    if compare and chosen is None:
+        raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
     calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
     tokenizer = load_tokenizer(source)
     ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw)
@@ -246,9 +248,38 @@ def generate(
         )
         typer.echo(err=json == "-")
     printing.print_speeds(runs, loaded)
-    settings = {"dense": {}, "sparse": _settings(made.entries[0].method) | {"apply_to": apply_to} if made else {}}
+    settings = {"dense": {}, "sparse": made.recipe.record() | {"apply_to": apply_to} if made else {}}
     records = [{"model": source.label, "run": n, **settings[n], **asdict(found)} for n, found in runs.items()]
     printing.emit(json, {"meta": meta(), "records": records})
+
+
+@app.command()
+def export(
+    model: o.Model,
+    profile: Annotated[Path, typer.Option("--profile", help="A profile made by calibrate.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
+    overwrite: o.Overwrite = False,
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write a folder with the dense model, its tokenizer and a profile: one name to load, sparse or dense."""
+    from countdown.sparsify import export as write
+
+    path = write(
+        model,
+        profile,
+        output,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    printing.say(f"written; run: countdown generate {path} 'Hello'")
+    typer.echo(str(path))
 
 
 @app.command()
@@ -282,58 +313,89 @@ def demo(
     typer.echo(f"report: {report}\nprofile: {profile}")
 
 
-def _method(name: str, sparsity: float | None, decision: str | None, weighting: str | None) -> Method:
-    given = {"sparsity": sparsity, "decision": decision, "weighting": weighting}
-    return method(name, **{field: value for field, value in given.items() if value is not None})
+def _given(
+    sparsity: float | None, decision: str | None, weighting: str | None, allocation: str | None
+) -> dict[str, Any]:
+    """Return the settings that were given."""
+    settings = {"sparsity": sparsity, "decision": decision, "weighting": weighting, "allocation": allocation}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
-def _profile_or_method(
-    path: Path | None, name: str | None, sparsity: float | None, decision: str | None, weighting: str | None
-) -> Profile | Method:
-    """Return the profile that the options name, with their settings, or the method to calibrate."""
+def _recipe(name: str, settings: dict[str, Any]) -> Recipe:
+    """Return the recipe in the file of this name, or of the method of this name."""
+    from countdown.recipe import SUFFIXES, Recipe
+
+    if Path(name).suffix in SUFFIXES:
+        return Recipe.load(name).with_settings(**settings)
+    return Recipe.of(method(name, **settings))
+
+
+def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], source: Source) -> Profile | Recipe | None:
+    """Return the profile that the options name, with their settings, or what to calibrate, or the model's own."""
     from countdown.profile import Profile
+    from countdown.saving import own_profile
 
-    if path is None and name is None:
-        raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
+    if path is not None and name is not None:
+        raise ConfigError("give --profile or --method, not both: a profile has its method.")
     if name is not None:
-        if path is not None:
-            raise ConfigError("give --profile or --method, not both: a profile has its method.")
-        return _method(name, sparsity, decision, weighting)
-    given = {"sparsity": sparsity, "decision": decision, "weighting": weighting}
-    assert path is not None
-    return Profile.load(path).with_settings(**{field: value for field, value in given.items() if value is not None})
+        return _recipe(name, settings)
+    profile = own_profile(source) if path is None else Profile.load(path)
+    if profile is None and settings:
+        raise ConfigError(f"--{next(iter(settings))} needs --profile or --method; without, the model is dense.")
+    if profile is not None and path is None:
+        printing.say(f"using the profile in {source.label}")
+    return profile and profile.with_settings(**settings)
 
 
-def _calibration_text(chosen: Profile | Method, text: str, text_dir: Path | None) -> Text | None:
+def _texts(names: list[str], text_dir: Path | None) -> list[Text]:
+    """Return the texts to calibrate on; `text_dir` is for the one that wants it."""
+    from countdown.calibration.text import load_text
+
+    only = len(names) == 1
+    return [
+        load_text(name, "calibration", text_dir=text_dir if only or name == "wikitext2" else None) for name in names
+    ]
+
+
+def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None) -> list[Text] | None:
     """Return what to calibrate a method on: another split of a built-in text, python-docs for a file."""
     from countdown.calibration.text import BUILT_IN, load_text
+    from countdown.profile import Profile
 
-    if not isinstance(chosen, Method):
+    if isinstance(chosen, Profile):
         return None
     if text in BUILT_IN:
-        return load_text(text, "calibration", text_dir=text_dir)
-    return load_text("python-docs", "calibration")
+        return [load_text(text, "calibration", text_dir=text_dir)]
+    return [load_text("python-docs", "calibration")]
 
 
-def _check_unseen(chosen: Profile | Method, text: Text) -> None:
+def _check_unseen(chosen: Profile | Recipe, text: Text) -> None:
     """Refuse to evaluate a profile on the text it was calibrated on."""
-    if not isinstance(chosen, Method) and chosen.calibration["text"].get("sha256") == text.sha256:
+    from countdown.profile import Profile
+
+    if not isinstance(chosen, Profile):
+        return
+    if any(seen.get("sha256") == text.sha256 for seen in chosen.calibration["texts"]):
         raise ConfigError(f"the profile was calibrated on this very text ({text.source}); evaluate it on another.")
 
 
 def _as_profile(
-    chosen: Profile | Method, model: nn.Module, tokenizer: Any, text: Text | None, tokens: int, source: Source
+    chosen: Profile | Recipe, model: nn.Module, tokenizer: Any, texts: list[Text] | None, tokens: int, source: Source
 ) -> Profile:
-    if not isinstance(chosen, Method):
+    from countdown.profile import Profile
+
+    if isinstance(chosen, Profile):
         return chosen
-    assert text is not None
-    return _calibrate(model, tokenizer, text, chosen, tokens, source)
+    assert texts is not None
+    return _calibrate(model, tokenizer, texts, chosen, tokens, source)
 
 
-def _calibrate(model: nn.Module, tokenizer: Any, text: Text, config: Method, tokens: int, source: Source) -> Profile:
+def _calibrate(
+    model: nn.Module, tokenizer: Any, texts: list[Text], config: Recipe, tokens: int, source: Source
+) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    profile = calibrate(model, tokenizer, text, config, tokens=tokens, progress=o.show_progress())
+    profile = calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress())
     # transformers names a GGUF model after its folder.
     return replace(profile, base_model=profile.base_model | {"name": source.label})
 
@@ -345,8 +407,3 @@ def _load(source: Source, dtype: str, device: str, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     return load_model(source, dtype=dtype, device=device)
-
-
-def _settings(config: Method) -> dict[str, Any]:
-    settings = config.to_dict()
-    return {"method": settings.pop("name"), "indicator": "exact", **settings}

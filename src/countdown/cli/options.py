@@ -50,12 +50,15 @@ Version = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
 ]
 Model = Annotated[str, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)]
-ProfileDir = Annotated[Path | None, typer.Option("--profile", help="A profile made by calibrate.")]
-MethodName = Annotated[str | None, typer.Option("--method", help="Method to calibrate.")]
-Sparsity = Annotated[float | None, typer.Option(help="Share of neurons to skip, 0 to 1.")]
+ProfileDir = Annotated[Path | None, typer.Option("--profile", help="A profile made by calibrate. [the model's own]")]
+METHOD_HELP = "Method to calibrate, or a recipe: a .yaml or .json file."
+MethodName = Annotated[str | None, typer.Option("--method", help=METHOD_HELP)]
+Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1.")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
+Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
 Weighting = Annotated[str | None, typer.Option(help="none, rms or rms-norm.")]
 TextName = Annotated[str, typer.Option("--text", help="wikitext2, python-docs, or a text file.")]
+TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, typer.Option(help="Folder with WikiText-2's valid.txt and test.txt.")]
 Tokens = Annotated[int, typer.Option(help="How many tokens to calibrate on.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from countdown.errors import ProfileWarning
-from countdown.methods import Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,15 +62,15 @@ def evaluation_cells(result: Evaluation) -> tuple[str, ...]:
     )
 
 
-def print_evaluation(out: Console, config: Method, result: Evaluation) -> None:
+def print_evaluation(out: Console, label: str, result: Evaluation) -> None:
     header = ["", "realised", "weights read", "perplexity", "KL", "same top token"]
     dense = ("dense", "", "100%", f"{result.dense_perplexity:.2f}", "", "")
-    print_table(out, header, [dense, (str(config), *evaluation_cells(result))])
+    print_table(out, header, [dense, (label, *evaluation_cells(result))])
     layers = [layer.realised for layer in result.layers]
     every = "every token sparse" if result.protocol == "all" else "dense prompts, every scored token sparse"
     out.print(
         f"{result.tokens} scored tokens, {every}; "
-        f"realised sparsity of the layers {min(layers):.1%} to {max(layers):.1%}"
+        f"realised sparsity of the modules {min(layers):.1%} to {max(layers):.1%}"
     )
 
 
@@ -103,7 +102,7 @@ def _parting(dense: Generation, sparse: Generation) -> str:
 
 
 def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
-    from countdown.modules import sparse_ffns
+    from countdown.modules import sparse_sites
     from countdown.sparsify import status
 
     for name, run in runs.items():
@@ -111,7 +110,7 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
             err.print(f"{name}: {len(run.tokens)} tokens, {run.tokens_per_s:.1f} tokens/s")
     if len(runs) == 2:
         err.print(_parting(runs["dense"], runs["sparse"]))
-    if sparse_ffns(model):
+    if sparse_sites(model):
         sites = [site for site in status(model) if site.realised_sparsity is not None]
         if sites:
             mean = sum(site.realised_sparsity or 0.0 for site in sites) / len(sites)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from countdown.calibration.sensitivity import LOGITS_AT_ONCE
+from countdown.calibration.text import unpadded
 from countdown.config import check_choice
 from countdown.errors import ConfigError, CountdownError
 from countdown.models.loading import check_context
@@ -21,13 +23,11 @@ from countdown.sparsify import reset_counters, status
 PROTOCOLS = ("all", "decode")
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
 _SHORTEST = {"all": 2, "decode": 3}
-# Log-softmax is taken over this many logits at a time, in float32: 256 MB for each copy.
-_LOGITS_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Realised sparsity of one FFN."""
+    """Target and realised sparsity of one module."""
 
     name: str
     target: float
@@ -45,10 +45,10 @@ class Evaluation:
         perplexity, dense_perplexity: exp of the mean negative log-likelihood, sparse and dense.
         kl: Mean KL(dense ‖ sparse) of the next-token distributions, in nats.
         top1: Share of scored tokens for which both put the same token first.
-        realised_sparsity: Share of inactive neurons, over all FFNs.
-        weights_read: Share of the dense FFN weight bytes that the method reads at that sparsity, its selector
-            included.
-        layers: Sparsity by FFN.
+        realised_sparsity: Share of inactive terms, over all replaced modules, each by its weights.
+        weights_read: Share of the dense weight bytes of the replaced modules that is read at that sparsity, the
+            selector's own included.
+        layers: Sparsity by module.
     """
 
     protocol: str
@@ -79,7 +79,7 @@ class _Sums:
 
     def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
         """Add scored positions: logits `[n, vocabulary]` and the tokens that followed, `[n]`."""
-        step = max(1, _LOGITS_AT_ONCE // dense.shape[-1])
+        step = max(1, LOGITS_AT_ONCE // dense.shape[-1])
         for p, q, t in zip(dense.split(step), sparse.split(step), targets.split(step), strict=True):
             log_p, log_q = F.log_softmax(p.float(), dim=-1), F.log_softmax(q.float(), dim=-1)
             self.nll += F.nll_loss(log_q, t, reduction="sum").item()
@@ -89,12 +89,15 @@ class _Sums:
             self.tokens += len(t)
 
 
-def evaluate(model: nn.Module, windows: Tensor, *, protocol: str = "all", progress: bool = True) -> Evaluation:
+def evaluate(
+    model: nn.Module, windows: Tensor | Mapping[str, Any], *, protocol: str = "all", progress: bool = True
+) -> Evaluation:
     """Compare a sparsified model with itself run dense, on windows of text.
 
     Args:
         model: A sparsified model; its `apply_to` does not matter here and is left as it was.
-        windows: Token ids, int64 `[n, length]`, from `calibration.text.windows`.
+        windows: Token ids, int64 `[n, length]`, from `calibration.text.windows`. Or a padded batch as tokenizers
+            return it, `input_ids` and `attention_mask`: each sequence is run without its padding.
         protocol: `all` or `decode`; see `Evaluation`.
         progress: Show progress on stderr.
 
@@ -104,17 +107,20 @@ def evaluate(model: nn.Module, windows: Tensor, *, protocol: str = "all", progre
         CountdownError: Some scored token was not computed sparsely in some layer.
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    length = windows.shape[1]
-    if length < _SHORTEST[protocol]:
-        raise ConfigError(f"windows have {length} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}.")
-    check_context(model, length)
+    sequences = list(windows) if isinstance(windows, Tensor) else unpadded(windows)
+    lengths = [len(sequence) for sequence in sequences]
+    if min(lengths) < _SHORTEST[protocol]:
+        raise ConfigError(
+            f"windows have {min(lengths)} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}."
+        )
+    check_context(model, max(lengths))
     reset_counters(model)
     device = next(model.parameters()).device
     score = _score_all if protocol == "all" else _score_decode
     sums, sparse_tokens = _Sums(), 0
     with torch.inference_mode():
-        for window in track(windows.to(device), f"evaluating ({protocol})", show=progress):
-            sparse_tokens += score(model, window[None], sums)
+        for sequence in track(sequences, f"evaluating ({protocol})", show=progress):
+            sparse_tokens += score(model, sequence[None].to(device), sums)
     return _result(model, protocol, sums, sparse_tokens)
 
 
@@ -165,7 +171,7 @@ def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) ->
                 "mix dense and sparse. This is a defect in countdown or in a replaced forward; please report it."
             )
     realised = {site.name: site.realised_sparsity or 0.0 for site in sites}
-    size = {site.name: site.d * site.h for site in sites}
+    size = {site.name: site.size for site in sites}
     whole = sum(size.values())
     return Evaluation(
         protocol=protocol,

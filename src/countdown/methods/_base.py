@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError
@@ -15,23 +15,27 @@ if TYPE_CHECKING:
 
     from countdown.ops.indicators import Indicator
 
-Activation = Literal["gate", "up"]
+# Names of the factors of a term; see `models.sites`.
+Factor = str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A rule that picks the active neurons of a gated FFN, y = Σ s_i w_i with s = act(g) ⊙ u.
+    """A rule that picks the active terms of a sum: of a gated FFN, y = Σ s_i w_i with s = act(g) ⊙ u, the neurons;
+    of a linear, z = Σ x_j W[:, j], the input channels.
 
     A subclass sets the class variables and, if the weightings it offers differ from the usual ones,
     overrides `moments` and `weights`.
 
     Args:
-        sparsity: Target share of inactive neurons k, 0 ≤ k < 1.
-        decision: `threshold` (a neuron is inactive iff its weighted indicator is ≤ τ, with one τ a layer:
-            what runs fast) or `topk` (for each token, the ⌊k·h⌋ neurons of smallest weighted indicator are
+        sparsity: Target share of inactive terms k, 0 ≤ k < 1.
+        decision: `threshold` (a term is inactive iff its weighted indicator is ≤ τ, with one τ a module:
+            what runs fast) or `topk` (for each token, the ⌊k·h⌋ terms of smallest weighted indicator are
             inactive, ties by lower index first: the papers' "ideal", for evaluation).
-        weighting: What the indicator is multiplied by, for each neuron: `none`; `rms`, the root mean square
+        weighting: What the indicator is multiplied by, for each term: `none`; `rms`, the root mean square
             of the factor of s_i that the indicator does not see; `rms-norm`, that times ‖w_i‖₂.
+        allocation: `uniform`, the same target everywhere; `global`, one budget for all modules of the entry, spent
+            where calibration measured that it hurts least.
 
     Raises:
         ConfigError: A setting is out of range or not offered by the method.
@@ -42,14 +46,17 @@ class Method:
     source: ClassVar[str]
     version: ClassVar[int] = 1
     aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    kind: ClassVar[str] = "ffn"  # what it applies to: `ffn` or `linear`; see `models.sites`
     indicator: ClassVar[Indicator]
-    unseen: ClassVar[Activation | None]  # the factor of s_i that the indicator does not see
+    unseen: ClassVar[Factor | None]  # the factor of s_i that the indicator does not see
     decisions: ClassVar[Mapping[str, str]] = {"threshold": "", "topk": ""}
     weightings: ClassVar[tuple[str, ...]] = ("none", "rms", "rms-norm")
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
 
     sparsity: float = 0.5
     decision: str = "threshold"
     weighting: str = "none"
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         """Check every setting against what the method offers."""
@@ -58,37 +65,38 @@ class Method:
         if not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
             raise ConfigError(
                 f"sparsity of {self.name} is {self.sparsity}, expected 0 ≤ sparsity < 1 "
-                "(the share of neurons to skip; 0.7 skips 70%)."
+                "(the share to skip; 0.7 skips 70%)."
             )
         check_choice(f"decision of {self.name}", self.decision, ("threshold", "topk"))
         if self.decision not in self.decisions:
             offered = "; ".join(" ".join(filter(None, pair)) for pair in self.decisions.items())
             raise ConfigError(f"{self.name} does not offer decision '{self.decision}', only: {offered}.")
         check_choice(f"weighting of {self.name}", self.weighting, self.weightings)
+        check_choice(f"allocation of {self.name}", self.allocation, self.allocations)
 
-    def moments(self) -> tuple[Activation, ...]:
-        """Return the activations whose second moments calibration must estimate."""
+    def moments(self) -> tuple[Factor, ...]:
+        """Return the factors whose second moments calibration must estimate."""
         return () if self.weighting == "none" or self.unseen is None else (self.unseen,)
 
     def weights(self, moments: Mapping[str, Tensor], norms: Tensor) -> Tensor | None:
-        """Return what the indicator of each neuron is multiplied by.
+        """Return what the indicator of each term is multiplied by.
 
         Args:
-            moments: For each name in `moments()`, E[a_i²] (`gate`) or E[u_i²] (`up`), float64 `[h]`.
-            norms: ‖w_i‖₂, the norms of the columns of W_down, float64 `[h]`.
+            moments: For each name in `moments()`, E[a_i²] (`gate`) or E[u_i²] (`up`), float64 `[terms]`.
+            norms: ‖w_i‖₂, the norms of the columns that are summed, float64 `[terms]`.
 
         Returns:
-            Weights m_i ≥ 0, float64 `[h]`, or None where every weight is 1.
+            Weights m_i ≥ 0, float64 `[terms]`, or None where every weight is 1.
         """
         if self.weighting == "none":
             return None
         rms = moments[self.unseen].sqrt() if self.unseen else 1.0
         return rms * norms if self.weighting == "rms-norm" else rms * norms.new_ones(norms.shape)
 
-    def drop(self, neurons: int) -> int:
-        """Return ⌊k·h⌋, how many of `neurons` the topk decision makes inactive."""
+    def drop(self, terms: int) -> int:
+        """Return ⌊k·h⌋, how many of the `terms` the topk decision makes inactive."""
         # 0.29 * 100 is 28.999999999999996, and means 29.
-        return math.floor(round(self.sparsity * neurons, 9))
+        return math.floor(round(self.sparsity * terms, 9))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings, the method's name and its version, as JSON can hold them."""
@@ -96,8 +104,9 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Name and weighting, for tables."""
-        return self.name if self.weighting == "none" else f"{self.name} × {self.weighting}"
+        """Name and weighting, and the allocation unless uniform, for tables."""
+        parts = [self.name if self.weighting == "none" else f"{self.name} × {self.weighting}"]
+        return ", ".join(parts if self.allocation == "uniform" else [*parts, self.allocation])
 
     def __str__(self) -> str:
         return f"{self.label}, {self.decision} at {self.sparsity:g}"

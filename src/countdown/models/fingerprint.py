@@ -8,24 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from countdown.models.ffn import GatedFFN
+from countdown.models.sites import Site
 
 SAMPLES = 32
 # bfloat16 rounds by at most 2⁻⁹ = 0.002; models trained further move by more than this.
 WEIGHT_TOLERANCE = 0.01
 
 
-def structure(model: nn.Module, ffns: Sequence[GatedFFN]) -> dict[str, Any]:
-    """Return what must match exactly: the model's class and the place and shape of every FFN."""
-    return {
-        "class": type(model).__name__,
-        "ffns": {ffn.name: {"d": ffn.d, "h": ffn.h, "activation": ffn.activation} for ffn in ffns},
-    }
+def structure(model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
+    """Return what must match exactly: the model's class and the place, kind and shape of every site."""
+    return {"class": type(model).__name__, "sites": {site.name: site.shape for site in sites}}
 
 
-def weight_sample(ffn: GatedFFN) -> Tensor:
-    """Return `SAMPLES` weights of each of gate, up and down at fixed places, float32 `[3, SAMPLES]`."""
-    return torch.stack([_spread(linear.weight.detach()) for linear in ffn.linears])
+def weight_sample(site: Site) -> Tensor:
+    """Return `SAMPLES` weights of each of the site's matrices at fixed places, float32 `[matrices, SAMPLES]`."""
+    return torch.stack([_spread(matrix.detach()) for matrix in site.matrices])
 
 
 def _spread(weight: Tensor) -> Tensor:
@@ -35,10 +32,10 @@ def _spread(weight: Tensor) -> Tensor:
     return weight[rows, columns].float().cpu()
 
 
-def weights_agree(ffns: Sequence[GatedFFN], samples: Mapping[str, Tensor]) -> bool:
+def weights_agree(sites: Sequence[Site], samples: Mapping[str, Tensor]) -> bool:
     """Return whether the sampled weights equal those of the model up to dtype rounding."""
-    for ffn in ffns:
-        stored = samples[ffn.name]
-        if (weight_sample(ffn) - stored).norm() > WEIGHT_TOLERANCE * stored.norm():
+    for site in sites:
+        stored = samples[site.name]
+        if (weight_sample(site) - stored).norm() > WEIGHT_TOLERANCE * stored.norm():
             return False
     return True

@@ -114,14 +114,12 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     Raises:
         ConfigError: Unknown dtype or device, or nothing loadable under this name.
     """
-    from transformers import AutoModelForCausalLM
-
     place = resolve_device(device)
     arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source), "output_loading_info": True}
     if source.gguf_file:
         arguments |= _dequantise()
     with _explained(source):
-        model, found = AutoModelForCausalLM.from_pretrained(source.name, **arguments)
+        model, found = _auto_class(source).from_pretrained(source.name, **arguments)
     if missing := sorted(found["missing_keys"]):
         raise UnsupportedModelError(
             f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
@@ -145,12 +143,13 @@ def load_skeleton(source: Source) -> nn.Module:
     Raises:
         ConfigError: Nothing loadable under this name.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with _explained(source):
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+            auto = _auto_class(source)
+            model: nn.Module = auto.from_config(config, trust_remote_code=source.trust_remote_code)
     return model.eval()
 
 
@@ -189,6 +188,19 @@ def _check_bos(source: Source, tokenizer: Any) -> None:
             f"transformers {transformers.__version__} misreads the tokenizer of {source.gguf_file} (it drops BOS); "
             "upgrade it: pip install 'transformers>=5.23'."
         )
+
+
+def _auto_class(source: Source) -> Any:
+    """Return the auto class that loads this model: models that also see or hear have others."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    if source.gguf_file:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
+            return auto
+    return AutoModelForCausalLM
 
 
 def _dequantise() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Indicators: what is compared for each neuron to decide whether it is active.
+"""Indicators: what is compared for each neuron or input channel to decide whether it is active.
 
 An op receives an indicator by name, so that a compiled backend can recognise the ones it has a kernel for
 and leave the rest to the reference. This file needs no torch.
@@ -20,21 +20,22 @@ Projection = Literal["gate", "up"]
 
 @dataclass(frozen=True)
 class Indicator:
-    """A non-negative number for each token and neuron; the small ones are dropped.
+    """A non-negative number for each token and term; the small ones are dropped.
 
     Args:
         name: The name under which ops receive it.
-        reads: The projections that must be computed for all neurons before anything can be dropped. They
-            are read densely, the other matrices only at the active neurons.
-        formula: From a = act(g) and u, both float32 `[T, h]`, to the indicator, float32 `[T, h]`.
+        reads: The projections that must be computed for all terms before anything can be dropped. They are read
+            densely, the other matrices only at the active terms.
+        formula: From the factors of the terms, each float32 `[..., terms]`, to the indicator, likewise: for an FFN
+            from a = act(g) and u, for a linear from its input x.
     """
 
     name: str
     reads: tuple[Projection, ...]
-    formula: Callable[[Tensor, Tensor], Tensor]
+    formula: Callable[..., Tensor]
 
     def weights_read(self, active: float) -> float:
-        """Return the share of a dense FFN's weight bytes that is read at this share of active neurons."""
+        """Return the share of the dense weight bytes that is read at this share of active terms."""
         dense = len(self.reads)
         return (dense + (3 - dense) * active) / 3
 
@@ -42,8 +43,9 @@ class Indicator:
 UP = Indicator("up", reads=("up",), formula=lambda a, u: u.abs())
 GATE = Indicator("gate", reads=("gate",), formula=lambda a, u: a.abs())
 COEFFICIENT = Indicator("coefficient", reads=("gate", "up"), formula=lambda a, u: (a * u).abs())
+INPUT = Indicator("input", reads=(), formula=lambda x: x.abs())
 
-_INDICATORS = {indicator.name: indicator for indicator in (UP, GATE, COEFFICIENT)}
+_INDICATORS = {indicator.name: indicator for indicator in (UP, GATE, COEFFICIENT, INPUT)}
 
 
 def register_indicator(indicator: Indicator) -> None:

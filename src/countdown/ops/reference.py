@@ -12,7 +12,7 @@ from torch import Tensor
 
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
-from countdown.ops.schema import LIBRARY, check_active, check_counters, check_decision, check_ffn
+from countdown.ops.schema import LIBRARY, check_active, check_counters, check_decision, check_ffn, check_linear
 
 
 def drop_smallest(scores: Tensor, drop: int) -> Tensor:
@@ -39,11 +39,18 @@ def _project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], acti
     return a, F.linear(x, weights[1], biases[1])
 
 
-def _decide(a: Tensor, u: Tensor, per_neuron: Tensor, decision: str, drop: int, indicator: str) -> Tensor:
-    value = get_indicator(indicator).formula(a.float(), u.float())
-    if decision == "threshold":
-        return ~(value <= per_neuron)
-    return drop_smallest(value * per_neuron, drop)
+def _decide(
+    x: Tensor, factors: tuple[Tensor, ...], per_term: Tensor, decision: str, drop: int, indicator: str
+) -> Tensor:
+    value = get_indicator(indicator).formula(*(factor.float() for factor in factors))
+    active = ~(value <= per_term) if decision == "threshold" else drop_smallest(value * per_term, drop)
+    # An input that is not finite says nothing about which terms matter: that token is dense.
+    return active | ~x.isfinite().all(dim=-1, keepdim=True)
+
+
+def _count(counters: Tensor, active: Tensor) -> None:
+    counters[0] += active[..., 0].numel()
+    counters[1] += active.sum()
 
 
 def _combine(a: Tensor, u: Tensor, active: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
@@ -65,12 +72,11 @@ def sparse_ffn(
 ) -> Tensor:
     """Return y = W_down (mask ⊙ act(W_gate x) ⊙ W_up x), the mask decided for each token. See `schema`."""
     check_ffn(x, weights, biases, activation, weight_format)
-    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     a, u = _project(x, weights, biases, activation)
-    active = _decide(a, u, per_neuron, decision, drop, indicator)
-    counters[0] += active[..., 0].numel()
-    counters[1] += active.sum()
+    active = _decide(x, (a, u), per_neuron, decision, drop, indicator)
+    _count(counters, active)
     return _combine(a, u, active, weights, biases)
 
 
@@ -88,9 +94,9 @@ def select(
 ) -> Tensor:
     """Return the active set of each token. See `schema`."""
     check_ffn(x, weights, biases, activation, weight_format)
-    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     a, u = _project(x, weights, biases, activation)
-    return _decide(a, u, per_neuron, decision, drop, indicator)
+    return _decide(x, (a, u), per_neuron, decision, drop, indicator)
 
 
 def given_ffn(
@@ -109,5 +115,26 @@ def given_ffn(
     return _combine(a, u, active, weights, biases)
 
 
-for _op in (sparse_ffn, select, given_ffn):
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    per_channel: Tensor,
+    counters: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return z = W (mask ⊙ x), the mask decided for each token. See `schema`."""
+    check_linear(x, weight, bias, weight_format)
+    check_decision(x.shape[-1], per_channel, decision, drop, indicator)
+    check_counters(counters)
+    active = _decide(x, (x,), per_channel, decision, drop, indicator)
+    _count(counters, active)
+    return F.linear(torch.where(active, x, 0), weight, bias)
+
+
+for _op in (sparse_ffn, select, given_ffn, sparse_linear):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

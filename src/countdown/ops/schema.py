@@ -4,21 +4,25 @@ Letters: T tokens in a call (all leading dimensions of x taken together), d hidd
 
 | argument | shape, dtype | meaning |
 |---|---|---|
-| x | [..., d], the dtype of the weights | FFN input |
+| x | [..., d], the dtype of the weights | input of the FFN or linear |
 | weights | by `weight_format` | `plain`: W_gate [h, d], W_up [h, d], W_down [d, h], any strides |
 | biases | [h], [h], [d], each or None | of gate, up and down |
-| per_neuron | [h], float32 | decision threshold: τ_i; decision topk: weights m_i |
-| counters | [2], int64 | incremented by T and by the active neurons summed over the T tokens; never read |
+| weight, bias | [d_out, d], [d_out] or None | of a linear |
+| per_neuron, per_channel | [h] or [d], float32 | decision threshold: τ_i; decision topk: weights m_i |
+| counters | [2], int64 | incremented by T and by the active terms summed over the T tokens; never read |
 | active | [..., h], bool | the active set of each token |
-| decision | `threshold` | neuron i is inactive iff indicator ≤ τ_i, so a NaN stays active |
-|          | `topk` | the `drop` neurons of smallest indicator · m_i are inactive, ties by lower index first |
-| drop | int, 0 ≤ drop ≤ h | used by topk only |
+| decision | `threshold` | term i is inactive iff indicator ≤ τ_i, so a NaN stays active |
+|          | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
+| drop | int, 0 ≤ drop ≤ h or d | used by topk only |
 | indicator | a name known to `indicators` | what decides |
 | activation | a key of `activations.ACTIVATIONS` | act |
 
-`sparse_ffn` is the op that models run. `select` and `given_ffn` are its two halves, for tests and benchmarks.
-Outputs: y [..., d] like x, and for `select` the active sets [..., h], bool. Shapes are static and nothing is
-read back to the host. Arguments that do not fit raise ValueError.
+The terms of an FFN are its neurons, those of a linear its input channels. Of a token whose x holds a NaN or an
+infinity, every term is active: it is computed as in the dense model.
+
+`sparse_ffn` and `sparse_linear` are the ops that models run. `select` and `given_ffn` are the halves of the first,
+for tests and benchmarks. Outputs: y [..., d] like x (z [..., d_out] for a linear), and for `select` the active sets
+[..., h], bool. Shapes are static and nothing is read back to the host. Arguments that do not fit raise ValueError.
 """
 
 from __future__ import annotations
@@ -38,6 +42,10 @@ _FORM = "str activation, str weight_format='plain'"
 LIBRARY.define(f"sparse_ffn({_FFN}, Tensor per_neuron, Tensor(a!) counters, *, {_DECISION}, {_FORM}) -> Tensor")
 LIBRARY.define(f"select({_FFN}, Tensor per_neuron, *, {_DECISION}, {_FORM}) -> Tensor")
 LIBRARY.define(f"given_ffn({_FFN}, Tensor active, *, {_FORM}) -> Tensor")
+LIBRARY.define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor per_channel, Tensor(a!) counters, *, "
+    f"{_DECISION}, str weight_format='plain') -> Tensor"
+)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -65,15 +73,23 @@ def check_ffn(
         _require(bias is None or bias.shape == (size,), f"bias of {name} has the wrong shape, expected {(size,)}")
 
 
-def check_decision(weights: list[Tensor], per_neuron: Tensor, decision: str, drop: int, indicator: str) -> None:
-    """Raise ValueError unless the arguments that pick the active set fit together."""
-    h = weights[0].shape[0]
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_format: str) -> None:
+    """Raise ValueError unless input, weight and bias of a linear fit together."""
+    _require(weight_format == "plain", f"weight_format is '{weight_format}', expected 'plain'")
+    out, d = weight.shape
+    _require(x.shape[-1] == d, f"x is {tuple(x.shape)}, expected [..., {d}] to fit W {(out, d)}")
+    _require(weight.dtype == x.dtype, f"W is {weight.dtype}, expected {x.dtype} like x")
+    _require(bias is None or bias.shape == (out,), f"bias has the wrong shape, expected {(out,)}")
+
+
+def check_decision(terms: int, per_term: Tensor, decision: str, drop: int, indicator: str) -> None:
+    """Raise ValueError unless the arguments that pick the active set of so many terms fit together."""
     _require(
-        per_neuron.shape == (h,) and per_neuron.dtype == torch.float32,
-        f"per_neuron is {per_neuron.dtype} {tuple(per_neuron.shape)}, expected float32 {(h,)}",
+        per_term.shape == (terms,) and per_term.dtype == torch.float32,
+        f"thresholds or weights are {per_term.dtype} {tuple(per_term.shape)}, expected float32 {(terms,)}",
     )
     _require(decision in ("threshold", "topk"), f"decision is '{decision}', expected 'threshold' or 'topk'")
-    _require(0 <= drop <= h, f"drop is {drop}, expected 0 ≤ drop ≤ {h}")
+    _require(0 <= drop <= terms, f"drop is {drop}, expected 0 ≤ drop ≤ {terms}")
     get_indicator(indicator)
 
 
@@ -109,7 +125,7 @@ def _sparse_ffn(
     weight_format: str = "plain",
 ) -> Tensor:
     check_ffn(x, weights, biases, activation, weight_format)
-    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     return x.new_empty(x.shape)
 
@@ -128,7 +144,7 @@ def _select(
     weight_format: str = "plain",
 ) -> Tensor:
     check_ffn(x, weights, biases, activation, weight_format)
-    check_decision(weights, per_neuron, decision, drop, indicator)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     return x.new_empty((*x.shape[:-1], weights[0].shape[0]), dtype=torch.bool)
 
 
@@ -145,3 +161,22 @@ def _given_ffn(
     check_ffn(x, weights, biases, activation, weight_format)
     check_active(x, weights, active)
     return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("countdown::sparse_linear", lib=LIBRARY)
+def _sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    per_channel: Tensor,
+    counters: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    check_linear(x, weight, bias, weight_format)
+    check_decision(x.shape[-1], per_channel, decision, drop, indicator)
+    check_counters(counters)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))

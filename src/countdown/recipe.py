@@ -1,0 +1,153 @@
+"""Recipes: which method applies to which modules, and a readable file of it.
+
+    - pattern: "*.mlp"
+      method: m-countdown
+      weighting: rms
+      sparsity: 0.7
+    - pattern: "*.self_attn.*"
+      method: teal
+      sparsity: 0.4
+
+An entry takes the sites of its method's kind whose names match. A site belongs to the first entry that takes it or
+the FFN around it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from countdown.config import check_fields
+from countdown.errors import ConfigError
+from countdown.methods import Method, method, method_class
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """A method and the modules it applies to.
+
+    Args:
+        method: The method with its settings.
+        pattern: Shell-style pattern of module names, e.g. `*.mlp`; `*` for every site of the method's kind.
+    """
+
+    method: Method
+    pattern: str = "*"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to calibrate: methods by module pattern.
+
+    Args:
+        entries: In order; the first that takes a site has it.
+    """
+
+    entries: tuple[RecipeEntry, ...]
+
+    @classmethod
+    def of(cls, config: Method | Recipe) -> Recipe:
+        """Return a method as a recipe of one entry; a recipe as it is."""
+        return config if isinstance(config, Recipe) else cls((RecipeEntry(config),))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML or JSON file.
+
+        Raises:
+            ConfigError: The file cannot be read, is not a list of entries, or an entry has an unknown field, an
+                unknown method or a value out of range.
+        """
+        content = _read(Path(path))
+        if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
+            raise ConfigError(f"recipe {path} is not a list of entries such as: - {{pattern: '*.mlp', method: cats}}")
+        return cls(tuple(_entry(f"entry {index + 1} of {path}", entry) for index, entry in enumerate(content)))
+
+    def with_settings(self, **settings: Any) -> Recipe:
+        """Return the recipe with these settings in every method.
+
+        Raises:
+            ConfigError: A method does not have the setting, or not this value.
+        """
+        return Recipe(tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries))
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings flat, as results files hold them; for several entries, as a list under `recipe`."""
+        if len(self.entries) == 1:
+            settings = self.entries[0].method.to_dict()
+            return {"method": settings.pop("name"), "indicator": "exact", **settings}
+        entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
+        return {"method": "recipe", "recipe": entries}
+
+    def __str__(self) -> str:
+        if [entry.pattern for entry in self.entries] == ["*"]:
+            return str(self.entries[0].method)
+        return "; ".join(f"{entry.pattern}: {entry.method}" for entry in self.entries)
+
+
+def match(entries: Sequence[tuple[str, str]], sites: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Return which entry each site belongs to, by name; sites that none takes are left out.
+
+    Args:
+        entries: (pattern, kind) of each.
+        sites: (name, kind) of each.
+
+    Raises:
+        ConfigError: An entry takes a module inside of which an earlier one took another, or takes none.
+    """
+    sites = list(sites)
+    taken: dict[str, int] = {}
+    for index, (pattern, kind) in enumerate(entries):
+        names = [name for name, its_kind in sites if its_kind == kind and fnmatchcase(name, pattern)]
+        free = [name for name in names if not _inside_taken(name, taken)]
+        for name in free:
+            part = next((other for other in taken if other.startswith(f"{name}.")), None)
+            if part is not None:
+                raise ConfigError(
+                    f"'{pattern}' takes {name}, but an earlier entry took its part {part}; put the entry for the "
+                    "whole first, or narrow the pattern of the other."
+                )
+        if not free:
+            raise ConfigError(f"pattern '{pattern}' takes no module of the model: {_available(sites, kind, names)}.")
+        taken.update(dict.fromkeys(free, index))
+    return taken
+
+
+def _inside_taken(name: str, taken: Mapping[str, int]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in taken)
+
+
+def _available(sites: Sequence[tuple[str, str]], kind: str, matched: Sequence[str]) -> str:
+    if matched:
+        return "earlier entries took all that it matches"
+    names = [name for name, its_kind in sites if its_kind == kind]
+    return f"its method applies to {names[0]}, …, {names[-1]}" if names else f"it has none of kind '{kind}'"
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _entry(what: str, given: Mapping[str, Any]) -> RecipeEntry:
+    if not isinstance(given.get("method"), str):
+        check_fields(what, given, ["pattern", "method", *(field.name for field in fields(Method))])
+        raise ConfigError(f"{what} names no method.")
+    known = [field.name for field in fields(method_class(given["method"]))]
+    check_fields(what, given, ["pattern", "method", *known])
+    settings = {name: value for name, value in given.items() if name in known}
+    pattern = given.get("pattern", "*")
+    if not isinstance(pattern, str):
+        raise ConfigError(f"the pattern of {what} is {pattern!r}, expected text such as '*.mlp'.")
+    return RecipeEntry(method(given["method"], **settings), pattern)
