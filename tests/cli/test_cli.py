@@ -66,6 +66,8 @@ def made(model_folder, tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "p\n"
+    (folder / "wrong.yaml").write_text("- method: cats\n  sparsty: 0.5\n")
+    (folder / "nowhere.json").write_text('[{"method": "cats", "pattern": "blocks.*"}]')
     return folder
 
 
@@ -128,6 +130,68 @@ def test_generate(made, model_folder):
     assert "backend reference" in both.stderr
 
 
+RECIPE = """
+- method: m-countdown
+  weighting: rms
+  sparsity: 0.6
+- method: teal
+  pattern: "*.self_attn.*"
+  sparsity: 0.25
+"""
+
+
+def test_a_recipe_is_a_method_by_another_name(model_folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    made = run("calibrate", model_folder, "--method", "mine.yaml", "--tokens", "1024", cwd=tmp_path)
+    assert made.stdout == "tiny-llama-mine\n", made.stderr
+    more = [*EVALUATE, "--json", "r.json"]
+    result = run("evaluate", model_folder, "--profile", "tiny-llama-mine", *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "*: m-countdown × rms, threshold at 0.6\n*.self_attn.*: teal, threshold at 0.25\n" in result.stdout
+    (record,) = json.loads((tmp_path / "r.json").read_text())["records"]
+    assert [entry["name"] for entry in record["recipe"]] == ["m-countdown", "teal"]
+    assert len(record["realised_sparsity_by_layer"]) == 3 + 3 * 4
+    again = run("evaluate", model_folder, "--method", "mine.yaml", "--sparsity", "0.1", *EVALUATE, cwd=tmp_path)
+    assert "m-countdown × rms, threshold at 0.1\n*.self_attn.*: teal, threshold at 0.1\n" in again.stdout
+
+
+def test_global_allocation_gives_each_module_its_own_target(model_folder, tmp_path):
+    settings = ["--weighting", "rms", "--sparsity", "0.7", "--allocation", "global"]
+    made = run("calibrate", model_folder, "-o", "p", *settings, "--tokens", "4096", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
+    (record,) = json.loads(result.stdout)["records"]
+    assert record["allocation"] == "global"
+    assert record["realised_sparsity"] == pytest.approx(0.7, abs=0.03)
+    assert max(record["realised_sparsity_by_layer"]) - min(record["realised_sparsity_by_layer"]) > 0.1
+
+
+def test_an_exported_folder_runs_sparse_by_its_name_alone(made, model_folder, tmp_path):
+    profile = made / "p"
+    written = run("export", model_folder, "--profile", profile, "-o", "mine", cwd=tmp_path)
+    assert written.stdout == "mine\n", written.stderr
+    alone = run("generate", "mine", "hello", "--max-new-tokens", "8", "--raw", cwd=tmp_path)
+    assert "using the profile in mine" in alone.stderr
+    assert "realised sparsity" in alone.stderr
+    given = run("generate", model_folder, "hello", "--profile", profile, "--max-new-tokens", "8", "--raw", cwd=tmp_path)
+    assert alone.stdout == given.stdout != "\n"
+    result = run("evaluate", "mine", *EVALUATE, cwd=tmp_path)
+    assert "m-countdown × rms, threshold at 0.6" in result.stdout
+
+
+def test_several_texts_share_the_tokens(model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("some text of mine. " * 100)
+    texts = ["--text", "python-docs", "--text", "mine.txt"]
+    made = run("calibrate", model_folder, "-o", "p", *texts, "--tokens", "2048", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    calibration = json.loads((tmp_path / "p" / "profile.json").read_text())["calibration"]
+    assert [seen["source"] for seen in calibration["texts"]] == ["python-docs", "mine.txt"]
+    assert calibration["tokens"] == 2048
+    seen = run("evaluate", model_folder, "--profile", "p", "--text", "mine.txt", cwd=tmp_path)
+    assert seen.returncode == 2
+    assert "calibrated on this very text (mine.txt)" in seen.stderr
+
+
 def test_generate_keeps_stdout_for_json(made, model_folder):
     result = run("generate", model_folder, "hello", "--max-new-tokens", "4", "--raw", "--json", "-", cwd=made)
     (record,) = json.loads(result.stdout)["records"]
@@ -180,7 +244,18 @@ MISTAKES = {
     "compare with nothing": (["generate", "{model}", "hi", "--compare"], "something to compare"),
     "empty prompt": (["generate", "{model}", " "], "prompt is empty"),
     "dtype": (["generate", "{model}", "hi", "--dtype", "int4"], "dtype is 'int4'"),
-    "ignored": (["generate", "{model}", "hi", "--sparsity", "0.7"], "need --profile or --method"),
+    "ignored": (["generate", "{model}", "hi", "--sparsity", "0.7"], "--sparsity needs --profile or --method"),
+    "recipe": (["calibrate", "{model}", "--method", "wrong.yaml"], "Did you mean 'sparsity'"),
+    "no such recipe": (["calibrate", "{model}", "--method", "nope.yaml"], "recipe nope.yaml cannot be read"),
+    "pattern": (["calibrate", "{model}", "--method", "nowhere.json"], "takes no module of the model"),
+    "allocation": (["calibrate", "{model}", "--allocation", "globl"], "Did you mean 'global'"),
+    "not allocated": (["evaluate", "{model}", "--profile", "p", "--allocation", "global"], "calibrate again with it"),
+    "export taken": (["export", "{model}", "--profile", "p", "-o", "p"], "p exists already"),
+    "export elsewhere": (
+        ["export", "{model}", "--profile", "p", "-o", "p", "--overwrite"],
+        "not a model that countdown",
+    ),
+    "export nothing": (["export", "{model}", "--profile", "nope", "-o", "new"], "nope is not a profile"),
     "revision": (["inspect", "{model}", "--revision", "main"], "belongs to models on the hub"),
     "context": (["generate", "{model}", "hi", "--max-new-tokens", "5000"], "longer than the model's context"),
     "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),

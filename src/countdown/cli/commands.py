@@ -181,7 +181,7 @@ def evaluate(
     made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
     sparsify_(loaded, made)
     result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
-    printing.print_evaluation(printing.table_console(json), str(made.recipe), result)
+    printing.print_evaluation(printing.table_console(json), made.recipe, result)
     about = {"model": source.label, **made.recipe.record(), "text": loaded_text.source, "windows": windows}
     printing.emit(
         json,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from countdown.demo import Demo
     from countdown.evaluation.evaluate import Evaluation
     from countdown.evaluation.generation import Generation
+    from countdown.recipe import Recipe
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -62,10 +63,13 @@ def evaluation_cells(result: Evaluation) -> tuple[str, ...]:
     )
 
 
-def print_evaluation(out: Console, label: str, result: Evaluation) -> None:
+def print_evaluation(out: Console, recipe: Recipe, result: Evaluation) -> None:
+    entries = str(recipe).split("; ")
     header = ["", "realised", "weights read", "perplexity", "KL", "same top token"]
     dense = ("dense", "", "100%", f"{result.dense_perplexity:.2f}", "", "")
-    print_table(out, header, [dense, (label, *evaluation_cells(result))])
+    print_table(out, header, [dense, (entries[0] if len(entries) == 1 else "sparse", *evaluation_cells(result))])
+    for entry in entries if len(entries) > 1 else []:
+        out.print(entry, markup=False)
     layers = [layer.realised for layer in result.layers]
     every = "every token sparse" if result.protocol == "all" else "dense prompts, every scored token sparse"
     out.print(
