@@ -170,7 +170,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--commit", help="where the checkout has no git history")
     arguments = parser.parse_args()
     only = ["--only", arguments.only] if arguments.only else []
-    arguments.public = ["--sweep", arguments.sweep, *only, "--windows", str(arguments.windows)]
+    other = ["--other", arguments.other.name] if arguments.other else []
+    arguments.public = ["--sweep", arguments.sweep, *only, *other, "--windows", str(arguments.windows)]
     return arguments
 
 

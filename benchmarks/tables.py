@@ -1,4 +1,4 @@
-"""Fills the tables of the docs from benchmarks/results/*.json, between markers:
+"""Fills the tables and counts of the docs from benchmarks/results/*.json, between markers:
 
     <!-- table: NAME -->
     <!-- /table -->
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (?:table|count): (\S+) -->\n?).*?(<!-- /(?:table|count) -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -68,6 +68,105 @@ def quality(name: str) -> str:
     return "\n".join(lines) + "\n" + note + source(name, document)
 
 
+def allocation(name: str) -> str:
+    """Return perplexity and KL under each allocation, and what they change of the loss under uniform."""
+    document = load(name)
+    lines = [row(["method", "decision", "allocation", *(f"{s:.0%}" for s in (0.5, 0.7, 0.8))])]
+    lines.append(row(["---"] * 3 + ["---:"] * 3))
+    records = {(r["method"], r["decision"], r["allocation"], r["sparsity"]): r for r in document["records"]}
+    for method, decision, spread in dict.fromkeys(key[:3] for key in records):
+        cells = [
+            _against(records[method, decision, spread, s], records[method, decision, "uniform", s])
+            for s in (0.5, 0.7, 0.8)
+        ]
+        weighting = next(r["weighting"] for key, r in records.items() if key[0] == method)
+        label = method if weighting == "none" else f"{method} × {weighting}"
+        lines.append(row([label, decision, spread, *cells]))
+    dense = document["records"][0]["dense_perplexity"]
+    note = f"\nPerplexity (dense {dense:.2f}); in brackets, change of (perplexity − dense) and of KL against uniform.\n"
+    return "\n".join(lines) + "\n" + note + source(name, document)
+
+
+def _against(record: dict[str, Any], uniform: dict[str, Any]) -> str:
+    shown = f"{record['perplexity']:.2f}"
+    if record is uniform:
+        return shown
+    loss, base = (r["perplexity"] - r["dense_perplexity"] for r in (record, uniform))
+    return f"{shown} ({loss / base - 1:+.0%}, {record['kl'] / uniform['kl'] - 1:+.0%})"
+
+
+def texts(name: str) -> str:
+    """Return by how much realised sparsity misses its target on each text: over the model, and by layer."""
+    document = load(name)
+    records = document["records"]
+    kinds = list(dict.fromkeys(r["text"] for r in records))
+    lines = [row(["method", "sparsity", "calibrated on", *(kind.removesuffix(".txt") for kind in kinds)])]
+    lines.append(row(["---", "---:", "---"] + ["---:"] * len(kinds)))
+    keys = dict.fromkeys((r["method"], r["weighting"], r["sparsity"], tuple(r["calibrated_on"])) for r in records)
+    for key in keys:
+        found = {
+            r["text"]: r
+            for r in records
+            if (r["method"], r["weighting"], r["sparsity"], tuple(r["calibrated_on"])) == key
+        }
+        label, seen = f"{key[0]} × {key[1]}", " + ".join(key[3])
+        lines.append(row([label, f"{key[2]:.0%}", seen, *(_miss(found[kind]) for kind in kinds)]))
+    note = "\nRealised minus target, in points: over the model (lowest layer to highest).\n"
+    return "\n".join(lines) + "\n" + note + source(name, document)
+
+
+def _miss(record: dict[str, Any]) -> str:
+    pairs = zip(record["realised_sparsity_by_layer"], record["target_by_layer"], strict=True)
+    layers = [100 * (realised - target) for realised, target in pairs]
+    whole = 100 * (record["realised_sparsity"] - record["sparsity"])
+    return f"{whole:+.1f} ({min(layers):+.1f} to {max(layers):+.1f})"
+
+
+def census(name: str) -> str:
+    """Return how many classes are accepted, which, and which are refused for what reason."""
+    document = load(name)
+    records = document["records"]
+    outcomes = {record["class"]: _outcome(record) for record in records}
+    order = sorted(records, key=lambda r: (r["outcome"], not r["verified"], r["verified"] != "end to end"))
+    mappings = ["causal-lm", "image-text-to-text", "multimodal-lm", ""]
+    lines = [row(["", *(mapping or "all, each class once" for mapping in mappings)]), row(["---"] + ["---:"] * 4)]
+    inside = [[r for r in records if mapping in r["mapping"]] for mapping in mappings]
+    for outcome in dict.fromkeys(
+        outcomes[r["class"]] for r in sorted(order, key=lambda r: r["outcome"] == "not built")
+    ):
+        lines.append(row([outcome, *(str(sum(outcomes[r["class"]] == outcome for r in some)) for some in inside)]))
+    lines += [row(["classes", *(str(len(some)) for some in inside)]), "", "### Accepted", ""]
+    lines += [row(["class", "FFN", "activation", "gate and up", "verified"]), row(["---"] * 5)]
+    for r in records:
+        if r["outcome"] == "accepted":
+            form = "fused" if r["fused"] else "split"
+            verified = r["verified"] or f"no: {r['reason']}"
+            lines.append(row([f"`{r['class']}`", f"`{r['ffn']}`", r["activation"], form, verified]))
+    lines += ["", "### Refused"]
+    for category in dict.fromkeys(r["category"] for r in records if r["outcome"] == "refused"):
+        names = [f"`{r['class']}`" for r in records if r["category"] == category]
+        lines += ["", f"{category} ({len(names)}): {', '.join(names)}."]
+    lines += ["", "### Not built", ""]
+    lines += [f"- `{r['class']}`: {r['reason'].partition('. ')[0]}" for r in records if r["outcome"] == "not built"]
+    meta = document["meta"]
+    note = f"torch {meta['versions']['torch']}, transformers {meta['versions']['transformers']}"
+    return "\n".join(lines) + f"\n\n{note}, commit {meta['commit'][:8]}; `benchmarks/results/{name}.json`.\n"
+
+
+def accepted(name: str) -> str:
+    """Return how many classes are accepted and verified, of how many, and the same for causal language models alone."""
+    records = load(name)["records"]
+    causal = [record for record in records if "causal-lm" in record["mapping"]]
+    whole, some = (f"{sum(bool(r['verified']) for r in group)} of {len(group)}" for group in (records, causal))
+    return f"{whole} (of the causal language models alone {some})"
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    if record["outcome"] == "accepted":
+        return f"accepted, verified {record['verified']}" if record["verified"] else "accepted, not verified"
+    return f"{record['outcome']}: {record['category']}" if record["category"] else record["outcome"]
+
+
 def summary(name: str) -> str:
     """Return the README's short table: thresholds that run fast, and the ideal beside them."""
     document = load(name)
@@ -109,6 +208,14 @@ def row(cells: list[str]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": lambda: quality("quality-smollm2"),
     "quality-gemma3": lambda: quality("quality-gemma3"),
+    "quality-teal-smollm2": lambda: quality("quality-teal-smollm2"),
+    "quality-teal-gemma3": lambda: quality("quality-teal-gemma3"),
+    "allocation-smollm2": lambda: allocation("allocation-smollm2"),
+    "allocation-gemma3": lambda: allocation("allocation-gemma3"),
+    "texts-smollm2": lambda: texts("texts-smollm2"),
+    "texts-gemma3": lambda: texts("texts-gemma3"),
+    "census": lambda: census("census"),
+    "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),
 }
 

@@ -7,11 +7,28 @@ import math
 import torch
 from torch import Tensor
 
+
+def softplus(v: float) -> float:
+    return v if v > 30 else math.log1p(math.exp(v))
+
+
 ACT = {
     "silu": lambda v: v / (1 + math.exp(-v)) if v > -700 else 0.0,
     "gelu_tanh": lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
     "gelu": lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
     "relu": lambda v: max(v, 0.0),
+    "relu2": lambda v: max(v, 0.0) ** 2,
+    "relu6": lambda v: min(max(v, 0.0), 6.0),
+    "leaky_relu": lambda v: v if v > 0 else 0.01 * v,
+    "quick_gelu": lambda v: v / (1 + math.exp(-1.702 * v)) if v > -400 else 0.0,
+    "gelu_10": lambda v: min(max(0.5 * v * (1 + math.erf(v / math.sqrt(2))), -10.0), 10.0),
+    "hardswish": lambda v: v * min(max(v + 3, 0.0), 6.0) / 6,
+    "mish": lambda v: v * math.tanh(softplus(v)),
+    "sigmoid": lambda v: 1 / (1 + math.exp(-v)) if v > -700 else 0.0,
+    "tanh": math.tanh,
+    "laplace": lambda v: 0.5 * (1 + math.erf((v - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrtsoftplus": lambda v: math.sqrt(softplus(v)),
+    "linear": lambda v: v,
 }
 INDICATOR = {
     "up": lambda a, u: abs(u),

@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle
 from countdown.errors import ConfigError
+from countdown.methods import method
+from countdown.models.sites import GatedFFN, Rows
+from countdown.modules import sparse_module
 from countdown.ops import reference
 
 OPS = torch.ops.countdown
@@ -83,6 +86,95 @@ def test_active_sets_are_what_the_rule_says(h, tokens, indicator, share, seed):
         assert active[token].tolist() == oracle.topk_active(weighted, drop)
         thresholds = importance.tolist()
         assert above[token].tolist() == [not s <= t for s, t in zip(scores, thresholds, strict=True)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    d=st.integers(1, 40),
+    out=st.integers(1, 50),
+    tokens=st.integers(1, 8),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    bias=st.booleans(),
+    share=st.floats(0, 1),
+    decision=st.sampled_from(["threshold", "topk"]),
+    seed=st.integers(0, 1000),
+)
+def test_sparse_linear_is_the_linear_of_the_masked_input(d, out, tokens, dtype, bias, share, decision, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(out, d, generator=generator) / d**0.5).to(dtype)
+    offset = torch.randn(out, generator=generator).to(dtype) if bias else None
+    # Few values: full of ties, and exact in every dtype.
+    x = (torch.randint(-4, 5, (tokens, d), generator=generator) / 2).to(dtype)
+    per_channel = torch.randint(0, 4, (d,), generator=generator).float()
+    counters, drop = torch.zeros(2, dtype=torch.int64), int(share * d)
+    z = OPS.sparse_linear(x, weight, offset, per_channel, counters, decision=decision, drop=drop, indicator="input")
+    expected, active = torch.zeros(tokens, out).double(), 0
+    for token in range(tokens):
+        sizes, given = x[token].double().abs().tolist(), per_channel.tolist()
+        if decision == "threshold":
+            kept = [not size <= threshold for size, threshold in zip(sizes, given, strict=True)]
+        else:
+            kept = oracle.topk_active([size * weight for size, weight in zip(sizes, given, strict=True)], drop)
+        expected[token] = weight.double() @ (x[token].double() * torch.tensor(kept))
+        active += sum(kept)
+    if offset is not None:
+        expected += offset.double()
+    assert oracle.relative_error(z, expected) <= TOLERANCE[dtype] or (z.double() - expected).norm() <= TOLERANCE[dtype]
+    assert counters.tolist() == [tokens, active]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d=st.integers(2, 24),
+    h=st.integers(1, 30),
+    form=st.sampled_from(["split", "fused", "up first", "interleaved"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    sparsity=st.floats(0, 0.99),
+    seed=st.integers(0, 1000),
+)
+def test_the_module_is_the_masked_dense_module_in_every_form(d, h, form, dtype, bias, sparsity, seed):
+    weights, biases = oracle.random_ffn(d, h, dtype, bias=bias, seed=seed)
+    site = ffn_of(form, weights, biases)
+    config = method("m-countdown", decision="topk", sparsity=sparsity)
+    module = sparse_module(site, config, torch.ones(h), apply_to="all")
+    x = torch.randn(1, 3, d, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    with torch.no_grad():
+        y = module(x)[0]
+    a, u = oracle.projections(x[0], weights, biases, "silu")
+    # The op ranks u as rounded to its dtype, and so does this.
+    rounded = torch.nn.functional.linear(x[0], *site.up.of(site.module)).double()
+    active = torch.tensor([oracle.topk_active(row, config.drop(h)) for row in rounded.abs().tolist()])
+    expected = oracle.combine(a, u, active, weights, biases)
+    scale = oracle.combine(a, u, torch.ones_like(active), weights, biases).norm().item()
+    assert (y.double() - expected).norm().item() <= TOLERANCE[dtype] * max(scale, 1.0)
+    assert module.counters.tolist() == [3, int(active.sum())]
+
+
+def ffn_of(form, weights, biases):
+    """A module with these weights, gate and up apart or fused in one of three ways, as a site."""
+    h = weights[0].shape[0]
+    parts = {"gate": (weights[0], biases[0]), "up": (weights[1], biases[1]), "down": (weights[2], biases[2])}
+    rows = {"gate": Rows("gate"), "up": Rows("up"), "down": Rows("down")}
+    if form != "split":
+        pair = ["up", "gate"] if form == "up first" else ["gate", "up"]
+        both = [
+            torch.stack([parts[name][i] for name in pair]) if parts["gate"][i] is not None else None for i in (0, 1)
+        ]
+        if form == "interleaved":
+            both = [None if b is None else b.transpose(0, 1) for b in both]
+            rows |= {"gate": Rows("fused", 0, None, 2), "up": Rows("fused", 1, None, 2)}
+        else:
+            rows |= {pair[0]: Rows("fused", 0, h), pair[1]: Rows("fused", h, 2 * h)}
+        fused, bias = (None if b is None else b.reshape(2 * h, *b.shape[2:]) for b in both)
+        parts = {"fused": (fused, bias), "down": parts["down"]}
+    module = nn.Module()
+    for name, (weight, bias) in parts.items():
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight)
+        linear.bias = None if bias is None else nn.Parameter(bias)
+        module.add_module(name, linear)
+    return GatedFFN("ffn", module.eval(), rows["gate"], rows["up"], rows["down"], "silu")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
