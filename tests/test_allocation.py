@@ -41,6 +41,11 @@ def test_quadratic_errors_have_the_textbook_answer():
     assert shares.tolist() == pytest.approx([one, one / 2, one / 2], abs=2e-3)
 
 
+def test_scales_far_apart_are_told_apart():
+    shares = allocate(torch.tensor([1e33, 1.0, 4.0]).double()[:, None] * GRID**2, torch.ones(3), 0.3)
+    assert shares.tolist() == pytest.approx([0, 0.72, 0.18], abs=2e-3)
+
+
 def test_no_other_split_is_cheaper():
     generator = torch.Generator().manual_seed(0)
     errors = torch.rand(5, 1, generator=generator) * GRID ** (1 + 4 * torch.rand(5, 1, generator=generator))

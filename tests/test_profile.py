@@ -149,8 +149,9 @@ S = "sample/model.layers.1.mlp"
         (W, lambda t: -t, "negative"),
         (W, lambda t: t.double(), "weights .* are NaN, infinite"),
         (W, None, "weights of .* and weighting disagree"),
-        (T, lambda t: t * torch.nan, "thresholds .* NaN"),
-        (T, lambda t: t.flip(0), "fall"),
+        (T, lambda t: torch.cat([t[:1], t[1:] * torch.nan]), "thresholds .* NaN"),
+        (T, lambda t: torch.cat([t[:1], t[1:].flip(0)]), "fall"),
+        (T, lambda t: t + 1, "begin elsewhere"),
         (T, lambda t: t[:0], "not a curve"),
         (T, lambda t: t[None], "not a curve"),
         (S, lambda t: t * torch.nan, "weight sample"),
@@ -178,6 +179,14 @@ def test_a_hostile_header_is_refused(header, profile, tmp_path):
     path = profile.save(tmp_path / "p")
     (path / "profile.safetensors").write_bytes(header)
     with pytest.raises(ProfileError, match="damaged"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("header", ["[" * 200_000, '{"version": 1' + "0" * 400 + "}"], ids=["deep", "large"])
+def test_headers_meant_to_break_the_reader_are_refused(header, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    (path / "profile.json").write_text(header)
+    with pytest.raises(ProfileError):
         Profile.load(path)
 
 

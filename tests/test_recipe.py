@@ -65,6 +65,20 @@ def test_mistakes_are_named(content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_no_recipe_is_said():
+    with pytest.raises(ConfigError, match="has no entries"):
+        Recipe(())
+    with pytest.raises(ConfigError, match=r"config is 'cats', expected countdown\.method"):
+        Recipe.of("cats")
+
+
+def test_records_name_what_was_calibrated():
+    (entry,) = Recipe.of(method("teal")).entries
+    assert "pattern" not in Recipe((entry,)).record()
+    assert Recipe((RecipeEntry(entry.method, "*.q_proj"),)).record()["pattern"] == "*.q_proj"
+    assert [row["pattern"] for row in MEANT.record()["recipe"]] == ["*.mlp", "*"]
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         Recipe.load(tmp_path / "r.yaml")

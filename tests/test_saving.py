@@ -87,7 +87,28 @@ def test_pushing_would_lose_the_profile_and_is_refused(llama_model, profile, tmp
     countdown.sparsify_(llama_model, profile)
     with pytest.raises(ConfigError, match="hf upload"):
         llama_model.save_pretrained(tmp_path / "m", push_to_hub=True)
+    with pytest.raises(ConfigError, match="hf upload"):
+        llama_model.save_pretrained(tmp_path / "m", True, torch.save, True)
     assert not (tmp_path / "m").exists()
+
+
+def test_only_the_main_process_writes_the_profile(llama_model, profile, tmp_path):
+    countdown.sparsify_(llama_model, profile)
+    llama_model.save_pretrained(tmp_path, False)
+    assert not (tmp_path / "countdown").exists()
+
+
+def test_half_a_profile_on_the_hub_is_said(monkeypatch, profile, tmp_path):
+    profile.save(tmp_path / "p")
+    monkeypatch.setattr("countdown.saving._from_hub", lambda _, name: str(tmp_path / name) if "json" in name else None)
+    with pytest.raises(ProfileError, match=r"org/model is not whole: it has only profile\.json"):
+        countdown.from_pretrained("org/model")
+
+
+def test_a_name_that_the_hub_refuses_is_one_line():
+    with pytest.raises(ConfigError, match="bad name!! cannot be loaded") as error:
+        countdown.from_pretrained("bad name!!")
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_own_profile_is_said(llama_model, profile, tmp_path):
@@ -107,10 +128,7 @@ def test_export(model_folder, llama_model, profile, tmp_path):
     assert torch.equal(logits(loaded), logits(llama_model))
     with pytest.raises(ConfigError, match="exists already"):
         countdown.export(str(model_folder), profile, path)
-    countdown.export(str(model_folder), profile, path, overwrite=True)
     assert sorted(p.name for p in path.parent.iterdir()) == ["m"]
-    with pytest.raises(ConfigError, match="not a model that countdown exported"):
-        countdown.export(str(model_folder), profile, tmp_path / "p", overwrite=True)
 
 
 def test_an_export_that_fails_leaves_nothing(model_folder, profile, tmp_path):

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import countdown
 from conftest import llama
-from countdown.errors import UnsupportedModelError
+from countdown.errors import CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method
 from countdown.modules import sparse_sites
 
@@ -50,6 +50,31 @@ def test_lora_on_attention_works_either_way_round(sparse_first, tokenizer, text)
     dense = logits(model)
     assert not torch.equal(dense, sparse)
     assert torch.equal(logits(with_lora(llama(), "q_proj", "v_proj")), dense)
+
+
+def test_a_profile_calibrated_around_lora_fits_the_model_around_it(tokenizer, text):
+    model = with_lora(llama(), "q_proj")
+    profile = profile_of(model, tokenizer, text)
+    countdown.sparsify_(model, profile, apply_to="all")
+    assert logits(model).isfinite().all()
+    assert next(site.name for site in countdown.status(model)).endswith("model.layers.0.mlp")
+
+
+def test_lora_that_comes_later_stays_when_the_model_is_restored(tokenizer, text):
+    model = countdown.sparsify_(llama(), profile_of(llama(), tokenizer, text))
+    wrapped = with_lora(model, "down_proj")
+    countdown.restore_(wrapped)
+    expected = with_lora(llama(), "down_proj")
+    assert torch.equal(logits(wrapped), logits(expected))
+
+
+def test_a_linear_that_is_replaced_is_replaced_in_the_dense_path_too(tokenizer, text):
+    model = countdown.sparsify_(llama(), profile_of(llama(), tokenizer, text))
+    model.model.layers[0].mlp.gate_proj = nn.Linear(24, 53, bias=False)
+    expected = llama()
+    expected.model.layers[0].mlp.gate_proj = model.model.layers[0].mlp.gate_proj
+    assert torch.equal(logits(model), logits(expected))
+    assert torch.equal(logits(countdown.restore_(model)), logits(expected))
 
 
 def test_lora_on_the_ffn_is_refused_by_name(tokenizer, text):
@@ -143,6 +168,27 @@ def test_padding_is_left_out_of_statistics_and_metrics(side, tokenizer, text):
     assert result.realised_sparsity == pytest.approx(sparsity)
 
 
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        ({"input_ids": []}, "no input_ids"),
+        ({}, "no input_ids"),
+        ({"input_ids": [[1, 2], []]}, "is empty"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.zeros(2, 3)}, "nothing but padding"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(2, 4)}, "do not fit together"),
+        ({"input_ids": torch.ones(3).long()}, "do not fit together"),
+    ],
+)
+def test_batches_that_are_none_are_said(batch, message, tokenizer):
+    with pytest.raises(TextError, match=message):
+        countdown.calibrate(llama(), tokenizer, batch, method("cats"), progress=False)
+
+
+def test_lists_without_padding_are_a_batch_too(tokenizer):
+    batch = {"input_ids": [[5, 6, 7, 8], [9, 10]], "attention_mask": None}
+    assert countdown.calibrate(llama(), tokenizer, batch, method("cats"), progress=False).calibration["tokens"] == 6
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_sparse_linear_never_uses_stale_weights(assign, tokenizer, text):
     model = llama()
@@ -187,6 +233,14 @@ def test_sparse_linears_compile_in_one_graph_and_the_compiled_code_runs(tokenize
     calls = [node for graph in counter.graphs for node in graph.graph.nodes if "sparse_linear" in str(node.target)]
     assert len(calls) == 21
     assert {site.tokens for site in countdown.status(model)} == {8}
+
+
+def test_copied_under_inference_mode_it_runs_outside_of_it(tokenizer, text):
+    model = countdown.sparsify_(llama(), profile_of(llama(), tokenizer, text), apply_to="all")
+    with torch.inference_mode():
+        other = copy.deepcopy(model)
+    logits(other)
+    assert countdown.status(other)[0].tokens == 8
 
 
 @pytest.mark.parametrize("name", ["m-countdown", "cats", "d-countdown", "teal"])
@@ -236,3 +290,25 @@ def test_a_layer_of_nothing_but_zeros_calibrates(tokenizer, text):
         countdown.sparsify_(model, profile, apply_to="all")
         assert logits(model).isfinite().all()
         countdown.restore_(model)
+
+
+def test_global_allocation_under_inference_mode(tokenizer, text):
+    config = method("m-countdown", sparsity=0.5, allocation="global")
+    plain = countdown.calibrate(llama(), tokenizer, text, config, tokens=1024, progress=False)
+    model = llama()
+    with torch.inference_mode():
+        other = countdown.calibrate(model, tokenizer, text, config, tokens=1024, progress=False)
+        made_inside = llama()
+    with pytest.raises(UnsupportedModelError, match="load it outside"):
+        countdown.calibrate(made_inside, tokenizer, text, config, tokens=1024, progress=False)
+    for one, same in zip(plain.entries[0].sites.values(), other.entries[0].sites.values(), strict=True):
+        assert torch.equal(one.errors, same.errors)
+
+
+def test_an_output_that_is_not_finite_is_said(tokenizer, text):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = torch.inf
+    config = method("m-countdown", sparsity=0.5, allocation="global")
+    with pytest.raises(CountdownError, match=r"effect of .* is not finite"):
+        countdown.calibrate(model, tokenizer, text, config, tokens=1024, progress=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # No site is made sparser, unless the budget comes close: estimates say little about so few terms.
 AT_MOST = 0.98
-# The bisection halves the range of prices this often: past it float64 has no more digits.
-_HALVINGS = 100
+# Prices are sought from the dearest down by this factor, in so many bisections of the exponent.
+_RANGE = 1e-60
+_HALVINGS = 80
 
 
 def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
@@ -36,18 +39,22 @@ def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
     def chosen(price: float) -> Tensor:
         return grid[(errors - price * share[:, None] * grid).argmin(dim=1)]
 
-    low, high = 0.0, _dearest(errors, share, grid)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if (chosen(middle) * share).sum() < sparsity:
-            low = middle
-        else:
-            high = middle
+    def spent(price: float) -> float:
+        return float((chosen(price) * share).sum())
+
+    high = _dearest(errors, share, grid)
+    low = high * _RANGE
+    if spent(low) >= sparsity:
+        # What costs nothing is enough.
+        low, high = 0.0, low
+    for _ in range(_HALVINGS if low else 0):
+        # Of the exponent: prices differ by orders of magnitude where the scales of errors do.
+        middle = math.sqrt(low) * math.sqrt(high)
+        low, high = (middle, high) if spent(middle) < sparsity else (low, middle)
     # Between the two the budget is crossed, at once where an error curve is not convex: meet it in between.
-    below, above = chosen(low), chosen(high)
-    spent = [(side * share).sum() for side in (below, above)]
-    part = (sparsity - spent[0]) / (spent[1] - spent[0]) if spent[1] > spent[0] else torch.zeros(())
-    return (below + (above - below) * part).clamp(0, at_most)
+    gap = spent(high) - spent(low)
+    part = (sparsity - spent(low)) / gap if gap > 0 else 0.0
+    return (chosen(low) + (chosen(high) - chosen(low)) * part).clamp(0, at_most)
 
 
 def _dearest(errors: Tensor, share: Tensor, grid: Tensor) -> float:

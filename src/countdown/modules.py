@@ -93,7 +93,19 @@ class SparseSite(nn.Module):
         exact = self.per_term
         super()._apply(fn, recurse)
         self.per_term = exact.to(self.per_term.device)
+        self._free_counters()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled module."""
+        super().__setstate__(state)
+        self._free_counters()
+
+    def _free_counters(self) -> None:
+        # Made under inference_mode, the counters could not be counted up outside of it.
+        if self.counters.is_inference():
+            with torch.inference_mode(False):
+                self.counters = self.counters.clone()
 
     def _decision(self) -> dict[str, Any]:
         return {
@@ -106,15 +118,15 @@ class SparseSite(nn.Module):
 class SparseFFN(SparseSite):
     """A gated FFN that computes, for each token, only the active neurons.
 
-    It adopts the children of the module it replaces, so names, parameters and `state_dict` stay as they are.
+    It shares the dictionary of children with the module it replaces, so names, parameters and `state_dict` stay as
+    they are, and whatever replaces a child, here or there, is seen by both.
     """
 
     kind = GatedFFN.kind
 
     def __init__(self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str) -> None:
         super().__init__(site, method, per_term, apply_to=apply_to)
-        for name, child in site.module.named_children():
-            self.add_module(name, child)
+        self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
 

@@ -31,7 +31,13 @@ from countdown.models.sites import Site
 from countdown.recipe import Recipe, RecipeEntry, match
 
 FORMAT = "countdown-profile"
+# What a file that is not what it says can raise while it is read.
+_UNREADABLE = (
+    OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
 VERSION = 1
+# A curve has a point for each thousandth of sparsity.
+POINTS = 1000
 FILES = _JSON, _TENSORS = "profile.json", "profile.safetensors"
 
 
@@ -41,9 +47,9 @@ class Statistics:
 
     Args:
         weights: What the indicator of each term is multiplied by, float32 `[terms]`; None for 1.
-        thresholds: τ for sparsities 0, 1/n, ..., (n-1)/n, float32 `[n]`, the first -1; None for a method that
+        thresholds: τ for sparsities 0, 0.001, ..., 0.999, float32 `[1000]`, the first -1; None for a method that
             does not offer that decision.
-        errors: Estimated error at those sparsities, float32 `[n]`, the first 0; None unless calibrated for global
+        errors: Estimated error at those sparsities, float32 `[1000]`, the first 0; None unless calibrated for global
             allocation.
     """
 
@@ -180,7 +186,7 @@ class Profile:
             header = json.dumps(self._header(), indent=2, ensure_ascii=False)
             (new / _JSON).write_text(header + "\n", encoding="utf-8")
             (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-            swap(new, path, scratch / "old")
+            _swap(new, path, scratch / "old")
         except OSError as error:
             raise ProfileError(f"profile {path} cannot be written: {error}.") from error
         finally:
@@ -202,7 +208,7 @@ class Profile:
             header = json.loads((path / _JSON).read_text(encoding="utf-8"))
             tensors = load_file(path / _TENSORS)
             return cls._parse(header, tensors)
-        except (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except _UNREADABLE as error:
             if isinstance(error, ConfigError):
                 raise
             raise ProfileError(f"profile {path} is damaged: {type(error).__name__}: {error}") from error
@@ -275,7 +281,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ProfileError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
 
 
-def swap(new: Path, path: Path, old: Path) -> None:
+def _swap(new: Path, path: Path, old: Path) -> None:
     """Put `new` in the place of `path`; when that fails or is interrupted, what was there is there again."""
     try:
         if path.exists():
@@ -357,7 +363,8 @@ def _check_statistics(name: str, found: Statistics, terms: int, method: Method) 
         _require(_finite(weights) and bool((weights >= 0).all()), f"weights of {name} are NaN, infinite or negative")
     for what, curve in (("thresholds", found.thresholds), ("errors", found.errors)):
         if curve is not None:
-            _require(curve.dim() == 1 and len(curve) > 1, f"{what} of {name} are not a curve")
+            _require(curve.shape == (POINTS,), f"{what} of {name} are not a curve of {POINTS} points")
+            _require(float(curve[0]) == (-1.0 if what == "thresholds" else 0.0), f"{what} of {name} begin elsewhere")
             _require(_finite(curve) and bool((curve.diff() >= 0).all()), f"{what} of {name} are NaN or fall")
 
 

@@ -51,10 +51,23 @@ class Recipe:
 
     entries: tuple[RecipeEntry, ...]
 
+    def __post_init__(self) -> None:
+        """Check that there is something to calibrate."""
+        if not self.entries:
+            raise ConfigError("the recipe has no entries.")
+
     @classmethod
     def of(cls, config: Method | Recipe) -> Recipe:
-        """Return a method as a recipe of one entry; a recipe as it is."""
-        return config if isinstance(config, Recipe) else cls((RecipeEntry(config),))
+        """Return a method as a recipe of one entry; a recipe as it is.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        if isinstance(config, Recipe):
+            return config
+        if not isinstance(config, Method):
+            raise ConfigError(f"config is {config!r}, expected countdown.method(...) or a countdown.Recipe.")
+        return cls((RecipeEntry(config),))
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -80,15 +93,21 @@ class Recipe:
     def record(self) -> dict[str, Any]:
         """Return the settings flat, as results files hold them; for several entries, as a list under `recipe`."""
         if len(self.entries) == 1:
-            settings = self.entries[0].method.to_dict()
-            return {"method": settings.pop("name"), "indicator": "exact", **settings}
+            (entry,) = self.entries
+            settings = entry.method.to_dict()
+            pattern = {} if entry.pattern == "*" else {"pattern": entry.pattern}
+            return {"method": settings.pop("name"), "indicator": "exact", **settings, **pattern}
         entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
         return {"method": "recipe", "recipe": entries}
 
     def __str__(self) -> str:
+        return "; ".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """Return a line for each entry."""
         if [entry.pattern for entry in self.entries] == ["*"]:
-            return str(self.entries[0].method)
-        return "; ".join(f"{entry.pattern}: {entry.method}" for entry in self.entries)
+            return [str(self.entries[0].method)]
+        return [f"{entry.pattern}: {entry.method}" for entry in self.entries]
 
 
 def match(entries: Sequence[tuple[str, str]], sites: Iterable[tuple[str, str]]) -> dict[str, int]:
@@ -136,7 +155,7 @@ def _read(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
 
 

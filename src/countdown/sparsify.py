@@ -17,7 +17,8 @@ from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
 from countdown.profile import Profile
-from countdown.saving import base_model, check_folder, forget_profile, keep_profile, new_folder, own_profile
+from countdown.saving import check_folder, forget_profile, keep_profile, new_folder, own_profile
+from countdown.wrappers import base_model
 
 BACKENDS = ("reference",)
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -32,7 +33,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
 
     Args:
         model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters
-            leave the replaced modules alone.
+            leave the replaced modules alone (whose own `save_pretrained` writes the adapter only).
         profile: What `calibrate` made for this model.
         apply_to: `decode`: prompts are dense, generated tokens sparse. `all`: every token is sparse, as
             evaluation needs it.
@@ -107,6 +108,7 @@ def from_pretrained(
         ConfigError: Nothing loadable under this name, or a setting is out of range.
         ProfileError, UnsupportedModelError: See `sparsify_`.
     """
+    check_choice("apply_to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(profile, str | Path):
         profile = Profile.load(profile)
@@ -128,7 +130,6 @@ def export(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    overwrite: bool = False,
 ) -> Path:
     """Write a folder with a dense base model, its tokenizer and a profile: whole, or not at all.
 
@@ -137,15 +138,14 @@ def export(
     Args:
         model: Hub id, folder or GGUF file of the base model.
         profile: A profile that fits it, or the folder of one.
-        path: The folder to make.
+        path: The folder to make; it must not exist.
         dtype, revision, trust_remote_code: See `from_pretrained`.
-        overwrite: Replace what an earlier export wrote. Anything else that is there is never replaced.
 
     Raises:
         ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken.
     """
     path = Path(path)
-    check_folder(path, overwrite=overwrite)
+    check_folder(path)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     tokenizer = load_tokenizer(source)

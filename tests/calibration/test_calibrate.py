@@ -13,8 +13,8 @@ import countdown
 from conftest import llama
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.sketch import MagnitudeSketch
-from countdown.calibration.statistics import SiteSketches
-from countdown.calibration.text import windows
+from countdown.calibration.statistics import SiteSketches, _SparsePass
+from countdown.calibration.text import Text, windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
 from countdown.models.find import find_sites
@@ -147,6 +147,30 @@ def test_bad_input(llama_model, tokenizer, text):
         calibrate(llama(max_position_embeddings=64), tokenizer, text, config, progress=False)
     with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
         calibrate(llama_model.train(), tokenizer, text, config)
+
+
+def test_every_level_and_round_reads_every_text(monkeypatch, llama_model, tokenizer):
+    texts = [Text(name, "all", name * 9000) for name in "ab"]
+    read: dict[tuple[str, float], set[str]] = {}
+    decoder = llama_model.get_decoder()
+    now = {}
+    monkeypatch.setattr(
+        _SparsePass, "levels", property(lambda _: now, lambda _, value: now.update(value)), raising=False
+    )
+
+    def watch(_, __, given):
+        read.setdefault(now.get("model.layers.0.mlp", "dense"), set()).add(tokenizer.decode(given["input_ids"][0, :1]))
+
+    hook = decoder.register_forward_pre_hook(watch, with_kwargs=True)
+    calibrate(llama_model, tokenizer, texts, method("m-countdown", sparsity=0.5), tokens=32 * 512, progress=False)
+    hook.remove()
+    assert set(read) == {0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9}
+    assert all(seen == {"a", "b"} for seen in read.values())
+
+
+def test_texts_and_strings_do_not_mix(llama_model, tokenizer, text):
+    with pytest.raises(TextError, match="mixes strings with texts"):
+        calibrate(llama_model, tokenizer, [Text("a", "all", text), text], method("cats"), progress=False)
 
 
 def test_windows_are_spread_over_the_text(tokenizer):

@@ -251,10 +251,6 @@ MISTAKES = {
     "allocation": (["calibrate", "{model}", "--allocation", "globl"], "Did you mean 'global'"),
     "not allocated": (["evaluate", "{model}", "--profile", "p", "--allocation", "global"], "calibrate again with it"),
     "export taken": (["export", "{model}", "--profile", "p", "-o", "p"], "p exists already"),
-    "export elsewhere": (
-        ["export", "{model}", "--profile", "p", "-o", "p", "--overwrite"],
-        "not a model that countdown",
-    ),
     "export nothing": (["export", "{model}", "--profile", "nope", "-o", "new"], "nope is not a profile"),
     "revision": (["inspect", "{model}", "--revision", "main"], "belongs to models on the hub"),
     "context": (["generate", "{model}", "hi", "--max-new-tokens", "5000"], "longer than the model's context"),

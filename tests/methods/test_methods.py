@@ -38,6 +38,7 @@ def test_settings_survive_a_round_trip(config):
         ("cats", {"sparsity": 1.0}, "0 ≤ sparsity < 1"),
         ("cats", {"sparsity": -0.1}, "0 ≤ sparsity < 1"),
         ("cats", {"sparsity": float("nan")}, "0 ≤ sparsity < 1"),
+        ("cats", {"sparsity": 10**400}, "0 ≤ sparsity < 1"),
         ("cats", {"sparsity": "0.5"}, "expected a number"),
         ("cats", {"sparsity": True}, "expected a number"),
         ("cats", {"decision": "top-k"}, "Did you mean 'topk'"),

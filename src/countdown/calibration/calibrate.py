@@ -17,7 +17,7 @@ from countdown.calibration.sensitivity import chord, kl_slopes
 from countdown.calibration.statistics import Assignment, second_moments, sketch_sparse
 from countdown.calibration.text import WINDOW, Text, unpadded, windows
 from countdown.config import CALIBRATION_TOKENS
-from countdown.errors import ConfigError
+from countdown.errors import ConfigError, TextError
 from countdown.methods import Method
 from countdown.models.find import find_sites
 from countdown.models.fingerprint import structure, weight_sample
@@ -27,6 +27,7 @@ from countdown.modules import check_dense
 from countdown.profile import Entry, Profile, Statistics, allocated, threshold_at
 from countdown.progress import track
 from countdown.recipe import Recipe, match
+from countdown.wrappers import base_model
 
 Texts = str | Text | Sequence[str] | Sequence[Text] | Mapping[str, Any]
 
@@ -87,10 +88,12 @@ def calibrate_all(
     progress: bool = True,
 ) -> list[Profile]:
     """Calibrate several methods or recipes. As `calibrate`, a profile for each."""
+    recipes = [Recipe.of(config) for config in configs]
     sequences = calibration_sequences(tokenizer, texts, tokens)
+    model = base_model(model)
     check_dense(model)
     check_context(model, max(len(sequence) for sequence in sequences))
-    return [_calibrate(model, texts, sequences, Recipe.of(config), progress) for config in configs]
+    return [_calibrate(model, texts, sequences, recipe, progress) for recipe in recipes]
 
 
 def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
@@ -118,9 +121,13 @@ def _spread(rows: Tensor, count: int) -> list[Tensor]:
 
 def _loaded(texts: Texts) -> list[Text]:
     """Return the texts that say where they come from; none for strings."""
-    if isinstance(texts, Text):
-        return [texts]
-    return [] if isinstance(texts, str | Mapping) else [text for text in texts if isinstance(text, Text)]
+    if isinstance(texts, str | Mapping):
+        return []
+    given = [texts] if isinstance(texts, Text) else list(texts)
+    found = [text for text in given if isinstance(text, Text)]
+    if found and len(found) < len(given):
+        raise TextError("texts mixes strings with texts of load_text; give one kind.")
+    return found
 
 
 def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: Recipe, progress: bool) -> Profile:
@@ -137,7 +144,7 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
         Entry(entry.pattern, entry.method, {name: found[name] for name, owner in owners.items() if owner == index})
         for index, entry in enumerate(recipe.entries)
     ]
-    entries = _with_errors(model, entries, assigned, sequences, progress)
+    entries = _with_errors(model, entries, assigned, _shuffled(sequences, _loaded(texts)), progress)
     entries = _with_thresholds(model, entries, assigned, sequences, progress)
     return Profile(
         base_model=_base_model(model),
@@ -148,6 +155,14 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
     )
 
 
+def _shuffled(sequences: list[Tensor], texts: list[Text]) -> list[Tensor]:
+    """Return the sequences of several texts in another order, so that a stride takes some of each."""
+    if len(texts) < 2:
+        return sequences
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    return [sequences[index] for index in order.tolist()]
+
+
 def _weighted(
     model: nn.Module, assigned: list[Assignment], sequences: list[Tensor], progress: bool
 ) -> list[Assignment]:
@@ -156,6 +171,9 @@ def _weighted(
     moments = second_moments(model, assigned, sequences, progress=progress) if any_moments else {}
     result = []
     for entry in assigned:
+        if entry.method.weighting == "none":
+            result.append(entry)
+            continue
         norms = entry.site.column_norms().cpu()
         weights = entry.method.weights(moments.get(entry.site.name, {}), norms)
         # Sparse modules compare in float32, so that is what is sketched and stored.
@@ -177,7 +195,9 @@ def _with_errors(
     if not chosen:
         return entries
     some, schedule = sequences[::ERROR_STRIDE], itertools.repeat(_uniform(assigned)(None))
-    sketches = sketch_sparse(model, assigned, some, schedule, losses=True, label="allocation", progress=progress)
+    sketches = sketch_sparse(
+        model, assigned, some, schedule, losses=True, label="errors to allocate by", progress=progress
+    )
     judged = [entry for entry in assigned if entry.site.name in chosen]
     local = {entry.site.name: sketches[entry.site.name].errors(entry.site.terms) for entry in judged}
     curves = {entry.site.name: sketches[entry.site.name].thresholds() for entry in assigned}
@@ -186,9 +206,9 @@ def _with_errors(
     for round_, some in enumerate(track(_rounds(sequences), "calibrating, effect of each module", show=progress), 1):
         slopes = kl_slopes(model, assigned, some, now, lambda name, k: threshold_at(curves[name], k))
         for name in chosen:
-            scale = slopes[name] / _rise(local[name], now[name])
+            rise = _rise(local[name], now[name])
             # A mean over the rounds that forgets the first ones, which were made elsewhere.
-            scales[name] += (scale - scales[name]) / min(round_, MEMORY)
+            scales[name] += ((slopes[name] / rise if rise else 0.0) - scales[name]) / min(round_, MEMORY)
         entries = _updated(entries, "errors", {n: (local[n] * max(scales[n], 0.0)).float() for n in chosen})
         wanted = {name: k for entry in entries for name, k in allocated(entry, sizes).items()}
         now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
@@ -204,7 +224,7 @@ def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:
 def _rise(local: Tensor, sparsity: float) -> float:
     """Return the slope of an error curve at a sparsity, over the chord that the slopes of the KL are taken over."""
     low, high = chord(sparsity)
-    return max((threshold_at(local, high) - threshold_at(local, low)) / (high - low), 1e-30)
+    return (threshold_at(local, high) - threshold_at(local, low)) / (high - low)
 
 
 def _with_thresholds(
@@ -220,7 +240,7 @@ def _with_thresholds(
         settings = (e if sparsity is None else replace(e, method=replace(e.method, sparsity=sparsity)) for e in entries)
         return {name: level for entry in settings for name, level in allocated(entry, sizes).items()}
 
-    label = "; ".join(entry.method.label for entry in entries)
+    label = f"thresholds of {'; '.join(entry.method.label for entry in entries)}"
     sketches = sketch_sparse(model, assigned, sequences, _schedule(levels), label=label, progress=progress)
     return _updated(entries, "thresholds", {name: sketches[name].thresholds() for name in wanted})
 
@@ -246,9 +266,10 @@ def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[di
     """Yield the sparsity of every site for each sequence: the targets, and `LEVELS` in turn, alternately."""
     own = levels(None)
     others = [found for level in LEVELS if (found := levels(level)) != own]
-    for other in itertools.cycle(others):
+    for turn in itertools.count():
         yield own
-        yield other
+        # Each round of levels begins one later, so that no level falls in step with texts that take turns.
+        yield others[(turn + turn // len(others)) % len(others)]
 
 
 def _base_model(model: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.statistics import Assignment, WeightedIndicator
+from countdown.errors import CountdownError, UnsupportedModelError
 from countdown.models.sites import Site
 from countdown.modules import coefficients_of, observed
 from countdown.ops.reference import drop_smallest
@@ -42,13 +44,31 @@ def kl_slopes(
 
     Returns:
         Nats per token and unit of sparsity, by site.
+
+    Raises:
+        CountdownError: The model's output, or a gradient, is not finite.
+        UnsupportedModelError: The model was made under inference_mode.
     """
+    if next(model.parameters()).is_inference():
+        raise UnsupportedModelError(
+            "global allocation needs gradients, and the model was made under torch.inference_mode(): load it outside."
+        )
     run = _SlopeRun(assigned, sparsities, threshold)
     device = next(model.parameters()).device
     sites = [entry.site for entry in assigned]
-    with _without_parameter_gradients(model), observed(model, sites, run.observe), run.tapping(model):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_without_parameter_gradients(model))
+        stack.enter_context(observed(model, sites, run.observe))
+        stack.enter_context(run.tapping(model))
         for sequence in sequences:
-            run.add(model, sequence[None].to(device))
+            run.add(model, sequence.clone()[None].to(device))
+    for name, change in run.changes.items():
+        if not math.isfinite(change):
+            raise CountdownError(
+                f"the effect of {name} on the model's output is not finite; calibrate in a wider dtype "
+                "(--dtype bfloat16)."
+            )
     tokens = sum(sequence.numel() for sequence in sequences)
     widths = {name: high - low for name, (low, high) in ((name, chord(k)) for name, k in sparsities.items())}
     return {name: total / tokens / widths[name] for name, total in run.changes.items()}

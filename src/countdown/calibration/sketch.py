@@ -23,7 +23,7 @@ class MagnitudeSketch:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
-        self.losses = torch.zeros(_BINS, dtype=torch.float64, device=device)
+        self.losses: Tensor | None = None  # float64, once there are any
 
     def add(self, values: Tensor, losses: Tensor | None = None) -> None:
         """Count `values`, any shape, finite and non-negative (the sign of a zero does not matter).
@@ -36,7 +36,8 @@ class MagnitudeSketch:
         bins = (patterns >> _SHIFT).flatten()
         self.counts += torch.bincount(bins, minlength=_BINS)
         if losses is not None:
-            self.losses += torch.bincount(bins, losses.double().flatten(), minlength=_BINS)
+            added = torch.bincount(bins, losses.double().flatten(), minlength=_BINS)
+            self.losses = added if self.losses is None else self.losses + added
 
     def quantiles(self, q: Tensor) -> Tensor:
         """Return, for each share in `q`, the value at or below which that share of the values lies.
@@ -57,8 +58,10 @@ class MagnitudeSketch:
     def lost(self, q: Tensor) -> Tensor:
         """Return, for each share in `q`, the sum of losses when that share of the values is dropped, smallest first.
 
-        Arguments, shape, dtype and errors as for `quantiles`.
+        Arguments, shape, dtype and errors as for `quantiles`; ValueError also when no losses were added.
         """
+        if self.losses is None:
+            raise ValueError("the sketch has no losses")
         index, inside = self._place(q)
         losses = self.losses.to(q.device)
         return losses.cumsum(0)[index] - losses[index] * (1 - inside)

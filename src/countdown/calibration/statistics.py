@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.sketch import MagnitudeSketch
-from countdown.errors import CountdownError
+from countdown.errors import CountdownError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.models.sites import Site
 from countdown.modules import Observer, coefficients_of, observed
+from countdown.profile import POINTS
 from countdown.progress import track
-
-# A threshold curve has a point for each thousandth of sparsity.
-POINTS = 1000
 
 # By site, then by factor: the mean square of each term's, float64 [terms].
 Moments = dict[str, dict[str, Tensor]]
@@ -110,6 +108,9 @@ def second_moments(
     with decoding(model, [entry.site for entry in assigned if wanted[entry.site.name]], observe) as feed:
         for sequence in track(sequences, "calibrating, second moments", show=progress):
             feed(sequence)
+    for name, by_factor in sums.items():
+        if len(by_factor) < len(wanted[name]):
+            raise _never_ran(name)
     tokens = sum(sequence.numel() for sequence in sequences)
     return {site: {name: (total / tokens).cpu() for name, total in by_name.items()} for site, by_name in sums.items()}
 
@@ -121,7 +122,7 @@ def sketch_sparse(
     schedule: Iterator[Mapping[str, float]],
     *,
     losses: bool = False,
-    label: str = "",
+    label: str = "thresholds",
     progress: bool = True,
 ) -> dict[str, SiteSketches]:
     """Sketch every site's weighted indicator while all sites are sparse.
@@ -133,7 +134,7 @@ def sketch_sparse(
         model, assigned, sequences, progress: As for `second_moments`.
         schedule: For each sequence, the sparsity of every site by name.
         losses: Sketch as well what dropping a term costs, c²‖w‖² for coefficient c and column w.
-        label: Shown with the progress.
+        label: What is estimated, shown with the progress.
 
     Returns:
         Sketches by site.
@@ -143,10 +144,17 @@ def sketch_sparse(
     """
     passing = _SparsePass(assigned, losses)
     with decoding(model, [entry.site for entry in assigned], passing.observe) as feed:
-        for sequence in track(sequences, f"calibrating, thresholds of {label}", show=progress):
+        for sequence in track(sequences, f"calibrating, {label}", show=progress):
             passing.levels = next(schedule)
             feed(sequence)
+    for name, sketches in passing.sketches.items():
+        if not sketches.by_level:
+            raise _never_ran(name)
     return passing.sketches
+
+
+def _never_ran(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{name} computed nothing for the text, so it cannot be calibrated; leave it out.")
 
 
 class _SparsePass:

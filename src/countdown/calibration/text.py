@@ -147,22 +147,24 @@ def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
     """Return the sequences of a padded batch, each int64 `[length]`, without their padding.
 
     Args:
-        batch: What a tokenizer returns: `input_ids` and `attention_mask`, each `[n, length]`, padded left or right.
+        batch: What a tokenizer returns: `input_ids` and `attention_mask`, each `[n, length]`, padded left or right;
+            or lists of unequal length without padding.
 
     Raises:
-        TextError: There is no `input_ids`, the two differ in shape, or a sequence is nothing but padding.
+        TextError: There is no `input_ids`, the two differ in shape, or a sequence is empty or nothing but padding.
     """
-    if "input_ids" not in batch:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is None or not len(ids):
         raise TextError("the batch has no input_ids; give what a tokenizer returns, or text.")
-    ids = torch.as_tensor(batch["input_ids"])
-    mask = torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))).bool()
-    if ids.dim() != 2 or ids.shape != mask.shape:
-        raise TextError(
-            f"input_ids are {tuple(ids.shape)} and attention_mask {tuple(mask.shape)}; expected [n, length]."
-        )
-    if not bool(mask.any(dim=1).all()):
-        raise TextError("a sequence of the batch is nothing but padding.")
-    return [row[kept] for row, kept in zip(ids, mask, strict=True)]
+    rows = [torch.as_tensor(row) for row in ids]
+    kept = [torch.ones_like(row) for row in rows] if mask is None else [torch.as_tensor(row) for row in mask]
+    shapes = [[tuple(row.shape) for row in some] for some in (rows, kept)]
+    if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
+        raise TextError("input_ids and attention_mask do not fit together; expected [n, length] of both.")
+    sequences = [row[keep.bool()] for row, keep in zip(rows, kept, strict=True)]
+    if not all(len(sequence) for sequence in sequences):
+        raise TextError("a sequence of the batch is empty, or nothing but padding.")
+    return sequences
 
 
 def windows(

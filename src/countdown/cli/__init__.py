@@ -31,5 +31,5 @@ def main() -> None:
 def _fail(error: Exception) -> NoReturn:
     if debugging():
         raise error
-    err.print(f"error: {error}", markup=False)
+    err.print(f"error: {' '.join(str(error).split())}", markup=False)
     sys.exit(2)

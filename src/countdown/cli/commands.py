@@ -258,7 +258,6 @@ def export(
     model: o.Model,
     profile: Annotated[Path, typer.Option("--profile", help="A profile made by calibrate.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
-    overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.Trust = False,
@@ -269,15 +268,7 @@ def export(
     """Write a folder with the dense model, its tokenizer and a profile: one name to load, sparse or dense."""
     from countdown.sparsify import export as write
 
-    path = write(
-        model,
-        profile,
-        output,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-    )
+    path = write(model, profile, output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     printing.say(f"written; run: countdown generate {path} 'Hello'")
     typer.echo(str(path))
 

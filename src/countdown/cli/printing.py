@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from countdown.errors import ProfileWarning
@@ -64,10 +65,12 @@ def evaluation_cells(result: Evaluation) -> tuple[str, ...]:
 
 
 def print_evaluation(out: Console, recipe: Recipe, result: Evaluation) -> None:
-    entries = str(recipe).split("; ")
+    entries = recipe.lines()
     header = ["", "realised", "weights read", "perplexity", "KL", "same top token"]
     dense = ("dense", "", "100%", f"{result.dense_perplexity:.2f}", "", "")
-    print_table(out, header, [dense, (entries[0] if len(entries) == 1 else "sparse", *evaluation_cells(result))])
+    print_table(
+        out, header, [dense, (escape(entries[0]) if len(entries) == 1 else "sparse", *evaluation_cells(result))]
+    )
     for entry in entries if len(entries) > 1 else []:
         out.print(entry, markup=False)
     layers = [layer.realised for layer in result.layers]
@@ -117,7 +120,8 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
     if sparse_sites(model):
         sites = [site for site in status(model) if site.realised_sparsity is not None]
         if sites:
-            mean = sum(site.realised_sparsity or 0.0 for site in sites) / len(sites)
+            size = sum(site.size for site in sites)
+            mean = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
             err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}")
 
 

@@ -107,7 +107,7 @@ def evaluate(
         CountdownError: Some scored token was not computed sparsely in some layer.
     """
     check_choice("protocol", protocol, PROTOCOLS)
-    sequences = list(windows) if isinstance(windows, Tensor) else unpadded(windows)
+    sequences = unpadded({"input_ids": windows} if isinstance(windows, Tensor) else windows)
     lengths = [len(sequence) for sequence in sequences]
     if min(lengths) < _SHORTEST[protocol]:
         raise ConfigError(

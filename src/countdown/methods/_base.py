@@ -62,9 +62,9 @@ class Method:
         """Check every setting against what the method offers."""
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, int | float):
             raise ConfigError(f"sparsity of {self.name} is {self.sparsity!r}, expected a number.")
-        if not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
+        if not 0 <= self.sparsity < 1:
             raise ConfigError(
-                f"sparsity of {self.name} is {self.sparsity}, expected 0 ≤ sparsity < 1 "
+                f"sparsity of {self.name} is {str(self.sparsity)[:20]}, expected 0 ≤ sparsity < 1 "
                 "(the share to skip; 0.7 skips 70%)."
             )
         check_choice(f"decision of {self.name}", self.decision, ("threshold", "topk"))

@@ -56,9 +56,9 @@ class Source:
             return cls(str(path), None, None, trust_remote_code)
         looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
         if looks_like_path:
+            what = "is a file" if path.exists() else "does not exist"
             raise ConfigError(
-                f"model {model} does not exist; expected a folder with config.json, a .gguf file or a hub id "
-                "such as org/name."
+                f"model {model} {what}; expected a folder with config.json, a .gguf file or a hub id such as org/name."
             )
         return cls(model, None, revision, trust_remote_code)
 
@@ -118,7 +118,7 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source), "output_loading_info": True}
     if source.gguf_file:
         arguments |= _dequantise()
-    with _explained(source):
+    with explained(source):
         model, found = _auto_class(source).from_pretrained(source.name, **arguments)
     if missing := sorted(found["missing_keys"]):
         raise UnsupportedModelError(
@@ -145,7 +145,7 @@ def load_skeleton(source: Source) -> nn.Module:
     """
     from transformers import AutoConfig
 
-    with _explained(source):
+    with explained(source):
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
         with torch.device("meta"):
             auto = _auto_class(source)
@@ -163,7 +163,7 @@ def load_tokenizer(source: Source | str) -> Any:
 
     source = Source.parse(source) if isinstance(source, str) else source
 
-    with _explained(source):
+    with explained(source):
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
     if source.gguf_file:
         _check_bos(source, tokenizer)
@@ -211,8 +211,8 @@ def _dequantise() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-class _explained:  # noqa: N801
-    """Turn what from_pretrained raises for a user's mistake into one line."""
+class explained:  # noqa: N801
+    """Within the context, turn what from_pretrained raises for a user's mistake into one line."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
