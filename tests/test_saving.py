@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -109,6 +110,12 @@ def test_a_name_that_the_hub_refuses_is_one_line():
     with pytest.raises(ConfigError, match="bad name!! cannot be loaded") as error:
         countdown.from_pretrained("bad name!!")
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_profile_is_none(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    (tmp_path / "m" / "countdown").mkdir()
+    assert not sparse_sites(countdown.from_pretrained(str(tmp_path / "m"), device="cpu"))
 
 
 def test_a_damaged_own_profile_is_said(llama_model, profile, tmp_path):

@@ -46,7 +46,7 @@ def own_profile(source: Source) -> Profile | None:
         return None
     if os.path.isdir(source.name):
         folder = Path(source.name) / SUBFOLDER
-        return Profile.load(folder) if folder.is_dir() else None
+        return Profile.load(folder) if (folder / FILES[0]).is_file() else None
     paths = [path for name in FILES if (path := _from_hub(source, f"{SUBFOLDER}/{name}")) is not None]
     if not paths:
         return None
