@@ -89,7 +89,7 @@ def test_an_overwrite_that_stops_half_way_leaves_the_old_profile(failure, profil
             raise failure
         replace(*arguments)
 
-    monkeypatch.setattr("countdown.profile.os.replace", second_fails)
+    monkeypatch.setattr("os.replace", second_fails)
     with pytest.raises((ProfileError, KeyboardInterrupt)):
         profile.with_settings(sparsity=0.1).save(path, overwrite=True)
     assert (path / "profile.json").read_bytes() == before

@@ -7,9 +7,6 @@ profile.safetensors   weights, threshold and error curves of every site; the fin
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +22,7 @@ from torch import Tensor, nn
 from countdown.allocation import allocate
 from countdown.config import check_fields
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
+from countdown.folders import unwritable, whole_folder
 from countdown.methods import Method, parse_method
 from countdown.models.fingerprint import SAMPLES, structure, weights_agree
 from countdown.models.sites import Site
@@ -175,22 +173,12 @@ class Profile:
         path = Path(path)
         check_free(path, overwrite=overwrite)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A sibling, so that the final rename stays on one file system.
-            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+            with whole_folder(path) as new:
+                header = json.dumps(self._header(), indent=2, ensure_ascii=False)
+                (new / _JSON).write_text(header + "\n", encoding="utf-8")
+                (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
         except OSError as error:
             raise ProfileError(f"profile {path} cannot be written: {error}.") from error
-        try:
-            new = scratch / "new"
-            new.mkdir()
-            header = json.dumps(self._header(), indent=2, ensure_ascii=False)
-            (new / _JSON).write_text(header + "\n", encoding="utf-8")
-            (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-            _swap(new, path, scratch / "old")
-        except OSError as error:
-            raise ProfileError(f"profile {path} cannot be written: {error}.") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         return path
 
     @classmethod
@@ -276,21 +264,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             raise ProfileError(
                 f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
             )
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ProfileError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
-
-
-def _swap(new: Path, path: Path, old: Path) -> None:
-    """Put `new` in the place of `path`; when that fails or is interrupted, what was there is there again."""
-    try:
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise
+    if problem := unwritable(path):
+        raise ProfileError(problem)
 
 
 def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:

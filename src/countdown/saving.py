@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from countdown.errors import ConfigError, ProfileError
@@ -67,30 +64,6 @@ def _from_hub(source: Source, name: str) -> str | None:
     with explained(source):
         path: str | None = cached_file(source.name, name, revision=source.revision, **flags)
     return path
-
-
-def check_folder(path: Path) -> None:
-    """Raise ConfigError unless a model may be exported to `path`."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already; give another path.")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ConfigError(f"{path} cannot be written: {parent} is not a folder that you may write to.")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Within the context, a scratch folder to fill; afterwards it is `path`, or gone if something failed."""
-    # A sibling, so that the final rename stays on one file system.
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        os.rename(scratch, path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> None:

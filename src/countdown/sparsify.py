@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from safetensors import SafetensorError
 from torch import nn
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.folders import unwritable, whole_folder
 from countdown.models.find import find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
 from countdown.profile import Profile
-from countdown.saving import check_folder, forget_profile, keep_profile, new_folder, own_profile
+from countdown.saving import forget_profile, keep_profile, own_profile
 from countdown.wrappers import base_model
 
 BACKENDS = ("reference",)
@@ -68,7 +70,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
 
 
 def restore_(model: ModelT) -> ModelT:
-    """Put the dense FFNs back, in place; the model computes the same bits as before `sparsify_`.
+    """Put the dense modules back, in place; the model computes the same bits as before `sparsify_`.
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
@@ -145,15 +147,21 @@ def export(
         ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken.
     """
     path = Path(path)
-    check_folder(path)
+    if path.exists():
+        raise ConfigError(f"{path} exists already; give another path.")
+    if problem := unwritable(path):
+        raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
     sparsify_(loaded, profile)
-    with new_folder(path) as scratch:
-        loaded.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    try:
+        with whole_folder(path) as new:
+            loaded.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be written: {error}.") from error
     return path
 
 

@@ -234,6 +234,10 @@ MISTAKES = {
     "sparsity": (["calibrate", "{model}", "--sparsity", "70"], "0.7 skips 70%"),
     "decision": (["calibrate", "{model}", "--method", "d-countdown", "--decision", "threshold"], "does not offer"),
     "text": (["calibrate", "{model}", "--text", "wikitex2"], "Did you mean 'wikitext2'"),
+    "text dir": (
+        ["calibrate", "{model}", "--text", "python-docs", "--text", "wrong.yaml", "--text-dir", "."],
+        "belongs to",
+    ),
     "tokens": (["calibrate", "{model}", "-o", "new", "--tokens", "100"], "at least one window"),
     "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already"),
     "no profile": (["evaluate", "{model}"], "give --profile DIR"),

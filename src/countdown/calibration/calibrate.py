@@ -147,7 +147,7 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
     entries = _with_errors(model, entries, assigned, _shuffled(sequences, _loaded(texts)), progress)
     entries = _with_thresholds(model, entries, assigned, sequences, progress)
     return Profile(
-        base_model=_base_model(model),
+        base_model=_facts(model),
         structure=structure(model, sites),
         samples={site.name: weight_sample(site) for site in sites},
         calibration=_provenance(texts, sequences, sites),
@@ -272,7 +272,7 @@ def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[di
         yield others[(turn + turn // len(others)) % len(others)]
 
 
-def _base_model(model: nn.Module) -> dict[str, Any]:
+def _facts(model: nn.Module) -> dict[str, Any]:
     config: Any = model.config
     name = config.name_or_path
     facts = {

@@ -339,12 +339,13 @@ def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], sourc
 
 
 def _texts(names: list[str], text_dir: Path | None) -> list[Text]:
-    """Return the texts to calibrate on; `text_dir` is for the one that wants it."""
+    """Return the texts to calibrate on; `text_dir` goes to wikitext2, or else to what refuses it."""
     from countdown.calibration.text import load_text
 
-    only = len(names) == 1
+    elsewhere = "wikitext2" not in names
     return [
-        load_text(name, "calibration", text_dir=text_dir if only or name == "wikitext2" else None) for name in names
+        load_text(name, "calibration", text_dir=text_dir if elsewhere or name == "wikitext2" else None)
+        for name in names
     ]
 
 
