@@ -13,6 +13,11 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import pytest
 import torch
+
+# Read when kernels are defined: without a device, Triton's interpreter runs them.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (

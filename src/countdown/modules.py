@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from countdown.errors import UnsupportedModelError
 from countdown.methods import Method
 from countdown.models.sites import GatedFFN, LinearInput, Site, check_plain
-from countdown.ops import reference  # noqa: F401  (registers the ops)
+from countdown.ops import backends
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,6 +62,20 @@ class SparseSite(nn.Module):
     def check_parts(self) -> None:
         """Raise UnsupportedModelError if a module inside was replaced by one that would be bypassed."""
 
+    @property
+    @abstractmethod
+    def refusal(self) -> str | None:
+        """Why the reference computes this module, None if the Triton backend does."""
+
+    @property
+    def backend(self) -> str:
+        """What computes this module's sparse tokens."""
+        return "triton" if self.refusal is None else "reference"
+
+    def release(self) -> nn.Module:
+        """Return the dense module as it was given."""
+        return self.dense
+
     @abstractmethod
     def sparse(self, x: Tensor) -> Tensor:
         """Return the sum over the active terms of each token."""
@@ -94,12 +108,16 @@ class SparseSite(nn.Module):
         super()._apply(fn, recurse)
         self.per_term = exact.to(self.per_term.device)
         self._free_counters()
+        self._lay_out()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled module."""
         super().__setstate__(state)
         self._free_counters()
+
+    def _lay_out(self) -> None:
+        """Store the weights as the backend that will compute wants them."""
 
     def _free_counters(self) -> None:
         # Made under inference_mode, the counters could not be counted up outside of it.
@@ -129,11 +147,43 @@ class SparseFFN(SparseSite):
         self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
+        self._lay_out()
+
+    @property
+    def refusal(self) -> str | None:
+        """See `SparseSite.refusal`."""
+        return self._refusal(laid_out=True)
+
+    def release(self) -> nn.Module:
+        """Return the dense module, W_down laid out as `nn.Linear` does."""
+        down = self.get_submodule(self.projections[-1].child)
+        assert isinstance(down.weight, Tensor)
+        if not down.weight.is_contiguous():
+            _store(down, down.weight.contiguous())
+        return self.dense
 
     def check_parts(self) -> None:
         """See `SparseSite.check_parts`."""
         for rows in self.projections:
             check_plain(rows.child, self.get_submodule(rows.child))
+
+    def _lay_out(self) -> None:
+        # Gate and up have a neuron's weights in a row already. W_down becomes the transposed view of such a matrix:
+        # same name, shape and values, one copy, and as good for a dense product.
+        down = self.get_submodule(self.projections[-1].child)
+        assert isinstance(down.weight, Tensor)
+        if self._refusal(laid_out=False) is None and not down.weight.t().is_contiguous():
+            _store(down, down.weight.t().contiguous().t())
+
+    def _refusal(self, *, laid_out: bool) -> str | None:
+        weights = [rows.of(self)[0] for rows in self.projections]
+        return backends.refuses_ffn(
+            weights,
+            decision=self.method.decision,
+            indicator=self.method.indicator.name,
+            activation=self.activation,
+            laid_out=laid_out,
+        )
 
     def sparse(self, x: Tensor) -> Tensor:
         """Return y `[..., d]` of the active neurons for x `[..., d]`."""
@@ -157,11 +207,22 @@ class SparseLinear(SparseSite):
         self._parameters = site.module._parameters
         self.in_features, self.out_features = site.module.in_features, site.module.out_features
 
+    @property
+    def refusal(self) -> str | None:
+        """See `SparseSite.refusal`."""
+        return "it has no kernel for linear layers"
+
     def sparse(self, x: Tensor) -> Tensor:
         """Return z `[..., d_out]` of the active input channels for x `[..., d_in]`."""
         return torch.ops.countdown.sparse_linear(  # type: ignore[no-any-return]
             x, self.weight, self.bias, self.per_term, self.counters, **self._decision()
         )
+
+
+def _store(linear: nn.Module, weight: Tensor) -> None:
+    """Let the parameter of a linear hold the same values in another layout; the old ones are freed."""
+    with torch.inference_mode(False), torch.no_grad():
+        linear.weight.data = weight.clone(memory_format=torch.preserve_format) if weight.is_inference() else weight
 
 
 _SPARSE: dict[str, type[SparseSite]] = {cls.kind: cls for cls in (SparseFFN, SparseLinear)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,11 +18,12 @@ from countdown.models.find import find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
+from countdown.ops.request import VARIABLE, requested
 from countdown.profile import Profile
 from countdown.saving import forget_profile, keep_profile, own_profile
 from countdown.wrappers import base_model
 
-BACKENDS = ("reference",)
+_LOG = logging.getLogger("countdown")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -51,7 +52,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
         ConfigError: A setting is out of range.
     """
     check_choice("apply_to", apply_to, APPLY_TO)
-    _check_backend()
+    requested()  # a name that does not exist is refused before anything is done
     check_dense(model)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
@@ -62,6 +63,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     replacements = _replacements(sites, profile, apply_to)
     for name, module in replacements.items():
         base.set_submodule(name, module)
+    _say_refusals(replacements)
     keep_profile(base, profile)
     if apply_to == "decode":
         # transformers looks this hook up on the instance when, and only when, decoding is assisted.
@@ -76,7 +78,7 @@ def restore_(model: ModelT) -> ModelT:
         UnsupportedModelError: The model is not sparsified.
     """
     for name, module in _require_sparse(model).items():
-        model.set_submodule(name, module.dense.train(module.training))
+        model.set_submodule(name, module.release().train(module.training))
     base = base_model(model)
     forget_profile(base)
     vars(base).pop("_get_candidate_generator", None)
@@ -176,7 +178,8 @@ class SiteStatus:
         size: Weights of its matrices.
         method, decision, weighting, allocation: As calibrated.
         indicator: What is compared.
-        backend: What computes.
+        backend: What computes: `triton` or `reference`.
+        backend_reason: Why the reference does, None where it does not.
         apply_to: `decode` or `all`.
         target_sparsity: Asked for, of this module: global allocation gives each its own.
         realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
@@ -194,6 +197,7 @@ class SiteStatus:
     weighting: str
     allocation: str
     backend: str
+    backend_reason: str | None
     apply_to: str
     target_sparsity: float
     realised_sparsity: float | None
@@ -232,7 +236,15 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     chosen = profile.selectors(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    return {name: sparse_module(by_name[name], *pair, apply_to=apply_to) for name, pair in chosen.items()}
+    modules = {}
+    for name, pair in chosen.items():
+        modules[name] = sparse_module(by_name[name], *pair, apply_to=apply_to)
+        reason = modules[name].refusal
+        if requested() == "triton" and reason is not None:
+            for module in modules.values():
+                module.release()
+            raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute {name}: {reason}.")
+    return modules
 
 
 def _site_status(name: str, module: SparseSite) -> SiteStatus:
@@ -249,7 +261,8 @@ def _site_status(name: str, module: SparseSite) -> SiteStatus:
         decision=method.decision,
         weighting=method.weighting,
         allocation=method.allocation,
-        backend=BACKENDS[0],
+        backend=module.backend,
+        backend_reason=module.refusal,
         apply_to=module.apply_to,
         target_sparsity=method.sparsity,
         realised_sparsity=None if share is None else 1 - share,
@@ -258,10 +271,18 @@ def _site_status(name: str, module: SparseSite) -> SiteStatus:
     )
 
 
-def _check_backend() -> None:
-    wanted = os.environ.get("COUNTDOWN_BACKEND")
-    if wanted and wanted not in BACKENDS:
-        raise ConfigError(f"COUNTDOWN_BACKEND is '{wanted}', but this countdown has only: {', '.join(BACKENDS)}.")
+def _say_refusals(modules: Mapping[str, SparseSite]) -> None:
+    """Log, once for each reason, what a GPU leaves to the reference."""
+    reasons: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if module.per_term.is_cuda and (reason := module.refusal):
+            reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        _LOG.warning("the Triton backend leaves %s to the reference: %s.", _listed(names), reason)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} modules ({names[0]}, ...)"
 
 
 def _refuse_assisted(*_: Any, **__: Any) -> NoReturn:

@@ -1,0 +1,22 @@
+"""Which backend the environment asks for."""
+
+from __future__ import annotations
+
+import os
+
+from countdown.errors import ConfigError
+
+BACKENDS = ("reference", "triton")
+VARIABLE = "COUNTDOWN_BACKEND"
+
+
+def requested() -> str | None:
+    """Return the backend named by `COUNTDOWN_BACKEND`, None for the best there is.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted and wanted not in BACKENDS:
+        raise ConfigError(f"{VARIABLE} is '{wanted}', but this countdown has only: {', '.join(BACKENDS)}.")
+    return wanted or None

@@ -1,0 +1,159 @@
+"""Launch shapes from a small model of the hardware.
+
+Decoding is bound by memory, so a launch wants two things: enough bytes under way in every multiprocessor to cover the
+latency of memory, and few partial sums, which are written and read again. A block of rows is 32 KB, a gather 16 KB of
+each matrix, with two of them under way behind the one that is computed; two programs a multiprocessor leave room for
+the next kernel to start early. Measured on one H200 over the grid of programs, rows, stages and warps around these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+# More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
+GATHER_TOKENS = 8
+# Tokens are padded to the side of a matrix instruction.
+TILE_TOKENS = 16
+_KB = 1024
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What launches depend on.
+
+    Args:
+        multiprocessors: How many the device has.
+        dependent_launch: Whether a kernel may start before the one before it ends.
+    """
+
+    multiprocessors: int
+    dependent_launch: bool
+
+
+# Where kernels run without a device, in Triton's interpreter: few programs, as each is run in Python.
+INTERPRETED = Hardware(multiprocessors=2, dependent_launch=False)
+
+
+@cache
+def hardware(device: torch.device) -> Hardware:
+    """Return what `device` offers."""
+    if device.type != "cuda":
+        return INTERPRETED
+    found = torch.cuda.get_device_properties(device)
+    return Hardware(found.multi_processor_count, bool(torch.version.cuda) and found.major >= 9)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Grid, constants and options of one kernel.
+
+    Args:
+        grid: Programs.
+        constants: Its `tl.constexpr` arguments.
+        warps: Warps of a program.
+    """
+
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    warps: int
+
+    def options(self, found: Hardware) -> dict[str, Any]:
+        """Return the keyword arguments of the launch."""
+        # Not given unless used: Triton for other vendors does not know it.
+        dependent = {"launch_pdl": True} if found.dependent_launch else {}
+        return {**self.constants, "PDL": found.dependent_launch, "num_warps": self.warps, **dependent}
+
+
+def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
+    """Return the launch of `decide_and_sum`, where about `expected` neurons are active."""
+    width, row = _row(d, itemsize)
+    rows = _clamp(32 * _KB // row, 1, 16)
+    programs = min(2 * found.multiprocessors, _ceil(h, rows))
+    mine = _ceil(_ceil(h, rows), programs) * rows
+    gather = _clamp(min(16 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
+    constants = {
+        "D": width,
+        "ROWS": rows,
+        "GATHER": gather,
+        "MINE": _power(mine),
+        "STAGES": _stages(rows * row, 3),
+        "GATHER_STAGES": _stages(2 * gather * row, 3),
+    }
+    return Launch((programs,), constants, _warps(width))
+
+
+def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
+    """Return the launch of `sum_listed`."""
+    width, row = _row(d, itemsize)
+    programs = min(found.multiprocessors, h)
+    gather = _clamp(8 * _KB // row, 1, 8)
+    constants = {
+        "D": width,
+        "GATHER": gather,
+        "MINE": _power(_ceil(h, programs)),
+        "GATHER_STAGES": _stages(3 * gather * row, 4, 144),
+    }
+    return Launch((programs,), constants, _warps(width))
+
+
+def projection(d: int, h: int, itemsize: int) -> Launch:
+    """Return the launch of `project_one`."""
+    block = _clamp(_power(d), 16, (8 if d % (8 * _KB // itemsize) == 0 else 4) * _KB // itemsize)
+    rows = _clamp(32 * _KB // (block * itemsize), 1, 16)
+    constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1 if d <= block else 3}
+    return Launch((_ceil(h, rows),), constants, 4)
+
+
+def tiled(d: int, h: int, itemsize: int) -> Launch:
+    """Return the launch of `coefficients`."""
+    rows = 32
+    block = _clamp(_power(d), 16, 512 // itemsize)
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": 4}
+    return Launch((_ceil(h, rows),), constants, 4)
+
+
+def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int]:
+    """Return the launch of `sum_columns`, and how many neurons each program sums."""
+    width = _clamp(_power(d), 16, 1024 // itemsize)
+    rows = 32 if itemsize == 2 else 16
+    tiles = _ceil(d, width)
+    groups = min(_ceil(h, rows), max(1, 4 * found.multiprocessors // tiles))
+    each = _ceil(_ceil(h, rows), groups) * rows
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": 4}
+    return Launch((tiles, _ceil(h, each)), constants, 4), each
+
+
+def reduction(d: int, programs: int, tokens: int, counted: int) -> Launch:
+    """Return the launch of `reduce`."""
+    constants = {"P": _power(programs), "C": _power(counted), "COLUMNS": 32}
+    return Launch((_ceil(d, 32), tokens), constants, 8)
+
+
+def _row(d: int, itemsize: int) -> tuple[int, int]:
+    width = max(_power(d), 16)
+    return width, width * itemsize
+
+
+def _warps(width: int) -> int:
+    return _clamp(_power(width) // 1024, 1, 16) if width > 4096 else 4
+
+
+def _stages(size: int, most: int, room: int = 96) -> int:
+    # A stage is a buffer in shared memory, of which two programs have about 100 KB each.
+    return _clamp(room * _KB // size, 1, most)
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(value, high))

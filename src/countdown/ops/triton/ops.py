@@ -1,0 +1,301 @@
+"""The ops of `ops.schema` on a device that Triton compiles for: checks, workspaces, launches."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from countdown.ops import reference
+from countdown.ops.request import requested
+from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn
+from countdown.ops.triton import kernels, launch
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+# By indicator, whether the gate decides.
+INDICATORS = {"up": False, "gate": True}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+V = TypeVar("V")
+
+
+def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True) -> str | None:
+    """Return why no kernel sums over neurons of these weights, None if one does.
+
+    Args:
+        weights: Gate, up and down.
+        activation: A key of `activations.ACTIVATIONS`.
+        laid_out: Whether W_down is laid out by neuron already, or will be.
+    """
+    if weights[0].dtype not in DTYPES:
+        return f"it has no kernel for {weights[0].dtype}"
+    if activation not in ACTIVATIONS:
+        return f"it has no kernel for activation '{activation}', only: {', '.join(ACTIVATIONS)}"
+    if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights[:2]):
+        return "rows of W_gate or W_up are not contiguous"
+    if laid_out and weights[2].stride(0) != 1 and weights[2].shape[0] > 1:
+        return "W_down is not laid out by neuron (sparsify_ does that; weights assigned later are not)"
+    return None
+
+
+def refuses_decision(decision: str, indicator: str) -> str | None:
+    """Return why no kernel decides like this, None if one does."""
+    if decision != "threshold":
+        return f"decision '{decision}' needs a sort, which no kernel does"
+    if indicator not in INDICATORS:
+        return f"it has no kernel for indicator '{indicator}', only: {', '.join(INDICATORS)}"
+    return None
+
+
+def sparse_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    counters: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return y `[..., d]`; see `schema`. What has no kernel, and more than `GATHER_TOKENS` tokens, is masked dense."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
+    check_counters(counters)
+    tokens = x.shape[:-1].numel()
+    if _too_many(tokens) or refuses_decision(decision, indicator) or refuses_ffn(weights, activation):
+        return reference.sparse_ffn(
+            x, weights, biases, per_neuron, counters,
+            decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
+        )  # fmt: skip
+    flat = _flat(x)
+    if tokens == 1:
+        y = _decide_one(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
+    else:
+        y = _decide_many(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation)
+    return y.view(x.shape)
+
+
+def select(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    *,
+    decision: str,
+    drop: int,
+    indicator: str,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return the active set of each token `[..., h]`; see `schema`."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
+    tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
+    if _too_many(tokens) or refuses_decision(decision, indicator) or refuses_ffn(weights, activation):
+        return reference.select(
+            x, weights, biases, per_neuron,
+            decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
+        )  # fmt: skip
+    active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
+    _coefficients(_flat(x), weights, biases, per_neuron, active, INDICATORS[indicator], activation, "select")
+    return active
+
+
+def given_ffn(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    active: Tensor,
+    *,
+    activation: str,
+    weight_format: str = "plain",
+) -> Tensor:
+    """Return y `[..., d]` with the active sets given; see `schema`."""
+    check_ffn(x, weights, biases, activation, weight_format)
+    check_active(x, weights, active)
+    tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
+    if _too_many(tokens) or refuses_ffn(weights, activation):
+        return reference.given_ffn(x, weights, biases, active, activation=activation, weight_format=weight_format)
+    flat = _flat(x)
+    if tokens == 1:
+        indices = torch.empty(h, dtype=torch.int32, device=x.device)
+        count = torch.empty(1, dtype=torch.int32, device=x.device)
+        options = launch.Launch((1,), {"BLOCK": 1024}, 4).options(launch.hardware(x.device))
+        flags = active.contiguous().view(torch.int8)
+        kernels.list_active[(1,)](flags, indices, count, h, **options)
+        return listed_ffn(flat, weights, biases, indices, count, activation=activation).view(x.shape)
+    s, counts = _coefficients(flat, weights, biases, None, active.contiguous(), False, activation, "given")
+    return _sum_columns(flat, s, counts, weights, biases, None).view(x.shape)
+
+
+def listed_ffn(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], indices: Tensor, count: Tensor, *, activation: str
+) -> Tensor:
+    """Return y `[1, d]` of one token whose active neurons are listed.
+
+    Args:
+        x: `[1, d]`.
+        weights, biases, activation: See `schema`; W_down laid out by neuron.
+        indices: int32 `[h]`, of which the first `count[0]` name different neurons.
+        count: int32 `[1]`, on the device.
+    """
+    gate, up, down = weights
+    h, d = gate.shape
+    found = launch.hardware(x.device)
+    config = launch.listed(d, h, x.element_size(), found)
+    partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
+    kernels.sum_listed[config.grid](
+        x, gate, up, down, *_given(biases[0], biases[1], x), indices, count, partial,
+        h, gate.stride(0), up.stride(0), down.stride(1), d,
+        ACT=activation, BIAS=_has(biases), **config.options(found),
+    )  # fmt: skip
+    return _reduce(x, partial, biases[2], None, None)
+
+
+def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W x + b `[1, h]` of one token x `[1, d]`, both contiguous: a dense product at the bandwidth limit."""
+    h, d = weight.shape
+    found = launch.hardware(x.device)
+    config = launch.projection(d, h, x.element_size())
+    y = x.new_empty((1, h))
+    kernels.project_one[config.grid](
+        x,
+        weight,
+        x if bias is None else bias,
+        y,
+        h,
+        weight.stride(0),
+        d,
+        BIAS=bias is not None,
+        **config.options(found),
+    )
+    return y
+
+
+def _decide_one(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    counters: Tensor,
+    gate_first: bool,
+    activation: str,
+    drop: int,
+) -> Tensor:
+    (first, other), (first_bias, other_bias) = _ordered(weights, gate_first), _ordered(biases, gate_first)
+    h, d = first.shape
+    found = launch.hardware(x.device)
+    config = launch.decide(d, h, x.element_size(), h - drop, found)
+    partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
+    counts = x.new_empty(config.grid, dtype=torch.int32)
+    kernels.decide_and_sum[config.grid](
+        x, first, other, weights[2], *_given(first_bias, other_bias, x), per_neuron, partial, counts,
+        h, first.stride(0), other.stride(0), weights[2].stride(1), d,
+        GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
+    )  # fmt: skip
+    return _reduce(x, partial, biases[2], counts, counters)
+
+
+def _decide_many(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor,
+    counters: Tensor,
+    gate_first: bool,
+    activation: str,
+) -> Tensor:
+    s, counts = _coefficients(x, weights, biases, per_neuron, None, gate_first, activation, "decide")
+    return _sum_columns(x, s, counts, weights, biases, counters)
+
+
+def _coefficients(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    per_neuron: Tensor | None,
+    active: Tensor | None,
+    gate_first: bool,
+    activation: str,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients `[h, TILE_TOKENS]` and how many are active by program; `select` fills `active` only."""
+    (first, other), (first_bias, other_bias) = _ordered(weights, gate_first), _ordered(biases, gate_first)
+    h, d = first.shape
+    found = launch.hardware(x.device)
+    config = launch.tiled(d, h, x.element_size())
+    s = x.new_empty((h, launch.TILE_TOKENS))
+    counts = x.new_empty(config.grid, dtype=torch.int32)
+    # An argument that the mode does not use is never touched; some pointer must stand for it.
+    kernels.coefficients[config.grid](
+        x, first, other, *_given(first_bias, other_bias, x),
+        x if per_neuron is None else per_neuron, counts if active is None else active.view(torch.int8), s, counts,
+        len(x), d, h, x.stride(0), first.stride(0), other.stride(0),
+        MODE=mode, GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
+    )  # fmt: skip
+    return s, counts
+
+
+def _sum_columns(
+    x: Tensor,
+    s: Tensor,
+    counts: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    counters: Tensor | None,
+) -> Tensor:
+    h, d = weights[0].shape
+    found = launch.hardware(x.device)
+    config, each = launch.columns(d, h, x.element_size(), found)
+    partial = x.new_empty((config.grid[1], len(x), d), dtype=torch.float32)
+    kernels.sum_columns[config.grid](
+        s, weights[2], partial, len(x), d, h, weights[2].stride(1), each, **config.options(found)
+    )
+    return _reduce(x, partial, biases[2], counts, counters)
+
+
+def _reduce(x: Tensor, partial: Tensor, bias: Tensor | None, counts: Tensor | None, counters: Tensor | None) -> Tensor:
+    """Return y `[tokens, d]` from partial sums `[P, tokens, d]`, and count."""
+    programs, tokens, d = partial.shape
+    y = x.new_empty((tokens, d))
+    found = launch.hardware(x.device)
+    counted = 1 if counts is None else len(counts)
+    config = launch.reduction(d, programs, tokens, counted)
+    kernels.reduce[config.grid](
+        partial, x if bias is None else bias, y, partial if counts is None else counts,
+        partial if counters is None else counters, programs, counted, tokens, d,
+        BIAS=bias is not None, COUNT=counters is not None, **config.options(found),
+    )  # fmt: skip
+    return y
+
+
+def _too_many(tokens: int) -> bool:
+    """Return whether so many tokens are for the reference: too many to gather for, none, or asked for."""
+    return not 1 <= tokens <= launch.GATHER_TOKENS or requested() == "reference"
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return x as `[tokens, d]` with contiguous rows."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _ordered(pair: list[V], gate_first: bool) -> tuple[V, V]:
+    return (pair[0], pair[1]) if gate_first else (pair[1], pair[0])
+
+
+def _has(biases: list[Tensor | None]) -> bool:
+    return biases[0] is not None or biases[1] is not None
+
+
+def _given(first: Tensor | None, other: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the biases of gate and up: x, never read, where neither is there; zeros where only the other is."""
+    if first is None and other is None:
+        return x, x
+    some = first if first is not None else other
+    assert some is not None
+    zeros = torch.zeros_like(some) if first is None or other is None else some
+    return (zeros if first is None else first), (zeros if other is None else other)

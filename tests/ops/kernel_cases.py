@@ -1,0 +1,94 @@
+"""What every kernel must satisfy, on whatever device: shared by the interpreter's tests and those of the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import oracle
+from countdown.ops.triton import ops
+
+# Triton's interpreter truncates to bfloat16, where devices round.
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-2 if torch.cuda.is_available() else 2e-2,
+}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what is allocated and not written with NaN, and integers with their largest value."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def ffn(d: int, h: int, dtype: torch.dtype, device: str, *, bias: bool = False, seed: int = 0, fused: bool = False):
+    """Random weights and biases with W_down laid out by neuron; gate and up split, or rows of one matrix."""
+    weights, biases = oracle.random_ffn(d, h, dtype, bias=bias, seed=seed)
+    gate, up, down = (weight.to(device) for weight in weights)
+    if fused:
+        both = torch.cat([gate, up])
+        gate, up = both[:h], both[h:]
+    return [gate, up, down.t().contiguous().t()], [None if b is None else b.to(device) for b in biases]
+
+
+def on_cpu(tensors: list[Tensor | None]) -> list:
+    return [None if tensor is None else tensor.cpu() for tensor in tensors]
+
+
+def inputs(tokens: int, d: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    return torch.randn(tokens, d, generator=torch.Generator().manual_seed(1000 + seed)).to(dtype).to(device)
+
+
+def clear_thresholds(indicator: Tensor, share: float) -> Tensor:
+    """Return thresholds [h], float32, far from every indicator [T, h]; about `share` of the first token's lie below."""
+    if share == 0:
+        return torch.full((indicator.shape[1],), -1.0)
+    sizes = indicator.abs().double()
+    ordered = torch.cat([torch.zeros(1, len(sizes[0])).double(), sizes.sort(dim=0).values, 2 * sizes.amax(0)[None] + 1])
+    low, high = ordered[:-1], ordered[1:]
+    dropped = sizes[0] <= sizes[0].quantile(share)
+    allowed = torch.where(dropped, high > sizes[0], high <= sizes[0])
+    # The relatively widest gap between neighbours, above or below the first token's.
+    gap = torch.where(allowed, (high - low) / (high + low), -1.0).argmax(dim=0, keepdim=True)
+    return ((low.gather(0, gap) + high.gather(0, gap)) / 2)[0].float()
+
+
+def check_sparse(
+    tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, indicator: str, activation: str, share: float,
+    bias: bool = False, fused: bool = False, seed: int = 0,
+) -> None:  # fmt: skip
+    """`sparse_ffn` against float64: values, counters, and the same from `select` and `given_ffn`."""
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, fused=fused)
+    x = inputs(tokens, d, dtype, device, seed)
+    cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
+    a, u = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
+    value = u if indicator == "up" else a
+    thresholds = clear_thresholds(value, share)
+    expected_active = ~(value.abs() <= thresholds.double())
+    expected = oracle.combine(a, u, expected_active, cpu_weights, cpu_biases)
+    counters = torch.tensor([3, 5], device=device)
+    how = {"decision": "threshold", "drop": int(share * h), "indicator": indicator, "activation": activation}
+    per_neuron = thresholds.to(device)
+    with poisoned():
+        y = ops.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+        active = ops.select(x, weights, biases, per_neuron, **how)
+        given = ops.given_ffn(x, weights, biases, expected_active.to(device), activation=activation)
+    # fp16 and bf16 may round an indicator across a threshold that lies within half a step of it.
+    steps = (active.cpu() != expected_active).sum().item()
+    assert steps <= (0 if dtype == torch.float32 else 0.02 * tokens * h + 1)
+    if steps == 0:
+        assert counters.tolist() == [3 + tokens, 5 + int(expected_active.sum())]
+        assert oracle.relative_error(y.cpu(), expected) <= TOLERANCE[dtype]
+    own = oracle.combine(a, u, active.cpu(), cpu_weights, cpu_biases)
+    assert oracle.relative_error(y.cpu(), own) <= 3 * TOLERANCE[dtype]
+    assert oracle.relative_error(given.cpu(), expected) <= TOLERANCE[dtype]

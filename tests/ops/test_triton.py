@@ -1,0 +1,168 @@
+"""The Triton kernels on small shapes: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import kernel_cases as cases
+import pytest
+import torch
+
+import oracle
+from countdown.ops import reference
+from countdown.ops.triton import launch, ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("indicator", ["up", "gate"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_against_float64(activation, indicator, share, tokens):
+    cases.check_sparse(tokens, 37, 91, torch.float32, DEVICE, indicator=indicator, activation=activation, share=share)
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (64, 256), (129, 67), (40, 33)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("form", ["split", "fused", "bias"])
+def test_shapes_dtypes_and_forms(form, tokens, shape, dtype):
+    cases.check_sparse(
+        tokens, *shape, dtype, DEVICE, indicator="up", activation="silu", share=0.6,
+        bias=form == "bias", fused=form == "fused", seed=sum(shape),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_none_and_one_active(tokens):
+    weights, biases = cases.ffn(21, 50, torch.float32, DEVICE, bias=True)
+    x = cases.inputs(tokens, 21, torch.float32, DEVICE, 0)
+    how = {"decision": "threshold", "drop": 49, "indicator": "up", "activation": "silu"}
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    thresholds = torch.full((50,), torch.inf, device=DEVICE)
+    with cases.poisoned():
+        none = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    assert torch.equal(none, biases[2].expand(tokens, -1))
+    assert counters.tolist() == [tokens, 0]
+    thresholds[17] = -1
+    with cases.poisoned():
+        one = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    assert counters.tolist() == [2 * tokens, tokens]
+    active = torch.zeros(tokens, 50, dtype=torch.bool)
+    active[:, 17] = True
+    a, u = oracle.projections(x.cpu(), cases.on_cpu(weights), cases.on_cpu(biases), "silu")
+    expected = oracle.combine(a, u, active, cases.on_cpu(weights), cases.on_cpu(biases))
+    assert oracle.relative_error(one.cpu(), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("indicator", ["up", "gate"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, indicator):
+    weights, biases = cases.ffn(13, 29, torch.float32, DEVICE)
+    x = cases.inputs(tokens, 13, torch.float32, DEVICE, 1)
+    how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": "silu"}
+    thresholds = torch.full((29,), 0.4, device=DEVICE)
+    clean = ops.select(x, weights, biases, thresholds, **how)
+    x[-1, 5] = bad
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    active = ops.select(x, weights, biases, thresholds, **how)
+    assert active[-1].all()
+    assert torch.equal(active[:-1], clean[:-1])
+    assert not y[-1].isfinite().any()
+    assert y[:-1].isfinite().all()
+    assert counters.tolist() == [tokens, int(active.sum())]
+
+
+def test_a_nan_indicator_stays_active():
+    weights, biases = cases.ffn(13, 29, torch.float32, DEVICE)
+    weights[1][7, 3] = torch.nan
+    how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    x = cases.inputs(1, 13, torch.float32, DEVICE, 1)
+    y = ops.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf, device=DEVICE), counters, **how)
+    assert counters.tolist() == [1, 1]
+    assert y.isnan().all()
+
+
+def test_a_token_does_not_see_its_neighbours():
+    weights, biases = cases.ffn(24, 60, torch.float32, DEVICE)
+    x = cases.inputs(8, 24, torch.float32, DEVICE, 2)
+    how = {"decision": "threshold", "drop": 30, "indicator": "up", "activation": "silu"}
+    thresholds = torch.full((60,), 0.6, device=DEVICE)
+    together = ops.select(x, weights, biases, thresholds, **how)
+    alone = [ops.select(row[None], weights, biases, thresholds, **how)[0] for row in x]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_strided_inputs_and_leading_dimensions():
+    weights, biases = cases.ffn(16, 24, torch.float32, DEVICE)
+    wide = torch.cat(weights[:2], dim=1)  # rows longer than d
+    padded = [wide[:, :16], wide[:, 16:], weights[2]]
+    x = cases.inputs(4, 32, torch.float32, DEVICE, 3)[:, ::2].reshape(2, 2, 16)
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    how = {"decision": "threshold", "drop": 0, "indicator": "gate", "activation": "gelu"}
+    arguments = (biases, torch.full((24,), 0.1, device=DEVICE), counters)
+    y = ops.sparse_ffn(x, padded, *arguments, **how)
+    expected = reference.sparse_ffn(x.contiguous(), weights, *arguments, **how)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, expected)
+
+
+LEFT = {
+    "nine tokens": ({"x": torch.randn(9, 16)}, {}),
+    "topk": ({}, {"decision": "topk", "drop": 10}),
+    "coefficient": ({}, {"indicator": "coefficient"}),
+    "activation": ({}, {"activation": "mish"}),
+    "layout": ({"plain": True}, {}),
+}
+
+
+@pytest.mark.parametrize("change, how", LEFT.values(), ids=LEFT)
+def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
+    weights, biases = cases.ffn(16, 24, torch.float32, DEVICE)
+    if "plain" in change:
+        weights[2] = weights[2].contiguous()
+    x = change.get("x", torch.randn(1, 16)).to(DEVICE)
+    how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"} | how
+    per_neuron = torch.full((24,), 0.3, device=DEVICE)
+    counters = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    y = ops.sparse_ffn(x, weights, biases, per_neuron, counters[0], **how)
+    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, per_neuron, counters[1], **how))
+    assert torch.equal(*counters)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (37, 91), (576, 1536), (640, 2048), (896, 4864), (1536, 8960), (3584, 14336), (4096, 14336),
+     (5120, 13824), (5120, 17920), (8192, 28672), (16384, 53248)],
+)  # fmt: skip
+@pytest.mark.parametrize("multiprocessors", [2, 46, 132])
+def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
+    d, h = shape
+    found = launch.Hardware(multiprocessors, dependent_launch=False)
+    for expected in (0, h // 10, h):
+        config = launch.decide(d, h, itemsize, expected, found)
+        blocks = -(-h // config.constants["ROWS"])
+        most = -(-blocks // config.grid[0]) * config.constants["ROWS"]
+        assert config.constants["MINE"] >= most
+        assert config.constants["D"] >= d
+    config = launch.listed(d, h, itemsize, found)
+    assert config.grid[0] * config.constants["MINE"] >= h
+    config, each = launch.columns(d, h, itemsize, found)
+    assert config.grid[0] * config.constants["COLUMNS"] >= d
+    assert config.grid[1] * each >= h > (config.grid[1] - 1) * each
+    assert each % config.constants["ROWS"] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (37, 91), (4096, 5), (300, 64)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_project_one(shape, bias):
+    d, h = shape
+    weights, biases = cases.ffn(d, h, torch.float32, DEVICE, bias=bias)
+    x = cases.inputs(1, d, torch.float32, DEVICE, 0)
+    with cases.poisoned():
+        y = ops.project_one(x, weights[0], biases[0])
+    expected = weights[0].double() @ x[0].double() + (0 if biases[0] is None else biases[0].double())
+    assert oracle.relative_error(y[0].cpu(), expected.cpu()) <= 1e-5
