@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,19 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 INDICATORS = {"up": False, "gate": True}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 V = TypeVar("V")
+
+
+def _on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator: launch where the first argument is; Triton launches on the current device."""
+
+    @wraps(op)
+    def on_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not x.is_cuda:
+            return op(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return op(x, *args, **kwargs)
+
+    return on_device
 
 
 def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True) -> str | None:
@@ -47,6 +62,7 @@ def refuses_decision(decision: str, indicator: str) -> str | None:
     return None
 
 
+@_on_its_device
 def sparse_ffn(
     x: Tensor,
     weights: list[Tensor],
@@ -78,6 +94,7 @@ def sparse_ffn(
     return y.view(x.shape)
 
 
+@_on_its_device
 def select(
     x: Tensor,
     weights: list[Tensor],
@@ -104,6 +121,7 @@ def select(
     return active
 
 
+@_on_its_device
 def given_ffn(
     x: Tensor,
     weights: list[Tensor],

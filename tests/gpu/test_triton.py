@@ -1,0 +1,257 @@
+"""The Triton kernels on a GPU: shapes of real models, bits, capture, compiled generation, storage."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import kernel_cases as cases
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import countdown
+from conftest import FAMILIES, llama
+from countdown.methods import method
+from countdown.models.loading import Source, load_model, load_tokenizer
+from countdown.ops.triton import ops
+from countdown.profile import Profile
+
+pytestmark = pytest.mark.gpu
+OPS = torch.ops.countdown
+IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
+HOW = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 91), (576, 1536), (1031, 2053)], ids=str)
+@pytest.mark.parametrize("indicator", ["up", "gate"])
+def test_against_float64(indicator, shape, dtype, tokens):
+    cases.check_sparse(tokens, *shape, dtype, "cuda", indicator=indicator, activation="gelu_tanh", share=0.7, bias=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(
+    "shape",
+    [(640, 2048), (896, 4864), (1536, 8960), (3584, 14336), (4096, 14336), (5120, 13824), (5120, 17920), (8192, 28672)],
+    ids=str,
+)
+def test_shapes_of_real_models(shape, tokens):
+    cases.check_sparse(tokens, *shape, torch.bfloat16, "cuda", indicator="up", activation="silu", share=0.8)
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("form", ["split", "fused"])
+def test_activations(form, activation, dtype):
+    for tokens in (1, 3):
+        cases.check_sparse(
+            tokens, 200, 501, dtype, "cuda", indicator="gate", activation=activation, share=0.5, fused=form == "fused"
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("share", [0.0, 0.999, 1.0])
+def test_all_one_and_none_active(share, tokens):
+    cases.check_sparse(tokens, 576, 1536, torch.float32, "cuda", indicator="up", activation="silu", share=share)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 8])
+def test_the_same_bits_every_time(tokens):
+    weights, biases = cases.ffn(1024, 4096, torch.bfloat16, "cuda")
+    x = cases.inputs(tokens, 1024, torch.bfloat16, "cuda", 0)
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+    thresholds = torch.full((4096,), 0.8, device="cuda")
+    results = [OPS.sparse_ffn(x, weights, biases, thresholds, counters, **HOW) for _ in range(21)]
+    active = OPS.select(x, weights, biases, thresholds, **HOW)
+    given = [OPS.given_ffn(x, weights, biases, active, activation="silu") for _ in range(21)]
+    for some in (results, given):
+        assert all(torch.equal(some[0], other) for other in some[1:])
+    assert counters.tolist() == [21 * tokens, 21 * int(active.sum())]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_opcheck(tokens):
+    weights, biases = cases.ffn(32, 50, torch.float32, "cuda", bias=True)
+    x, per_neuron = torch.randn(tokens, 32, device="cuda"), torch.full((50,), 0.5, device="cuda")
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), HOW)
+    torch.library.opcheck(OPS.select.default, (x, weights, biases, per_neuron), HOW)
+    active = torch.rand(tokens, 50, device="cuda") > 0.5
+    torch.library.opcheck(OPS.given_ffn.default, (x, weights, biases, active), {"activation": "silu"})
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_graph_replay_follows_changing_active_sets(tokens):
+    weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda")
+    x = cases.inputs(tokens, 256, torch.bfloat16, "cuda", 0)
+    per_neuron = torch.full((1024,), 0.8, device="cuda")
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def step():
+        return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **HOW)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = set()
+    for seed in range(5):
+        x.copy_(cases.inputs(tokens, 256, torch.bfloat16, "cuda", seed))
+        captured.fill_(torch.nan)
+        counters.zero_()
+        graph.replay()
+        out, count = captured.clone(), counters.tolist()
+        counters.zero_()
+        assert torch.equal(out, step())
+        assert counters.tolist() == count
+        seen.add(count[1])
+    assert len(seen) > 1
+
+
+@pytest.fixture
+def sparse(tokenizer, text):
+    """A small model in float32 on the GPU, sparse, and the same dense."""
+    model = llama().cuda()
+    config = method("m-countdown", sparsity=0.5, weighting="rms")
+    profile = countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False)
+    dense = copy.deepcopy(model)
+    return countdown.sparsify_(model, profile), dense, profile
+
+
+def test_static_cache_generation_is_compiled_and_the_same(sparse):
+    from torch._dynamo.utils import counters
+
+    model, *_ = sparse
+    more = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    eager = model.generate(IDS.cuda(), **more)
+    torch._dynamo.reset()
+    counters.clear()
+    countdown.reset_counters(model)
+    static = model.generate(IDS.cuda(), cache_implementation="static", **more)
+    assert torch.equal(eager, static)
+    assert counters["stats"]["unique_graphs"] >= 1  # compiled code ran
+    assert counters["inductor"]["fxgraph_cache_miss"] + counters["inductor"]["fxgraph_cache_hit"] >= 1
+    assert not counters["graph_break"]
+    assert {site.tokens for site in countdown.status(model)} == {15}
+    assert {site.backend for site in countdown.status(model)} == {"triton"}
+
+
+def test_down_is_stored_by_neuron_once(sparse):
+    model, dense, _ = sparse
+    for (name, laid), (_, plain) in zip(model.named_parameters(), dense.named_parameters(), strict=True):
+        assert torch.equal(laid, plain)
+        assert laid.t().is_contiguous() == ("down_proj" in name) or laid.dim() == 1
+    again = copy.deepcopy(model)
+    moved = copy.deepcopy(model).cpu().cuda()
+    for other in (again, moved):
+        assert other.model.layers[0].mlp.down_proj.weight.stride(0) == 1
+        assert {site.backend for site in countdown.status(other)} == {"triton"}
+        out = other.generate(IDS.cuda(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(out, model.generate(IDS.cuda(), max_new_tokens=4, do_sample=False, pad_token_id=0))
+    with torch.no_grad():
+        expected = dense(IDS.cuda()).logits
+        countdown.restore_(model)
+        assert torch.equal(model(IDS.cuda()).logits, expected)
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_saved_from_the_gpu_it_loads_sparse_and_dense(sparse, tmp_path):
+    model, dense, _ = sparse
+    model.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").cuda().eval()
+    with torch.no_grad():
+        assert torch.equal(plain(IDS.cuda()).logits, dense(IDS.cuda()).logits)
+    loaded = countdown.from_pretrained(str(tmp_path / "saved"), device="cuda")
+    more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(IDS.cuda(), **more), model.generate(IDS.cuda(), **more))
+
+
+def test_packing_needs_one_layer_more(tokenizer, text):
+    model = llama(hidden_size=512, intermediate_size=4096, num_hidden_layers=6).cuda()
+    config = method("m-countdown", sparsity=0.5)
+    profile = countdown.calibrate(model, tokenizer, text, config, tokens=256, progress=False)
+    layer = 3 * 512 * 4096 * 4
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    countdown.sparsify_(model, profile)
+    assert torch.cuda.max_memory_allocated() - before <= layer
+    assert torch.cuda.memory_allocated() - before <= layer // 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_generates_what_its_sequences_do_alone(family, tokenizer, text):
+    model = FAMILIES[family]().cuda()
+    profile = countdown.calibrate(
+        model, tokenizer, text, method("cats", sparsity=0.6, weighting="rms"), tokens=512, progress=False
+    )
+    countdown.sparsify_(model, profile)
+    more = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    ids = torch.randint(0, 256, (4, 9), generator=torch.Generator().manual_seed(3)).cuda()
+    together = model.generate(ids, **more)
+    alone = [model.generate(row[None], **more)[0] for row in ids]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_what_the_gpu_leaves_to_the_reference_is_said(sparse, caplog):
+    model, _, profile = sparse
+    countdown.restore_(model)
+    countdown.sparsify_(model, profile.with_settings(decision="topk"))
+    assert "leaves 3 modules (model.layers.0.mlp, ...) to the reference: decision 'topk' needs a sort" in caplog.text
+    assert {site.backend for site in countdown.status(model)} == {"reference"}
+
+
+def test_an_explicit_backend_that_cannot_fails(sparse, monkeypatch):
+    model, _, profile = sparse
+    countdown.restore_(model)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
+    with pytest.raises(countdown.ConfigError, match=r"'triton', which cannot compute .*topk"):
+        countdown.sparsify_(model, profile.with_settings(decision="topk"))
+    assert all(p.is_contiguous() for p in model.parameters())
+    countdown.sparsify_(model, profile)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
+    assert {site.backend for site in countdown.status(model)} == {"reference"}
+
+
+def test_first_call_of_a_process_is_quick(tmp_path):
+    code = (
+        "import time, torch\n"
+        "from countdown.ops import backends\n"
+        "gate, up, down = (torch.randn(14336, 4096, device='cuda', dtype=torch.bfloat16) for _ in range(3))\n"
+        "x, counters = torch.randn(1, 4096, device='cuda', dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64, "
+        "device='cuda')\n"
+        "torch.cuda.synchronize(); start = time.perf_counter()\n"
+        "torch.ops.countdown.sparse_ffn(x, [gate, up, down.t()], [None] * 3, torch.full((14336,), 60., device='cuda'), "
+        "counters, decision='threshold', drop=11468, indicator='up', activation='silu')\n"
+        "torch.cuda.synchronize(); print(time.perf_counter() - start)\n"
+    )
+    env = {"TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert float(run.stdout) < 5
+    assert any(tmp_path.iterdir())  # it did compile
+
+
+def test_smollm2_writes_on_the_gpu_what_it_writes_on_the_cpu(tokenizer):
+    from countdown.demo import find_model
+
+    source = Source.parse(str(find_model()))
+    own = load_tokenizer(source)
+    texts = countdown.load_text("python-docs", "calibration")
+    ids = own("The capital of France is", return_tensors="pt")["input_ids"]
+    cpu = load_model(source, dtype="float32", device="cpu")
+    profile: Profile = countdown.calibrate(
+        cpu, own, texts, method("m-countdown", sparsity=0.5, weighting="rms"), tokens=2048, progress=False
+    )
+    more = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
+    countdown.sparsify_(cpu, profile)
+    expected = cpu.generate(ids, **more)
+    gpu: nn.Module = countdown.restore_(cpu).cuda()
+    countdown.sparsify_(gpu, profile)
+    assert torch.equal(gpu.generate(ids.cuda(), **more).cpu(), expected)
+    assert {site.backend for site in countdown.status(gpu)} == {"triton"}
