@@ -1,8 +1,8 @@
 """Runs every kernel on shapes that no block divides, for NVIDIA's compute-sanitizer:
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests:tests/ops compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
-
-and the same with `--tool racecheck`.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests:tests/ops
+compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
 
 from __future__ import annotations
