@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from countdown.cli import benchmark, printing
 from countdown.cli import options as o
-from countdown.cli import printing
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
@@ -31,6 +31,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Faster LLM decoding by skipping the FFN neurons a token does not need.",
 )
+
+app.add_typer(benchmark.app, name="benchmark")
 
 
 @app.callback()

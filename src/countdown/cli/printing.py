@@ -125,6 +125,38 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
             err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}")
 
 
+def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
+    """Print a row for each configuration; of one that computes wrong, its error and no time."""
+    header = ["d × h", "tokens", "method", "sparsity", "realised", "µs", "dense µs", "× dense", "floor µs", "of floor"]
+    rows = []
+    for r in records:
+        what = (f"{r['d']} × {r['h']}", str(r["tokens"]), r["method"], f"{r['sparsity']:.0%}")
+        if "time_us" not in r:
+            rows.append((*what, "WRONG", f"error {r['error']:.1e}", "", "", "", ""))
+            continue
+        times = (f"{r['time_us']:.1f}", f"{r['dense_time_us']:.1f}", f"{r['speedup']:.2f}")
+        rows.append((*what, f"{r['realised_sparsity']:.1%}", *times, f"{r['floor_us']:.1f}", f"{r['floor_share']:.0%}"))
+    print_table(out, header, rows)
+    dense = ", ".join(dict.fromkeys(r["dense_variant"] for r in records))
+    out.print(f"copy {records[0]['bandwidth'] / 1e12:.2f} TB/s; dense: {dense}")
+
+
+def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
+    """Print tokens/s of each run, and where a token's time goes."""
+    header = ["", "tokens/s", "× dense", "of floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms"]
+    rows = []
+    for r in records:
+        parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
+        speeds = (f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}", f"{r['floor_share']:.0%}")
+        rows.append((r["run"], *speeds, *parts, f"{r['prefill_ms']:.1f}"))
+    print_table(out, header, rows)
+    for r in records:
+        if "generate_tokens_per_s" in r:
+            out.print(f"Hugging Face generate, static cache, {r['run']}: {r['generate_tokens_per_s']:.1f} tokens/s")
+    sparse = records[-1]
+    out.print(f"realised sparsity {sparse['realised_sparsity']:.1%}, backend {sparse['backend']}")
+
+
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, ProfileWarning):
         err.print(f"warning: {message}", markup=False)

@@ -50,7 +50,7 @@ def _register() -> None:
         return
     from countdown.ops.triton import ops
 
-    for op in (ops.sparse_ffn, ops.select, ops.given_ffn):
+    for op in (ops.sparse_ffn, ops.select, ops.given_ffn, ops.project_one):
         LIBRARY.impl(op.__name__, op, "CUDA")
 
 

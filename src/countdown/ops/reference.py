@@ -136,5 +136,11 @@ def sparse_linear(
     return F.linear(torch.where(active, x, 0), weight, bias)
 
 
-for _op in (sparse_ffn, select, given_ffn, sparse_linear):
+def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W x + b `[1, d_out]` for one token. See `schema`."""
+    check_linear(x, weight, bias, "plain")
+    return F.linear(x, weight, bias)
+
+
+for _op in (sparse_ffn, select, given_ffn, sparse_linear, project_one):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

@@ -21,8 +21,9 @@ The terms of an FFN are its neurons, those of a linear its input channels. Of a 
 infinity, every term is active: it is computed as in the dense model.
 
 `sparse_ffn` and `sparse_linear` are the ops that models run. `select` and `given_ffn` are the halves of the first,
-for tests and benchmarks. Outputs: y [..., d] like x (z [..., d_out] for a linear), and for `select` the active sets
-[..., h], bool. Shapes are static and nothing is read back to the host. Arguments that do not fit raise ValueError.
+for tests and benchmarks. `project_one` is a dense product for one token x [1, d], for decode loops. Outputs: y
+[..., d] like x (z [..., d_out] for a linear), and for `select` the active sets [..., h], bool. Shapes are static and
+nothing is read back to the host. Arguments that do not fit raise ValueError.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ LIBRARY.define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor per_channel, Tensor(a!) counters, *, "
     f"{_DECISION}, str weight_format='plain') -> Tensor"
 )
+LIBRARY.define("project_one(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -180,3 +182,9 @@ def _sparse_linear(
     check_decision(x.shape[-1], per_channel, decision, drop, indicator)
     check_counters(counters)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("countdown::project_one", lib=LIBRARY)
+def _project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, weight, bias, "plain")
+    return x.new_empty((1, weight.shape[0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from countdown.ops import reference
 from countdown.ops.request import requested
-from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn
+from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_linear
 from countdown.ops.triton import kernels, launch
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -173,9 +173,13 @@ def listed_ffn(
     return _reduce(x, partial, biases[2], None, None)
 
 
+@_on_its_device
 def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b `[1, h]` of one token x `[1, d]`, both contiguous: a dense product at the bandwidth limit."""
+    """Return W x + b `[1, h]` of one token; see `schema`. A dense product at the bandwidth limit."""
+    check_linear(x, weight, bias, "plain")
     h, d = weight.shape
+    if len(x) != 1 or x.stride(1) != 1 or weight.stride(1) != 1 or requested() == "reference":
+        return reference.project_one(x, weight, bias)
     found = launch.hardware(x.device)
     config = launch.projection(d, h, x.element_size())
     y = x.new_empty((1, h))

@@ -1,0 +1,1 @@
+"""Speed: memory bandwidth, sparse FFNs against dense ones, whole decoding. Correctness is checked before time."""

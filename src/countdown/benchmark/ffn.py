@@ -1,0 +1,304 @@
+"""One FFN: dense against sparse, by shape, method, sparsity and tokens, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from countdown.benchmark.timing import bandwidth, graph_time, relative_error, require_cuda
+from countdown.config import check_choice
+from countdown.errors import ConfigError
+from countdown.methods import method_class
+from countdown.models.loading import DTYPES
+from countdown.ops import backends  # noqa: F401  (registers the ops)
+from countdown.ops.activations import ACTIVATIONS
+from countdown.progress import track
+
+GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# Weights that a replay reads: so many times the cache that nothing stays in it.
+CACHE_TIMES = 25
+MOST_LAYERS = 512
+
+
+@dataclass(frozen=True)
+class FFNBenchmark:
+    """What to measure.
+
+    Args:
+        shapes: (d, h) of each FFN.
+        methods: Names of methods that decide by one projection, or `given`.
+        sparsities: Shares of inactive neurons, of every token.
+        tokens: Tokens in a call, 1 to 8.
+        union: By number of tokens, the share of neurons that some token of a call needs; inputs of the tokens are
+            correlated until theirs share so much. Without it tokens are independent.
+        dtype: `bfloat16`, `float16` or `float32`.
+        activation: A key of `ops.activations.ACTIVATIONS`.
+        compiled: Measure torch.compile (max-autotune) of the dense FFN as well; takes half a minute a shape.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    methods: Sequence[str] = ("m-countdown", "cats", GIVEN)
+    sparsities: Sequence[float] = (0.0, 0.5, 0.7, 0.8, 0.9)
+    tokens: Sequence[int] = (1,)
+    union: Mapping[tuple[int, float], float] | None = None
+    dtype: str = "bfloat16"
+    activation: str = "silu"
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        for name in self.methods:
+            if name != GIVEN and len(method_class(name).indicator.reads) != 1:
+                raise ConfigError(f"{name} does not decide by one projection of an FFN; there is no kernel to measure.")
+        if any(not 0 <= sparsity < 1 for sparsity in self.sparsities):
+            raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity < 1.")
+        if any(not 1 <= count <= 8 for count in self.tokens):
+            raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
+
+
+def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield a record for each configuration; see docs/speed.md for the protocol.
+
+    Raises:
+        ConfigError: No CUDA device.
+    """
+    require_cuda()
+    found = bandwidth()
+    for d, h in track(list(benchmark.shapes), "measuring FFNs", show=progress):
+        layers = _Layers(d, h, benchmark)
+        for tokens in benchmark.tokens:
+            dense = layers.dense_times(tokens, compiled=benchmark.compiled and tokens == 1)
+            for sparsity in benchmark.sparsities:
+                x = layers.inputs(tokens, sparsity)
+                for name in benchmark.methods:
+                    yield _measure(layers, name, sparsity, x, dense, found.copy)
+
+
+def _measure(
+    layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], copy: float
+) -> dict[str, Any]:
+    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x)
+    tokens, (d, h) = len(x), (layers.d, layers.h)
+    union = case.union()
+    matrices = 3 * union if name == GIVEN else 1 + 2 * union
+    floor = matrices * d * h * x.element_size() / copy * 1e6
+    variant = min(dense, key=lambda key: dense[key])
+    error = case.error()
+    record = {
+        "d": d,
+        "h": h,
+        "dtype": layers.benchmark.dtype,
+        "activation": layers.benchmark.activation,
+        "layers": layers.count,
+        "tokens": tokens,
+        "method": name,
+        "indicator": GIVEN if name == GIVEN else method_class(name).indicator.name,
+        "decision": "threshold",
+        "sparsity": sparsity,
+        "realised_sparsity": case.realised(),
+        "union": union,
+        "weights_read": matrices / 3,
+        "bandwidth": copy,
+        "floor_us": floor,
+        "dense_variant": variant,
+        "dense_time_us": dense[variant],
+        "dense_times_us": dense,
+        "error": error,
+    }
+    if error > TOLERANCE[x.dtype]:
+        return record  # wrong is not fast
+    time = graph_time(case.step) / layers.count
+    return record | {
+        "time_us": time,
+        "speedup": dense[variant] / time,
+        "speedup_to_cublas": min(us for key, us in dense.items() if "cuBLAS" in key) / time,
+        "floor_share": floor / time,
+    }
+
+
+class _Layers:
+    """So many FFNs of one shape with random weights that they do not fit the cache, gate and up in one matrix."""
+
+    def __init__(self, d: int, h: int, benchmark: FFNBenchmark) -> None:
+        self.d, self.h, self.benchmark = d, h, benchmark
+        self.device, self.dtype = require_cuda(), DTYPES[benchmark.dtype]
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        least = (1 - max(benchmark.sparsities)) * 3 * d * h * self.dtype.itemsize
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        free = torch.cuda.mem_get_info()[0]
+        fit = int(0.7 * free / (3 * d * h * self.dtype.itemsize))
+        self.count = max(1, min(-(-CACHE_TIMES * cache // int(least)), MOST_LAYERS, fit))
+        self.both = [self._draw(2 * h, d) for _ in range(self.count)]
+        self.down = [self._draw(h, d).t() for _ in range(self.count)]
+
+    def weights(self, layer: int) -> list[Tensor]:
+        """Gate, up and down of a layer."""
+        return [self.both[layer][: self.h], self.both[layer][self.h :], self.down[layer]]
+
+    def inputs(self, tokens: int, sparsity: float) -> Tensor:
+        """Return x `[tokens, d]`, correlated so far that active sets overlap as the benchmark wants."""
+        own = torch.randn(tokens, self.d, device=self.device, generator=self.generator)
+        shared = torch.randn(1, self.d, device=self.device, generator=self.generator)
+        wanted = (self.benchmark.union or {}).get((tokens, sparsity))
+        if tokens == 1 or wanted is None:
+            return own.to(self.dtype)
+        low, high, x = 0.0, 1.0, own.to(self.dtype)
+        for _ in range(20):
+            mix = (low + high) / 2
+            x = (mix**0.5 * shared + (1 - mix) ** 0.5 * own).to(self.dtype)
+            u = (x @ self.both[0][self.h :].t()).float().abs()
+            active = u > u.quantile(sparsity, dim=1, keepdim=True)
+            low, high = (mix, high) if float(active.any(dim=0).float().mean()) > wanted else (low, mix)
+        return x
+
+    def dense_times(self, tokens: int, *, compiled: bool) -> dict[str, float]:
+        """Return µs a layer of dense FFNs."""
+        x = torch.randn(tokens, self.d, device=self.device, generator=self.generator).to(self.dtype)
+        act, h = ACTIVATIONS[self.benchmark.activation], self.h
+
+        def fused(both: Tensor, down: Tensor) -> Tensor:
+            both = F.linear(x, both)
+            return F.linear(act(both[:, :h]) * both[:, h:], down)
+
+        def split(both: Tensor, down: Tensor) -> Tensor:
+            return F.linear(act(F.linear(x, both[:h])) * F.linear(x, both[h:]), down)
+
+        variants = {"cuBLAS, gate and up fused": fused, "cuBLAS": split}
+        if compiled:
+            variants["torch.compile max-autotune"] = torch.compile(
+                fused, dynamic=False, mode="max-autotune-no-cudagraphs"
+            )
+        return {name: self._time(variant) for name, variant in variants.items()}
+
+    def _time(self, ffn: Callable[[Tensor, Tensor], Tensor]) -> float:
+        def step() -> None:
+            for both, down in zip(self.both, self.down, strict=True):
+                ffn(both, down)
+
+        return graph_time(step) / self.count
+
+    def _draw(self, rows: int, columns: int) -> Tensor:
+        shape = (rows, columns)
+        drawn = torch.randn(shape, device=self.device, dtype=self.dtype, generator=self.generator)
+        return drawn.mul_(self.d**-0.5)
+
+
+class _Deciding:
+    """A method that decides by one projection."""
+
+    def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
+        self.layers, self.x = layers, x
+        h = layers.h
+        self.how = {
+            "decision": "threshold",
+            "drop": int(sparsity * h),
+            "indicator": method_class(name).indicator.name,
+            "activation": layers.benchmark.activation,
+        }
+        self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
+
+    def _threshold(self, layer: int, sparsity: float) -> Tensor:
+        gate, up, _ = self.layers.weights(layer)
+        if sparsity == 0:
+            return torch.full((self.layers.h,), -1.0, device=self.x.device)
+        decides = gate if self.how["indicator"] == "gate" else up
+        value: Tensor = F.linear(self.x, decides)
+        if decides is gate:
+            value = ACTIVATIONS[self.layers.benchmark.activation](value)
+        flat = value.float().abs().flatten()
+        return flat.kthvalue(max(1, int(sparsity * flat.numel()))).values.expand(self.layers.h).contiguous()
+
+    def run(self, layer: int) -> Tensor:
+        return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
+            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], self.counters, **self.how
+        )
+
+    def step(self) -> None:
+        for layer in range(self.layers.count):
+            self.run(layer)
+
+    def active(self, layer: int) -> Tensor:
+        return torch.ops.countdown.select(  # type: ignore[no-any-return]
+            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], **self.how
+        )
+
+    def union(self) -> float:
+        shares = [self.active(layer).any(dim=0).float().mean() for layer in range(self.layers.count)]
+        return float(torch.stack(shares).mean())
+
+    def realised(self) -> float:
+        self.counters.zero_()
+        self.step()
+        tokens, active = self.counters.tolist()
+        return 1 - active / (tokens * self.layers.h)
+
+    def error(self) -> float:
+        return _error(self.layers, self.x, self.active(0), self.run(0))
+
+
+class _Given:
+    """Active sets that are known, one for each layer and token."""
+
+    def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
+        self.layers, self.x = layers, x
+        keep = layers.h - int(sparsity * layers.h)
+        order = [_Deciding(layers, "m-countdown", sparsity, x).active(layer) for layer in range(layers.count)]
+        self.sets = [self._exactly(mask, keep) for mask in order] if len(x) == 1 else order
+
+    def _exactly(self, mask: Tensor, keep: int) -> Tensor:
+        # Others of the same number: random places, so that no layer's set is another's.
+        fresh = torch.zeros_like(mask)
+        fresh[0, torch.randperm(self.layers.h, device=mask.device, generator=self.layers.generator)[:keep]] = True
+        return fresh
+
+    def run(self, layer: int) -> Tensor:
+        weights, activation = self.layers.weights(layer), self.layers.benchmark.activation
+        if len(self.x) > 1:
+            return torch.ops.countdown.given_ffn(  # type: ignore[no-any-return]
+                self.x, weights, [None] * 3, self.sets[layer], activation=activation
+            )
+        from countdown.ops.triton.ops import listed_ffn
+
+        return listed_ffn(self.x, weights, [None] * 3, *self._lists()[layer], activation=activation)
+
+    def _lists(self) -> list[tuple[Tensor, Tensor]]:
+        if not hasattr(self, "_listed"):
+            self._listed = []
+            for mask in self.sets:
+                found = mask[0].nonzero().flatten().int()
+                listed = torch.zeros(self.layers.h, dtype=torch.int32, device=mask.device)
+                listed[: len(found)] = found
+                self._listed.append((listed, torch.tensor([len(found)], dtype=torch.int32, device=mask.device)))
+        return self._listed
+
+    def step(self) -> None:
+        for layer in range(self.layers.count):
+            self.run(layer)
+
+    def union(self) -> float:
+        return float(torch.stack([mask.any(dim=0).float().mean() for mask in self.sets]).mean())
+
+    def realised(self) -> float:
+        return 1 - float(torch.stack([mask.float().mean() for mask in self.sets]).mean())
+
+    def error(self) -> float:
+        return _error(self.layers, self.x, self.sets[0], self.run(0))
+
+
+def _error(layers: _Layers, x: Tensor, active: Tensor, y: Tensor) -> float:
+    gate, up, down = [weight.double() for weight in layers.weights(0)]
+    x = x.double()
+    a = ACTIVATIONS[layers.benchmark.activation](x @ gate.t())
+    return relative_error(y, torch.where(active, a * (x @ up.t()), 0) @ down.t())

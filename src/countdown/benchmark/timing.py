@@ -1,0 +1,93 @@
+"""Times on a CUDA device: events around a captured graph, so that neither Python nor launches are counted."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from countdown.errors import ConfigError
+
+REPLAYS = 20
+
+
+def require_cuda() -> torch.device:
+    """Return the CUDA device.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("this benchmark measures kernels on a CUDA device, and torch sees none here.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return a graph of `step`, after two runs of it that compile and allocate."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def replay_time(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
+    """Return the median time of a replay in µs."""
+    for _ in range(3):
+        graph.replay()
+    times: list[float] = []
+    for _ in range(replays):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    return statistics.median(times)
+
+
+def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
+    """Return the median time of `step` in µs, captured and replayed."""
+    return replay_time(capture(step), replays)
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """What memory gives.
+
+    Args:
+        copy: Bytes/s of an elementwise copy of 1 GiB, read and written bytes together: what floors are computed with.
+        read: Bytes/s of a sum over 1 GiB.
+    """
+
+    copy: float
+    read: float
+
+
+def bandwidth() -> Bandwidth:
+    """Measure the device's memory bandwidth.
+
+    Raises:
+        ConfigError: No CUDA device.
+    """
+    device = require_cuda()
+    source = torch.randint(0, 100, (2**28,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    # Not copy_: in a graph that is a transfer by the copy engine, which is slower.
+    copied = graph_time(lambda: torch.add(source, 1, out=target))
+    summed = graph_time(lambda: source.sum(dtype=torch.int32))
+    return Bandwidth(copy=2 * source.nbytes / copied * 1e6, read=source.nbytes / summed * 1e6)
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """Return ‖out − reference‖ / ‖reference‖, infinite for NaN."""
+    norm = float(reference.norm()) or 1.0
+    error = float((out.double() - reference).norm()) / norm
+    return error if error == error else float("inf")

@@ -1,0 +1,155 @@
+"""`countdown benchmark`: bandwidth, ffn, decode."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from countdown.cli import options as o
+from countdown.cli import printing
+from countdown.errors import ConfigError
+from countdown.methods import DEFAULT_METHOD, method
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine's GPU.")
+
+Shape = Annotated[list[str] | None, typer.Option("--shape", help="d x h of an FFN, e.g. 4096x14336; may be repeated.")]
+Methods = Annotated[list[str] | None, typer.Option("--method", help="Method, or given; may be repeated.")]
+Sparsities = Annotated[list[float] | None, typer.Option("--sparsity", help="Share to skip; may be repeated.")]
+Counts = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens in a call, 1 to 8; may be repeated.")]
+Union = Annotated[
+    Path | None, typer.Option(help="Results file that says how active sets of several tokens overlap in a model.")
+]
+Compiled = Annotated[bool, typer.Option("--compiled", help="Measure torch.compile of the dense FFN, too.")]
+Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for the results file.")]
+
+
+@app.command()
+def bandwidth(json: o.Json = None, commit: Commit = None, debug: o.Debug = False) -> None:
+    """Memory bandwidth of the device: of a copy, which floors are computed with, and of reading."""
+    from countdown.benchmark.timing import bandwidth as measure
+    from countdown.results import meta
+
+    found = measure()
+    printing.emit(json, {"meta": meta(**_commit(commit)), "records": [asdict(found)]})
+    printing.table_console(json).print(f"copy {found.copy / 1e12:.2f} TB/s, read {found.read / 1e12:.2f} TB/s")
+
+
+@app.command()
+def ffn(
+    shape: Shape = None,
+    methods: Methods = None,
+    sparsity: Sparsities = None,
+    tokens: Counts = None,
+    union: Union = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    compiled: Compiled = False,
+    json: o.Json = None,
+    commit: Commit = None,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """One FFN with random weights, sparse against dense: time, floor, share of the floor."""
+    from countdown.benchmark.ffn import FFNBenchmark, run
+    from countdown.results import meta
+
+    given = {"methods": methods, "sparsities": sparsity, "tokens": tokens}
+    benchmark = FFNBenchmark(
+        shapes=[_sizes(text) for text in shape or ["4096x14336"]],
+        union=_union(union),
+        dtype=dtype,
+        compiled=compiled,
+        **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
+    )
+    header, records = meta(**_commit(commit)), []
+    for record in run(benchmark, progress=o.show_progress()):
+        records.append(record)
+        if json and json != "-":  # each time: a run that is cut short has what it measured
+            printing.emit(json, {"meta": header, "records": records})
+    if json == "-":
+        printing.emit(json, {"meta": header, "records": records})
+    printing.print_ffn_speeds(printing.table_console(json), records)
+
+
+@app.command()
+def decode(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b.")] = None,
+    profile: o.ProfileDir = None,
+    method_name: Annotated[str, typer.Option("--method", help="Method, with --shape.")] = DEFAULT_METHOD,
+    sparsity: o.Sparsity = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
+    generate: Annotated[bool, typer.Option("--generate", help="Measure Hugging Face's generate, too.")] = False,
+    dtype: o.Dtype = "auto",
+    revision: o.Revision = None,
+    trust_remote_code: o.Trust = False,
+    json: o.Json = None,
+    commit: Commit = None,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """A whole model, dense and sparse in the same captured loop: tokens/s, and where a token's time goes."""
+    from countdown.benchmark.decode import DecodeBenchmark, random_model, run
+    from countdown.benchmark.timing import require_cuda
+    from countdown.results import meta
+
+    if (model is None) == (shape is None):
+        raise ConfigError("give a model, or --shape for random weights.")
+    require_cuda()
+    benchmark = DecodeBenchmark(context=context, new_tokens=new_tokens, generate=generate)
+    say = printing.say if o.show_progress() else lambda _: None
+    if shape is not None:
+        if profile is not None:
+            raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
+        what: Any = method(method_name, **({} if sparsity is None else {"sparsity": sparsity}))
+        loaded, name = random_model(shape, dtype="bfloat16" if dtype == "auto" else dtype), shape
+    else:
+        loaded, what, name = _model_and_profile(str(model), profile, sparsity, dtype, revision, trust_remote_code)
+    records = [{"model": name} | record for record in run(loaded, what, benchmark, say=say)]
+    printing.emit(json, {"meta": meta(**_commit(commit)), "records": records})
+    printing.print_decode_speeds(printing.table_console(json), records)
+
+
+def _model_and_profile(
+    model: str, path: Path | None, sparsity: float | None, dtype: str, revision: str | None, trust: bool
+) -> tuple[Any, Any, str]:
+    from countdown.models.loading import Source, load_model
+    from countdown.profile import Profile
+    from countdown.saving import own_profile
+
+    source = Source.parse(model, revision=revision, trust_remote_code=trust)
+    profile = own_profile(source) if path is None else Profile.load(path)
+    if profile is None:
+        raise ConfigError(
+            f"{source.label} has no profile of its own: give --profile DIR (made by countdown calibrate)."
+        )
+    if sparsity is not None:
+        profile = profile.with_settings(sparsity=sparsity)
+    return load_model(source, dtype=dtype, device="cuda"), profile, source.label
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)[x×,]([1-9]\d*)", text)
+    if not found:
+        raise ConfigError(f"--shape is '{text}', expected two sizes, d and h, such as 4096x14336.")
+    return int(found[1]), int(found[2])
+
+
+def _union(path: Path | None) -> dict[tuple[int, float], float] | None:
+    import json
+
+    if path is None:
+        return None
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        return {(record["tokens"], record["sparsity"]): record["union"] for record in records}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"--union {path} is not a results file of unions: {error}") from error
+
+
+def _commit(commit: str | None) -> dict[str, str]:
+    return {} if commit is None else {"commit": commit}

@@ -1,0 +1,164 @@
+"""A decode loop whose cost is the model's: one step from token to next token, compiled, captured once and replayed.
+
+Hugging Face's `generate` spends part of every token in Python. This loop keeps the cache and the token on the device,
+attends by groups of heads, and computes the linears of a single token at the bandwidth limit. It takes any model that
+runs with a static cache, dense or sparsified, for one sequence, greedily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.models.loading import check_context
+from countdown.ops import backends  # noqa: F401  (registers the ops)
+
+ATTENTION = "countdown_grouped"
+WARM_UP = 4
+
+
+class DecodeLoop:
+    """Greedy decoding of one sequence on a CUDA device.
+
+    Args:
+        model: A causal language model of transformers on a CUDA device, in eval mode; left as it was.
+        prompt: Token ids `[1, n]`.
+        new_tokens: How many tokens `run` may make.
+
+    Raises:
+        ConfigError: Not on a CUDA device, or more tokens than the model's context.
+        UnsupportedModelError: The model does not compile as one graph.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
+        from transformers import StaticCache
+
+        if next(model.parameters()).device.type != "cuda":
+            raise ConfigError("the decode loop captures CUDA graphs; move the model to a CUDA device.")
+        length = prompt.shape[1] + new_tokens + WARM_UP
+        check_context(model, length)
+        self.model, self.left = model, new_tokens
+        # A whole number of blocks, for kernels that like them.
+        self.cache = StaticCache(config=model.config, max_cache_len=-(-length // 128) * 128)
+        if any(layer.is_sliding for layer in self.cache.layers):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a sliding-window cache, which keeps its position in Python and cannot be "
+                "captured; the decode loop takes models with full attention."
+            )
+        # Not inference_mode: the cache is written inside compiled code and outside of it.
+        with torch.no_grad():
+            self.token = self._next(prompt.to(next(model.parameters()).device))
+            self._graph = self._capture()
+
+    def run(self, steps: int) -> Tensor:
+        """Return the next tokens, int64 `[steps]`, on the device, without waiting for them.
+
+        Raises:
+            ConfigError: More steps than `new_tokens` in all.
+        """
+        if steps > self.left:
+            raise ConfigError(f"{steps} more tokens do not fit the cache, {self.left} are left.")
+        self.left -= steps
+        tokens = torch.empty(steps, dtype=torch.int64, device=self.token.device)
+        for position in range(steps):
+            tokens[position] = self.token[0, 0]
+            self._graph.replay()
+        return tokens
+
+    def _next(self, ids: Tensor) -> Tensor:
+        logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        token: Tensor = logits[:, -1].argmax(dim=-1, keepdim=True)
+        return token
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        def step(token: Tensor) -> Tensor:
+            return self._next(token)
+
+        with _one_token(self.model):
+            compiled = torch.compile(step, fullgraph=True, dynamic=False)
+            before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
+            stream = torch.cuda.Stream()
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        compiled(self.token)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} does not compile as one graph: {str(error).splitlines()[0]}"
+                ) from error
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.token.copy_(compiled(self.token))
+            # What the runs above wrote into the cache is written again by the first replays.
+            for layer, value in before:
+                layer.cumulative_length.copy_(value)
+        return graph
+
+
+@contextmanager
+def _one_token(model: Any) -> Iterator[None]:
+    """Within the context, attend by groups of heads and project one token by `project_one`."""
+    attention = model.config._attn_implementation
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    grouped = _register_attention() if attention == "sdpa" else attention
+    try:
+        if grouped != attention:
+            model.set_attn_implementation(grouped)
+        for linear in linears:
+            linear.forward = _projection(linear)  # type: ignore[method-assign]
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
+        if grouped != attention:
+            model.set_attn_implementation(attention)
+
+
+def _projection(linear: nn.Linear) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        if x.shape[:-1].numel() != 1:
+            return F.linear(x, linear.weight, linear.bias)
+        y: Tensor = torch.ops.countdown.project_one(x.reshape(1, -1), linear.weight, linear.bias)
+        return y.view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def _register_attention() -> str:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _grouped_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return ATTENTION
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """One query attending to all keys, the heads that share a key taken as queries of it.
+
+    query `[1, heads, 1, n]`, key and value `[1, groups, length, n]` → `[1, 1, heads, n]`.
+    """
+    batch, heads, _one, size = query.shape
+    groups = key.shape[1]
+    grouped = query.reshape(batch, groups, heads // groups, size)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = torch.where(attention_mask[:, :, :, : key.shape[2]], scores, torch.finfo(torch.float32).min)
+    out = torch.matmul(scores.softmax(dim=-1).to(query.dtype), value)
+    return out.reshape(batch, heads, 1, size).transpose(1, 2).contiguous(), None
