@@ -75,7 +75,8 @@ def _active_sets(model: Any, ids: Tensor) -> Tensor:
             model(window[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     for hook in hooks:
         hook.remove()
-    return torch.stack(found).unflatten(0, (len(ids), -1))
+    stacked: Tensor = torch.stack(found).unflatten(0, (len(ids), -1))
+    return stacked
 
 
 def _union(sets: Tensor, tokens: int) -> float:

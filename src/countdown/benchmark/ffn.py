@@ -241,7 +241,7 @@ class _Deciding:
     def realised(self) -> float:
         self.counters.zero_()
         self.step()
-        tokens, active = self.counters.tolist()
+        tokens, active = (int(number) for number in self.counters)
         return 1 - active / (tokens * self.layers.h)
 
     def error(self) -> float:

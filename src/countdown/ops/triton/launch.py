@@ -123,7 +123,8 @@ def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int
     tiles = _ceil(d, width)
     groups = min(_ceil(h, rows), max(1, 4 * found.multiprocessors // tiles))
     each = _ceil(_ceil(h, rows), groups) * rows
-    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": 4}
+    # The rows to read follow from coefficients that are read as well; pipelined in float32, that goes wrong.
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": 4 if itemsize == 2 else 1}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 
 
