@@ -7,7 +7,7 @@ runs with a static cache, dense or sparsified, for one sequence, greedily.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from countdown.ops import backends  # noqa: F401  (registers the ops)
 
 ATTENTION = "countdown_grouped"
 WARM_UP = 4
+DEVICES = ("cuda",)
 
 
 class DecodeLoop:
@@ -39,8 +40,9 @@ class DecodeLoop:
     def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
         from transformers import StaticCache
 
-        if next(model.parameters()).device.type != "cuda":
-            raise ConfigError("the decode loop captures CUDA graphs; move the model to a CUDA device.")
+        device = next(model.parameters()).device
+        if device.type not in DEVICES:
+            raise ConfigError(f"the decode loop captures CUDA graphs, and the model is on {device.type}.")
         length = prompt.shape[1] + new_tokens + WARM_UP
         check_context(model, length)
         self.model, self.left = model, new_tokens
@@ -53,9 +55,10 @@ class DecodeLoop:
             )
         # Not inference_mode: the cache is written inside compiled code and outside of it.
         with torch.no_grad():
-            self.token = self._next(prompt.to(next(model.parameters()).device))
+            self.token = self._next(prompt.to(device))
             self._graph = self._capture()
 
+    @torch.no_grad()
     def run(self, steps: int) -> Tensor:
         """Return the next tokens, int64 `[steps]`, on the device, without waiting for them.
 
@@ -77,29 +80,38 @@ class DecodeLoop:
         return token
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        def step(token: Tensor) -> Tensor:
-            return self._next(token)
+        before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
+        first = self.token.clone()
+
+        def step() -> None:
+            self.token.copy_(compiled(self.token))
 
         with _one_token(self.model):
-            compiled = torch.compile(step, fullgraph=True, dynamic=False)
-            before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
-            stream = torch.cuda.Stream()
+            compiled = torch.compile(self._next, fullgraph=True, dynamic=False)
             try:
-                with torch.cuda.stream(stream):
-                    for _ in range(2):
-                        compiled(self.token)
+                graph = record(step)
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} does not compile as one graph: {str(error).splitlines()[0]}"
                 ) from error
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.token.copy_(compiled(self.token))
-            # What the runs above wrote into the cache is written again by the first replays.
-            for layer, value in before:
-                layer.cumulative_length.copy_(value)
+        # What warming up wrote into the cache is written again by the first replays.
+        self.token.copy_(first)
+        for layer, length in before:
+            layer.cumulative_length.copy_(length)
         return graph
+
+
+def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return `step` as a graph, after two runs that compile it."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from countdown.decoding import record
 from countdown.errors import ConfigError
 
 REPLAYS = 20
@@ -23,19 +24,6 @@ def require_cuda() -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError("this benchmark measures kernels on a CUDA device, and torch sees none here.")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return a graph of `step`, after two runs of it that compile and allocate."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def replay_time(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
@@ -55,7 +43,7 @@ def replay_time(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
 
 def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
     """Return the median time of `step` in µs, captured and replayed."""
-    return replay_time(capture(step), replays)
+    return replay_time(record(step), replays)
 
 
 @dataclass(frozen=True)

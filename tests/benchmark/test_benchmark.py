@@ -1,0 +1,105 @@
+"""The benchmarks on a CPU that stands in for a GPU: what they check and record, not how fast anything is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import countdown.benchmark.decode as decode
+import countdown.benchmark.ffn as ffn
+from conftest import llama
+from countdown import decoding
+from countdown.benchmark.ffn import FFNBenchmark
+from countdown.benchmark.timing import Bandwidth, relative_error
+from countdown.errors import ConfigError
+from countdown.methods import method
+from countdown.modules import sparse_sites
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A CPU with memory of 1 GB/s, on which every step takes 10 µs."""
+
+    def timed(step, replays=1):
+        step()
+        return 10.0
+
+    for module in (ffn, decode):
+        monkeypatch.setattr(module, "require_cuda", lambda: torch.device("cpu"))
+        monkeypatch.setattr(module, "bandwidth", lambda: Bandwidth(1e9, 1e9))
+        monkeypatch.setattr(module, "graph_time", timed)
+    properties = SimpleNamespace(L2_cache_size=2000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))
+
+
+def test_ffn_records(device):
+    union = {(3, 0.5): 0.6}
+    benchmark = FFNBenchmark(shapes=[(24, 96)], sparsities=(0.0, 0.5), tokens=(1, 3), union=union, dtype="float32")
+    records = list(ffn.run(benchmark, progress=False))
+    assert len(records) == 2 * 2 * 3
+    for record in records:
+        dense = record["method"] != "given"
+        share = record["union"]
+        assert record["weights_read"] == pytest.approx((1 + 2 * share) / 3 if dense else share)
+        assert record["floor_us"] == pytest.approx(record["weights_read"] * 3 * 24 * 96 * 4 / 1e9 * 1e6)
+        assert record["realised_sparsity"] == pytest.approx(record["sparsity"], abs=0.02)
+        assert record["error"] < 1e-5
+        assert record["time_us"] == 10 / record["layers"]
+        assert record["floor_share"] == pytest.approx(record["floor_us"] / record["time_us"])
+        if record["tokens"] == 1 or record["sparsity"] == 0:
+            assert share == pytest.approx(1 - record["realised_sparsity"])
+    (shared,) = [r for r in records if r["tokens"] == 3 and r["sparsity"] == 0.5 and r["method"] == "m-countdown"]
+    assert 0.5 < shared["union"] < 0.8  # independent sets would need 0.875
+
+
+def test_what_computes_wrong_has_no_speed(device, monkeypatch):
+    right = ffn._Deciding.run
+    monkeypatch.setattr(ffn._Deciding, "run", lambda self, layer: 0 * right(self, layer))
+    (record,) = ffn.run(FFNBenchmark(shapes=[(8, 16)], methods=["cats"], sparsities=[0.5]), progress=False)
+    assert record["error"] == 1
+    assert "time_us" not in record
+    assert "speedup" not in record
+
+
+def test_nan_is_the_largest_error():
+    assert relative_error(torch.tensor([torch.nan]), torch.ones(1).double()) == float("inf")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"methods": ["d-countdown"]}, "d-countdown does not decide by one projection"),
+        ({"methods": ["teal"]}, "teal does not decide by one projection"),
+        ({"sparsities": [1.0]}, r"expected 0 ≤ sparsity < 1"),
+        ({"tokens": [9]}, "expected 1 to 8"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FFNBenchmark(shapes=[(8, 16)], **settings)
+
+
+def test_decode_records(device, monkeypatch):
+    monkeypatch.setattr(decoding, "DEVICES", ("cpu",))
+    monkeypatch.setattr(decoding, "record", lambda step: SimpleNamespace(replay=step))
+    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda inner: inner))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
+    model = llama()
+    what = decode.DecodeBenchmark(context=8, new_tokens=4)
+    dense, sparse = decode.run(model, method("m-countdown", sparsity=0.6), what)
+    assert not sparse_sites(model)
+    assert (dense["run"], sparse["run"]) == ("dense", "sparse")
+    assert sparse["realised_sparsity"] == pytest.approx(0.6, abs=0.1)
+    assert sparse["floor_us"] < dense["floor_us"]
+    assert dense["speedup"] == 1
+    for record in (dense, sparse):
+        assert sum(record["split_us"].values()) == pytest.approx(record["time_us"])
+        assert record["tokens_per_s"] == pytest.approx(1e6 / record["time_us"])
+    assert sparse["backend"] == "reference"

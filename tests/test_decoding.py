@@ -1,0 +1,78 @@
+"""The decode loop on a CPU: a plain call in place of a captured graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import countdown
+from conftest import gemma3, llama
+from countdown import decoding
+from countdown.decoding import DecodeLoop
+from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.methods import method
+from countdown.modules import sparse_sites
+
+IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
+
+
+class Replayed:
+    def __init__(self, step):
+        self.replay = step
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    """Make a loop without graph and compiler; its step runs twice first, as it does when captured."""
+
+    def record(step):
+        step()
+        step()
+        return Replayed(step)
+
+    monkeypatch.setattr(decoding, "DEVICES", ("cpu",))
+    monkeypatch.setattr(decoding, "record", record)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return DecodeLoop
+
+
+def test_it_writes_what_generate_writes(loop):
+    model = llama()
+    expected = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    started = loop(model, IDS, new_tokens=12)
+    assert torch.equal(torch.cat([started.run(5), started.run(7)]), expected)
+    with pytest.raises(ConfigError, match="1 more tokens do not fit the cache, 0 are left"):
+        started.run(1)
+
+
+def test_sparse_it_writes_what_generate_writes(loop, tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(
+        model, tokenizer, text, method("m-countdown", sparsity=0.5), tokens=512, progress=False
+    )
+    countdown.sparsify_(model, profile)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    countdown.reset_counters(model)
+    started = loop(model, IDS, new_tokens=8)
+    assert torch.equal(started.run(8), expected)
+    # Two runs to warm up, eight replays.
+    assert {site.tokens for site in countdown.status(model)} == {10}
+
+
+def test_the_model_is_left_as_it_was(loop):
+    model = llama()
+    before = model.config._attn_implementation
+    loop(model, IDS, new_tokens=2)
+    assert model.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not sparse_sites(model)
+
+
+def test_what_does_not_fit_is_refused(loop, monkeypatch):
+    with pytest.raises(ConfigError, match="longer than the model's context of 64"):
+        loop(llama(max_position_embeddings=64), IDS, new_tokens=64)
+    with pytest.raises(UnsupportedModelError, match="sliding-window cache"):
+        loop(gemma3(), IDS, new_tokens=4)
+    monkeypatch.setattr(decoding, "DEVICES", ("cuda",))
+    with pytest.raises(ConfigError, match="captures CUDA graphs, and the model is on cpu"):
+        loop(llama(), IDS, new_tokens=4)
