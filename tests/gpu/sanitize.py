@@ -1,15 +1,15 @@
 """Runs every kernel on shapes that no block divides, for NVIDIA's compute-sanitizer:
 
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests:tests/ops
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests
 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
 
 from __future__ import annotations
 
-import kernel_cases as cases
 import torch
 
+import kernel_cases as cases
 from countdown.ops.triton import ops
 
 
