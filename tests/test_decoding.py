@@ -76,3 +76,23 @@ def test_what_does_not_fit_is_refused(loop, monkeypatch):
     monkeypatch.setattr(decoding, "DEVICES", ("cuda",))
     with pytest.raises(ConfigError, match="captures CUDA graphs, and the model is on cpu"):
         loop(llama(), IDS, new_tokens=4)
+
+
+def test_the_step_is_one_graph_of_our_projections(loop, monkeypatch):
+    graphs = []
+
+    def backend(module, _):
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module
+
+    torch._dynamo.reset()
+    monkeypatch.undo()
+    compiler = torch.compile
+    monkeypatch.setattr(decoding, "DEVICES", ("cpu",))
+    monkeypatch.setattr(decoding, "record", lambda step: (step(), Replayed(step))[1])
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiler(function, backend=backend, **how))
+    model = llama()
+    expected = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    assert torch.equal(loop(model, IDS, new_tokens=6).run(6), expected)
+    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
+    assert [sum("project_one" in target for target in graph) for graph in graphs[:1]] == [linears]
