@@ -23,22 +23,31 @@ TOLERANCE = {
 def poisoned() -> Iterator[None]:
     """Fill what is allocated and not written with NaN, and integers with their largest value."""
     before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3).isnan().all()
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-def ffn(d: int, h: int, dtype: torch.dtype, device: str, *, bias: bool = False, seed: int = 0, fused: bool = False):
-    """Random weights and biases with W_down laid out by neuron; gate and up split, or rows of one matrix."""
+def ffn(d: int, h: int, dtype: torch.dtype, device: str, *, bias: bool = False, seed: int = 0, form: str = "split"):
+    """Random weights and biases with W_down laid out by neuron; gate and up `split`, or rows of one matrix, one after
+    the other (`fused`) or in turn (`interleaved`)."""
     weights, biases = oracle.random_ffn(d, h, dtype, bias=bias, seed=seed)
     gate, up, down = (weight.to(device) for weight in weights)
-    if fused:
+    biases = [None if b is None else b.to(device) for b in biases]
+    if form == "fused":
         both = torch.cat([gate, up])
         gate, up = both[:h], both[h:]
-    return [gate, up, down.t().contiguous().t()], [None if b is None else b.to(device) for b in biases]
+    if form == "interleaved":
+        both = torch.stack([gate, up], dim=1).view(2 * h, d)
+        gate, up = both[::2], both[1::2]
+        if bias:
+            both = torch.stack(biases[:2], dim=1).view(2 * h)
+            biases = [both[::2], both[1::2], biases[2]]
+    return [gate, up, down.t().contiguous().t()], biases
 
 
 def on_cpu(tensors: list[Tensor | None]) -> list:
@@ -65,10 +74,10 @@ def clear_thresholds(indicator: Tensor, share: float) -> Tensor:
 
 def check_sparse(
     tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, indicator: str, activation: str, share: float,
-    bias: bool = False, fused: bool = False, seed: int = 0,
+    bias: bool = False, form: str = "split", seed: int = 0,
 ) -> None:  # fmt: skip
     """`sparse_ffn` against float64: values, counters, and the same from `select` and `given_ffn`."""
-    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, fused=fused)
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
     x = inputs(tokens, d, dtype, device, seed)
     cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
     a, u = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import countdown
 import oracle
 from conftest import FAMILIES, llama
+from countdown import modules
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
 from countdown.models.find import find_sites
@@ -299,3 +300,63 @@ def test_restored_modules_train_with_the_rest(llama_model, profile):
     countdown.sparsify_(llama_model, profile).train()
     countdown.restore_(llama_model)
     assert all(module.training for module in llama_model.modules())
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Weights are stored as on a GPU; what computes is still the reference."""
+    monkeypatch.setattr(modules.backends, "refuses_ffn", lambda *_, **__: None)
+
+
+def by_neuron(model):
+    return [layer.mlp.down_proj.weight.t().is_contiguous() for layer in model.model.layers]
+
+
+def test_down_is_stored_by_neuron_and_laid_back(laid_out, llama_model, profile):
+    before = {name: value.clone() for name, value in llama_model.state_dict().items()}
+    expected = logits(llama_model)
+    countdown.sparsify_(llama_model, profile)
+    assert all(by_neuron(llama_model))
+    for name, value in llama_model.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.t().is_contiguous() == ("down_proj" in name) or value.dim() == 1 or 1 in value.shape
+    assert {site.backend for site in countdown.status(llama_model)} == {"triton"}
+    copied = copy.deepcopy(llama_model).to(torch.float64)
+    assert all(by_neuron(copied))
+    countdown.restore_(llama_model)
+    assert all(parameter.is_contiguous() for parameter in llama_model.parameters())
+    assert torch.equal(logits(llama_model), expected)
+
+
+def test_assigned_weights_are_laid_out_again(laid_out, llama_model, profile):
+    other = {name: value.clone() + 1 for name, value in llama_model.state_dict().items()}
+    countdown.sparsify_(llama_model, profile)
+    llama_model.load_state_dict(other, assign=True)
+    assert all(by_neuron(llama_model))
+    assert torch.equal(llama_model.model.layers[1].mlp.down_proj.weight, other["model.layers.1.mlp.down_proj.weight"])
+
+
+def test_interrupted_halfway_the_model_is_as_it_was(laid_out, llama_model, profile, monkeypatch):
+    store, calls = modules._store, []
+
+    def fails_at_the_third(linear, weight):
+        calls.append(linear)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        store(linear, weight)
+
+    monkeypatch.setattr(modules, "_store", fails_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        countdown.sparsify_(llama_model, profile)
+    assert all(parameter.is_contiguous() for parameter in llama_model.parameters())
+    assert not sparse_sites(llama_model)
+    countdown.sparsify_(llama_model, profile)
+
+
+def test_a_saved_model_is_laid_out_as_always(laid_out, llama_model, profile, tmp_path):
+    countdown.sparsify_(llama_model, profile)
+    llama_model.save_pretrained(tmp_path / "saved")
+    loaded = type(llama_model).from_pretrained(tmp_path / "saved")
+    assert all(parameter.is_contiguous() for parameter in loaded.parameters())
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, llama_model.state_dict()[name])

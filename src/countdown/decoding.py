@@ -8,7 +8,7 @@ runs with a static cache, dense or sparsified, for one sequence, greedily.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class DecodeLoop:
         new_tokens: How many tokens `run` may make.
 
     Raises:
-        ConfigError: Not on a CUDA device, or more tokens than the model's context.
+        ConfigError: Not on a CUDA device, several sequences, or more tokens than the model's context.
         UnsupportedModelError: The model does not compile as one graph.
     """
 
@@ -43,8 +43,10 @@ class DecodeLoop:
         device = next(model.parameters()).device
         if device.type not in DEVICES:
             raise ConfigError(f"the decode loop captures CUDA graphs, and the model is on {device.type}.")
+        if len(prompt) != 1:
+            raise ConfigError(f"the decode loop takes one sequence, and the prompt has {len(prompt)}.")
+        check_context(model, prompt.shape[1] + new_tokens)
         length = prompt.shape[1] + new_tokens + WARM_UP
-        check_context(model, length)
         self.model, self.left = model, new_tokens
         # A whole number of blocks, for kernels that like them.
         self.cache = StaticCache(config=model.config, max_cache_len=-(-length // 128) * 128)
@@ -54,7 +56,7 @@ class DecodeLoop:
                 "captured; the decode loop takes models with full attention."
             )
         # Not inference_mode: the cache is written inside compiled code and outside of it.
-        with torch.no_grad():
+        with torch.no_grad(), on_device(device):
             self.token = self._next(prompt.to(device))
             self._graph = self._capture()
 
@@ -69,9 +71,10 @@ class DecodeLoop:
             raise ConfigError(f"{steps} more tokens do not fit the cache, {self.left} are left.")
         self.left -= steps
         tokens = torch.empty(steps, dtype=torch.int64, device=self.token.device)
-        for position in range(steps):
-            tokens[position] = self.token[0, 0]
-            self._graph.replay()
+        with on_device(self.token.device):
+            for position in range(steps):
+                tokens[position] = self.token[0, 0]
+                self._graph.replay()
         return tokens
 
     def _next(self, ids: Tensor) -> Tensor:
@@ -101,9 +104,15 @@ class DecodeLoop:
         return graph
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context within which streams and graphs are those of `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Return `step` as a graph, after two runs that compile it."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # for what the step reads
     with torch.cuda.stream(stream):
         step()
         step()
@@ -118,19 +127,25 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def _one_token(model: Any) -> Iterator[None]:
     """Within the context, attend by groups of heads and project one token by `project_one`."""
     attention = model.config._attn_implementation
-    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    linears = [module for module in model.modules() if _bare(module)]
     grouped = _register_attention() if attention == "sdpa" else attention
     try:
         if grouped != attention:
             model.set_attn_implementation(grouped)
         for linear in linears:
-            linear.forward = _projection(linear)  # type: ignore[method-assign]
+            linear.forward = _projection(linear)
         yield
     finally:
         for linear in linears:
             vars(linear).pop("forward", None)
         if grouped != attention:
             model.set_attn_implementation(attention)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Return whether a module is a linear with nothing put on it that would be bypassed."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
 
 
 def _projection(linear: nn.Linear) -> Any:

@@ -52,6 +52,8 @@ class SparseSite(nn.Module):
             self.register_buffer("per_term", per_term.to(site.device).clone(), persistent=False)
             counters = torch.zeros(2, dtype=torch.int64, device=site.device)
             self.register_buffer("counters", counters, persistent=False)
+        # Weights that were assigned come in the layout of a checkpoint.
+        self.register_load_state_dict_post_hook(_lay_out_again)
         self.eval()
 
     @property
@@ -66,6 +68,11 @@ class SparseSite(nn.Module):
     @abstractmethod
     def refusal(self) -> str | None:
         """Why the reference computes this module, None if the Triton backend does."""
+
+    @property
+    def planned_refusal(self) -> str | None:
+        """Why the reference would compute this module once its weights are laid out, None if Triton would."""
+        return self.refusal
 
     @property
     def backend(self) -> str:
@@ -108,7 +115,7 @@ class SparseSite(nn.Module):
         super()._apply(fn, recurse)
         self.per_term = exact.to(self.per_term.device)
         self._free_counters()
-        self._lay_out()
+        self.lay_out()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,7 +123,7 @@ class SparseSite(nn.Module):
         super().__setstate__(state)
         self._free_counters()
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
         """Store the weights as the backend that will compute wants them."""
 
     def _free_counters(self) -> None:
@@ -147,12 +154,16 @@ class SparseFFN(SparseSite):
         self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
-        self._lay_out()
 
     @property
     def refusal(self) -> str | None:
         """See `SparseSite.refusal`."""
         return self._refusal(laid_out=True)
+
+    @property
+    def planned_refusal(self) -> str | None:
+        """See `SparseSite.planned_refusal`."""
+        return self._refusal(laid_out=False)
 
     def release(self) -> nn.Module:
         """Return the dense module, W_down laid out as `nn.Linear` does."""
@@ -167,12 +178,12 @@ class SparseFFN(SparseSite):
         for rows in self.projections:
             check_plain(rows.child, self.get_submodule(rows.child))
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
         # Gate and up have a neuron's weights in a row already. W_down becomes the transposed view of such a matrix:
         # same name, shape and values, one copy, and as good for a dense product.
         down = self.get_submodule(self.projections[-1].child)
         assert isinstance(down.weight, Tensor)
-        if self._refusal(laid_out=False) is None and not down.weight.t().is_contiguous():
+        if self.planned_refusal is None and not down.weight.t().is_contiguous():
             _store(down, down.weight.t().contiguous().t())
 
     def _refusal(self, *, laid_out: bool) -> str | None:
@@ -217,6 +228,11 @@ class SparseLinear(SparseSite):
         return torch.ops.countdown.sparse_linear(  # type: ignore[no-any-return]
             x, self.weight, self.bias, self.per_term, self.counters, **self._decision()
         )
+
+
+def _lay_out_again(module: nn.Module, _: object) -> None:
+    assert isinstance(module, SparseSite)
+    module.lay_out()
 
 
 def _store(linear: nn.Module, weight: Tensor) -> None:

@@ -157,7 +157,10 @@ def export(
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
-    sparsify_(loaded, profile)
+    sites = find_sites(loaded, profile.kinds)
+    profile.check(loaded, sites)
+    profile.selectors(sites)
+    keep_profile(loaded, profile)
     try:
         with whole_folder(path) as new:
             loaded.save_pretrained(new)
@@ -236,14 +239,18 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     chosen = profile.selectors(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    modules = {}
-    for name, pair in chosen.items():
-        modules[name] = sparse_module(by_name[name], *pair, apply_to=apply_to)
-        reason = modules[name].refusal
+    modules = {name: sparse_module(by_name[name], *pair, apply_to=apply_to) for name, pair in chosen.items()}
+    for name, module in modules.items():
+        reason = module.planned_refusal
         if requested() == "triton" and reason is not None:
-            for module in modules.values():
-                module.release()
             raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute {name}: {reason}.")
+    try:
+        for module in modules.values():
+            module.lay_out()
+    except BaseException:  # out of memory, or interrupted: the model is as it was
+        for module in modules.values():
+            module.release()
+        raise
     return modules
 
 

@@ -30,6 +30,8 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "require_cuda", lambda: torch.device("cpu"))
         monkeypatch.setattr(module, "bandwidth", lambda: Bandwidth(1e9, 1e9))
         monkeypatch.setattr(module, "graph_time", timed)
+    pytest.importorskip("triton")  # its interpreter runs the kernel of a given set
+    monkeypatch.setattr(ffn.backends, "missing", lambda: None)
     properties = SimpleNamespace(L2_cache_size=2000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))
@@ -68,6 +70,22 @@ def test_nan_is_the_largest_error():
     assert relative_error(torch.tensor([torch.nan]), torch.ones(1).double()) == float("inf")
 
 
+def test_a_shape_that_does_not_fit_is_refused(device):
+    with pytest.raises(ConfigError, match=r"an FFN of 4096 × 4096 in bfloat16 does not fit the 0 GB left"):
+        next(ffn.run(FFNBenchmark(shapes=[(4096, 4096)], sparsities=[0.5]), progress=False))
+
+
+def test_hardly_anything_active_still_runs(device):
+    (record,) = ffn.run(FFNBenchmark(shapes=[(8, 16)], methods=["cats"], sparsities=[0.9999]), progress=False)
+    assert record["layers"] >= 1
+
+
+def test_without_triton_a_given_set_is_not_measured():
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="'given' measures the Triton backend's own kernel, and this torch"):
+            FFNBenchmark(shapes=[(8, 16)])
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -103,3 +121,9 @@ def test_decode_records(device, monkeypatch):
         assert sum(record["split_us"].values()) == pytest.approx(record["time_us"])
         assert record["tokens_per_s"] == pytest.approx(1e6 / record["time_us"])
     assert sparse["backend"] == "reference"
+    assert sparse["weights_read"] == pytest.approx((1 + 2 * (1 - sparse["realised_sparsity"])) / 3)
+
+
+def test_decode_takes_ffns_only(device):
+    with pytest.raises(ConfigError, match="measures sparse FFNs"):
+        decode.run(llama(), method("teal"), decode.DecodeBenchmark())

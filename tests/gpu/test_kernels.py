@@ -6,6 +6,9 @@ import copy
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -43,11 +46,11 @@ def test_shapes_of_real_models(shape, tokens):
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-@pytest.mark.parametrize("form", ["split", "fused"])
+@pytest.mark.parametrize("form", ["split", "fused", "interleaved"])
 def test_activations(form, activation, dtype):
     for tokens in (1, 3):
         cases.check_sparse(
-            tokens, 200, 501, dtype, "cuda", indicator="gate", activation=activation, share=0.5, fused=form == "fused"
+            tokens, 200, 501, dtype, "cuda", indicator="gate", activation=activation, share=0.5, form=form
         )
 
 
@@ -92,7 +95,9 @@ def test_graph_replay_follows_changing_active_sets(tokens):
     def step():
         return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **HOW)
 
-    with torch.cuda.stream(torch.cuda.Stream()):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import kernel_cases as cases
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+import kernel_cases as cases
 import oracle
+from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.triton import launch, ops
 
@@ -24,11 +32,11 @@ def test_against_float64(activation, indicator, share, tokens):
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 8), (64, 256), (129, 67), (40, 33)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("form", ["split", "fused", "bias"])
+@pytest.mark.parametrize("form", ["split", "fused", "interleaved"])
 def test_shapes_dtypes_and_forms(form, tokens, shape, dtype):
     cases.check_sparse(
         tokens, *shape, dtype, DEVICE, indicator="up", activation="silu", share=0.6,
-        bias=form == "bias", fused=form == "fused", seed=sum(shape),
+        bias=form != "fused", form=form, seed=sum(shape),
     )  # fmt: skip
 
 
@@ -141,7 +149,7 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
 @pytest.mark.parametrize("multiprocessors", [2, 46, 132])
 def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
     d, h = shape
-    found = launch.Hardware(multiprocessors, dependent_launch=False)
+    found = launch.Hardware(multiprocessors, shared=100 * 1024, dependent_launch=False)
     for expected in (0, h // 10, h):
         config = launch.decide(d, h, itemsize, expected, found)
         blocks = -(-h // config.constants["ROWS"])
@@ -166,3 +174,46 @@ def test_project_one(shape, bias):
         y = ops.project_one(x, weights[0], biases[0])
     expected = weights[0].double() @ x[0].double() + (0 if biases[0] is None else biases[0].double())
     assert oracle.relative_error(y[0].cpu(), expected.cpu()) <= 1e-5
+
+
+def test_strided_thresholds():
+    weights, biases = cases.ffn(16, 24, torch.float32, DEVICE)
+    x = cases.inputs(1, 16, torch.float32, DEVICE, 4)
+    spread = torch.rand(24, 2, device=DEVICE)
+    counters = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
+    how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
+    y = ops.sparse_ffn(x, weights, biases, spread[:, 0], counters[0], **how)
+    expected = ops.sparse_ffn(x, weights, biases, spread[:, 0].contiguous(), counters[1], **how)
+    assert torch.equal(y, expected)
+    assert torch.equal(*counters)
+
+
+def test_an_explicit_request_is_loud_and_reference_is_obeyed(monkeypatch):
+    weights, biases = cases.ffn(16, 24, torch.float32, DEVICE)
+    x, counters = torch.randn(1, 16, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    arguments = (torch.full((24,), 0.3, device=DEVICE), counters)
+    how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
+    with pytest.raises(ConfigError, match="cannot compute this FFN: W_down is not laid out by neuron"):
+        ops.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **how)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
+    y = ops.sparse_ffn(x, weights, biases, *arguments, **how)
+    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, *arguments, **how))
+
+
+# Bytes of shared memory that a program may have: RTX 40, and MI300.
+LIMITS = {"cuda:89": 101376, "hip:gfx942": 65536}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", LIMITS)
+def test_compiled_kernels_fit_the_shared_memory_of_small_devices(target):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.path.join(os.path.dirname(__file__), os.pardir, "compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, path, target, str(LIMITS[target])],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    shared = json.loads(run.stdout)
+    assert len(shared) == 24
+    assert {name: size for name, size in shared.items() if size > LIMITS[target]} == {}

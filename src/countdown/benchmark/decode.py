@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.benchmark.timing import bandwidth, graph_time, require_cuda
@@ -17,9 +16,13 @@ from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
 from countdown.cost import token_bytes
 from countdown.decoding import DecodeLoop
+from countdown.errors import ConfigError
 from countdown.methods import Method
 from countdown.models.find import find_ffns
 from countdown.models.loading import DTYPES
+from countdown.models.sites import GatedFFN
+from countdown.modules import sparse_sites
+from countdown.ops.activations import ACTIVATIONS
 from countdown.profile import Profile
 from countdown.sparsify import reset_counters, restore_, sparsify_, status
 
@@ -107,6 +110,9 @@ def run(
         ConfigError, UnsupportedModelError, ProfileError: See `DecodeLoop` and `sparsify_`.
     """
     device = require_cuda()
+    kinds = [what.kind] if isinstance(what, Method) else what.kinds
+    if kinds != [GatedFFN.kind]:
+        raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
     copy = bandwidth().copy
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
@@ -121,18 +127,16 @@ def run(
     sparsify_(model, what)
     try:
         say("measuring sparse")
-        reset_counters(model)
         sparse = _arm(model, ids, benchmark)
-        sites = status(model)
     finally:
         restore_(model)
-    size = sum(site.size for site in sites)
-    read = sum((site.weights_read or 0.0) * site.size for site in sites) / size
-    realised = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
-    bytes_ = token_bytes(model, find_ffns(model))
+    ffns = find_ffns(model)
+    bytes_ = token_bytes(model, ffns)
+    shares = sparse.pop("weights_read_by_ffn")
+    read = sum(shares.get(ffn.name, 1.0) * ffn.size for ffn in ffns) / sum(ffn.size for ffn in ffns)
     common = {
         "vocab": vocabulary,
-        "layers": len(sites),
+        "layers": len(ffns),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "tokens": 1,
         "context": benchmark.context,
@@ -141,7 +145,7 @@ def run(
     }
     floors = (bytes_.total / copy, (bytes_.other + read * bytes_.own) / copy)
     records = [common | {"run": "dense"} | dense, common | {"run": "sparse", **what.recipe.record()} | sparse]
-    records[1] |= {"realised_sparsity": realised, "weights_read": read, "backend": sites[0].backend}
+    records[1]["weights_read"] = read
     for record, floor in zip(records, floors, strict=True):
         record["floor_us"] = floor * 1e6
         record["floor_share"] = floor * record["tokens_per_s"]
@@ -161,13 +165,17 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     loop = DecodeLoop(model, ids, new_tokens=2 * benchmark.new_tokens)
     found["compile_s"] = time.perf_counter() - started
     loop.run(benchmark.new_tokens)
+    if sparse_sites(model):
+        reset_counters(model)
     torch.cuda.synchronize()
     started = time.perf_counter()
     loop.run(benchmark.new_tokens)
     torch.cuda.synchronize()
     per_token = (time.perf_counter() - started) / benchmark.new_tokens
     found |= {"tokens_per_s": 1 / per_token, "time_us": per_token * 1e6}
-    found["split_us"] = _split(model, per_token * 1e6)
+    if sparse_sites(model):
+        found |= _counted(model)
+    found["split_us"] = _split(model, ids, per_token * 1e6)
     del loop
     torch._dynamo.reset()
     gc.collect()
@@ -175,6 +183,18 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     if benchmark.generate:
         found["generate_tokens_per_s"] = _generate(model, ids, benchmark.new_tokens)
     return found
+
+
+def _counted(model: nn.Module) -> dict[str, Any]:
+    """Return what the tokens since the last reset realised."""
+    sites = status(model)
+    size = sum(site.size for site in sites)
+    realised = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
+    return {
+        "realised_sparsity": realised,
+        "backend": ", ".join(dict.fromkeys(site.backend for site in sites)),
+        "weights_read_by_ffn": {site.name: site.weights_read for site in sites},
+    }
 
 
 def _prefill(model: nn.Module, ids: Tensor) -> float:
@@ -190,53 +210,70 @@ def _prefill(model: nn.Module, ids: Tensor) -> float:
     return sorted(times[2:])[2]
 
 
-def _split(model: nn.Module, total: float) -> dict[str, float]:
+def _split(model: nn.Module, ids: Tensor, total: float) -> dict[str, float]:
     """Return µs of a token in FFNs, the linears of attention, the head, and all the rest.
 
-    Each part is captured by itself, its kernels those of the step; the rest is what remains of the total: scores,
-    cache, norms, and the gaps between kernels.
+    Each part is captured by itself, with the kernels of the step and the inputs that the prompt's last token gave it;
+    the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
-    modules = dict(model.named_modules())
-    ffns = [module for name, module in modules.items() if name.endswith(_ffn_names(model))]
-    inside = {id(part) for ffn in ffns for part in ffn.modules()}
+    sparse = sparse_sites(model)
+    found = {ffn.name: ffn for ffn in find_ffns(model)} if not sparse else {}
+    inside = {id(part) for name in found or sparse for part in model.get_submodule(name).modules()}
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    layers = model.get_decoder()  # type: ignore[operator]
-    linears = [m for m in layers.modules() if type(m) is nn.Linear and id(m) not in inside]
-    x = torch.randn(1, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
-    inputs = {m.in_features: torch.randn(1, m.in_features, dtype=x.dtype, device=x.device) for m in linears}
+    decoder = model.get_decoder()  # type: ignore[operator]
+    linears = [m for m in decoder.modules() if type(m) is nn.Linear and id(m) not in inside]
+    ffns = [model.get_submodule(name) for name in found or sparse]
+    inputs = _last_inputs(model, ids, [*ffns, *linears, head])
+    gated = {name: torch.compile(_product, dynamic=False) for name in {ffn.activation for ffn in found.values()}}
+
+    def dense_ffn(ffn: GatedFFN) -> None:
+        (gate, gate_bias), (up, up_bias), (down, down_bias) = (
+            rows.of(ffn.module) for rows in (ffn.gate, ffn.up, ffn.down)
+        )
+        x = inputs[id(ffn.module)]
+        s = gated[ffn.activation](_project(x, gate, gate_bias), _project(x, up, up_bias), ffn.activation)
+        _project(s, down, down_bias)
+
+    def run_ffns() -> None:
+        for module in sparse.values():
+            module.sparse(inputs[id(module)][None])
+        for ffn in found.values():
+            dense_ffn(ffn)
+
+    def run_linears() -> None:
+        for linear in linears:
+            _project(inputs[id(linear)], linear.weight, linear.bias)
+
     parts = {
-        "ffn": graph_time(lambda: [_ffn(ffn, x) for ffn in ffns]),
-        "attention_linears": graph_time(lambda: [_project(inputs[m.in_features], m) for m in linears]),
-        "head": graph_time(lambda: _project(x, head).argmax(dim=-1)),
+        "ffn": graph_time(run_ffns),
+        "attention_linears": graph_time(run_linears),
+        "head": graph_time(lambda: _project(inputs[id(head)], head.weight, head.bias).argmax(dim=-1)),
     }
     return parts | {"rest": total - sum(parts.values())}
 
 
-def _ffn_names(model: nn.Module) -> tuple[str, ...]:
-    from countdown.modules import sparse_sites
+def _last_inputs(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Return, by identity of the module, its input `[1, d]` at the last token of a prompt."""
+    inputs: dict[int, Tensor] = {}
 
-    return tuple(sparse_sites(model)) or tuple(ffn.name for ffn in find_ffns(model))
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[id(module)] = arguments[0].reshape(-1, arguments[0].shape[-1])[-1:].clone()
 
-
-@torch.compile(dynamic=False)
-def _gated(g: Tensor, u: Tensor) -> Tensor:
-    return F.silu(g) * u
-
-
-def _ffn(module: nn.Module, x: Tensor) -> Tensor:
-    from countdown.modules import SparseFFN
-
-    if isinstance(module, SparseFFN):
-        y: Tensor = module(x[None])
-        return y
-    linears = [child for child in module.children() if type(child) is nn.Linear]
-    wide, down = linears[:-1], linears[-1]
-    g, u = [part for linear in wide for part in _project(x, linear).split(down.in_features, dim=1)]
-    return _project(_gated(g, u), down)
+    hooks = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        model(ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
 
 
-def _project(x: Tensor, linear: nn.Linear) -> Tensor:
-    return torch.ops.countdown.project_one(x, linear.weight, linear.bias)  # type: ignore[no-any-return]
+def _product(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](g) * u
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.countdown.project_one(x, weight, bias)  # type: ignore[no-any-return]
 
 
 def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:

@@ -15,7 +15,7 @@ from countdown.config import check_choice
 from countdown.errors import ConfigError
 from countdown.methods import method_class
 from countdown.models.loading import DTYPES
-from countdown.ops import backends  # noqa: F401  (registers the ops)
+from countdown.ops import backends
 from countdown.ops.activations import ACTIVATIONS
 from countdown.progress import track
 
@@ -65,6 +65,8 @@ class FFNBenchmark:
             raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity < 1.")
         if any(not 1 <= count <= 8 for count in self.tokens):
             raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
+        if GIVEN in self.methods and (missing := backends.missing()):
+            raise ConfigError(f"'{GIVEN}' measures the Triton backend's own kernel, and {missing}.")
 
 
 def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
@@ -138,7 +140,9 @@ class _Layers:
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         free = torch.cuda.mem_get_info()[0]
         fit = int(0.7 * free / (3 * d * h * self.dtype.itemsize))
-        self.count = max(1, min(-(-CACHE_TIMES * cache // int(least)), MOST_LAYERS, fit))
+        if fit < 1:
+            raise ConfigError(f"an FFN of {d} × {h} in {benchmark.dtype} does not fit the {free / 1e9:.0f} GB left.")
+        self.count = min(-(-CACHE_TIMES * cache // max(1, int(least))), MOST_LAYERS, fit)
         self.both = [self._draw(2 * h, d) for _ in range(self.count)]
         self.down = [self._draw(h, d).t() for _ in range(self.count)]
 

@@ -77,9 +77,9 @@ def ffn(
 @app.command()
 def decode(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)] = None,
-    shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b, qwen2.5-1.5b.")] = None,
     profile: o.ProfileDir = None,
-    method_name: Annotated[str, typer.Option("--method", help="Method, with --shape.")] = DEFAULT_METHOD,
+    method_name: Annotated[str | None, typer.Option("--method", help="Method, with --shape.")] = None,
     sparsity: o.Sparsity = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
@@ -105,9 +105,11 @@ def decode(
     if shape is not None:
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
-        what: Any = method(method_name, **({} if sparsity is None else {"sparsity": sparsity}))
+        what: Any = method(method_name or DEFAULT_METHOD, **({} if sparsity is None else {"sparsity": sparsity}))
         loaded, name = random_model(shape, dtype="bfloat16" if dtype == "auto" else dtype), shape
     else:
+        if method_name is not None:
+            raise ConfigError("--method goes with --shape; a model is measured with its --profile.")
         loaded, what, name = _model_and_profile(str(model), profile, sparsity, dtype, revision, trust_remote_code)
     records = [{"model": name} | record for record in run(loaded, what, benchmark, say=say)]
     printing.emit(json, {"meta": meta(**_commit(commit)), "records": records})
@@ -146,7 +148,7 @@ def _union(path: Path | None) -> dict[tuple[int, float], float] | None:
         return None
     try:
         records = json.loads(path.read_text(encoding="utf-8"))["records"]
-        return {(record["tokens"], record["sparsity"]): record["union"] for record in records}
+        return {(int(r["tokens"]), float(r["sparsity"])): float(r["union"]) for r in records}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--union {path} is not a results file of unions: {error}") from error
 

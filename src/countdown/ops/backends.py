@@ -28,16 +28,21 @@ def refuses_ffn(
     device = weights[0].device.type
     if device != "cuda":
         return f"it runs on GPUs, and the weights are on {device}"
-    if missing := _missing():
-        return missing
-    if requested() == "reference":
-        return f"{VARIABLE} is 'reference'"
+    if reason := missing():
+        return reason
     from countdown.ops.triton import ops
 
     return ops.refuses_decision(decision, indicator) or ops.refuses_ffn(weights, activation, laid_out=laid_out)
 
 
-def _missing() -> str | None:
+def missing() -> str | None:
+    """Return why there is no Triton backend here, None if there is."""
+    if requested() == "reference":
+        return f"{VARIABLE} is 'reference'"
+    return _not_installed()
+
+
+def _not_installed() -> str | None:
     if not (torch.version.cuda or torch.version.hip):
         return "this torch is built for CPUs only"
     if importlib.util.find_spec("triton") is None:
@@ -46,7 +51,7 @@ def _missing() -> str | None:
 
 
 def _register() -> None:
-    if _missing():
+    if _not_installed():
         return
     from countdown.ops.triton import ops
 

@@ -9,7 +9,7 @@ Letters: T tokens in a call (all leading dimensions of x taken together), d hidd
 | biases | [h], [h], [d], each or None | of gate, up and down |
 | weight, bias | [d_out, d], [d_out] or None | of a linear |
 | per_neuron, per_channel | [h] or [d], float32 | decision threshold: τ_i; decision topk: weights m_i |
-| counters | [2], int64 | incremented by T and by the active terms summed over the T tokens; never read |
+| counters | [2], int64 | incremented by T and by the active terms summed over the T tokens |
 | active | [..., h], bool | the active set of each token |
 | decision | `threshold` | term i is inactive iff indicator ≤ τ_i, so a NaN stays active |
 |          | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
@@ -21,7 +21,8 @@ The terms of an FFN are its neurons, those of a linear its input channels. Of a 
 infinity, every term is active: it is computed as in the dense model.
 
 `sparse_ffn` and `sparse_linear` are the ops that models run. `select` and `given_ffn` are the halves of the first,
-for tests and benchmarks. `project_one` is a dense product for one token x [1, d], for decode loops. Outputs: y
+for tests and benchmarks; where a backend sums in another order, an indicator at its very threshold may fall on its
+other side. `project_one` is a dense product for one token x [1, d], for decode loops. Outputs: y
 [..., d] like x (z [..., d_out] for a linear), and for `select` the active sets [..., h], bool. Shapes are static and
 nothing is read back to the host. Arguments that do not fit raise ValueError.
 """

@@ -247,15 +247,16 @@ def _all_active(x, tokens, d, x_stride, T: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def coefficients(
-    x, first, other, first_bias, other_bias, per_neuron, active_set, s, counts,
+    x, first, other, first_bias, other_bias, per_neuron, active_set, s, needs, counts,
     tokens, d, h, x_stride, first_stride, other_stride,
     MODE: tl.constexpr, GATE_FIRST: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: coefficients of each token's active neurons, 0 elsewhere, for this program's rows.
 
-    x [tokens, d] → s [h, T] in the dtype of x, active_set [tokens, h] int8, counts [P] int32. MODE `decide`: `first`
-    and the thresholds decide, active_set is written. `given`: active_set is read. `select`: decide, and no more.
+    x [tokens, d] → s [h, T] in the dtype of x; needs [h] int8, whether any token needs a neuron; counts [P] int32. MODE
+    `decide`: `first` and the thresholds decide. `given`: active_set [tokens, h] int8 does. `select`: decide, write
+    active_set, and no more.
     """
     p = tl.program_id(0)
     i = p * ROWS + tl.arange(0, ROWS)
@@ -288,15 +289,19 @@ def coefficients(
             w = _activate(_rounded(w, x), ACT)
         product = tl.where(active, v * w, 0.0)
         tl.store(s + i[:, None] * T + t[None, :], product.to(s.dtype.element_ty), mask=here[:, None])
+        tl.store(needs + i, needed.to(tl.int8), mask=here)
         tl.store(counts + p, tl.sum(tl.sum(active.to(tl.int32), 1), 0))
 
 
 @triton.jit
 def sum_columns(
-    s, down, partial, tokens, d, h, down_stride, per_program,
+    s, needs, down, partial, tokens, d, h, down_stride, per_program,
     T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: Σ s_i w_i over this program's neurons and columns. s [h, T] → partial [P, tokens, d] float32."""
+    """Several tokens: Σ s_i w_i over this program's neurons and columns.
+
+    s [h, T], needs [h] int8: the neurons that some token needs → partial [P, tokens, d] float32.
+    """
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     p = tl.program_id(1)
     t = tl.arange(0, T)
@@ -305,8 +310,8 @@ def sum_columns(
     stop = tl.minimum((p + 1) * per_program, h)
     for start in tl.range(p * per_program, stop, ROWS, num_stages=STAGES):
         i = start + tl.arange(0, ROWS)
+        needed = tl.load(needs + i, mask=i < stop, other=0) != 0
         sv = tl.load(s + i[:, None] * T + t[None, :], mask=(i < stop)[:, None], other=0.0)
-        needed = tl.sum((sv.to(tl.float32) != 0).to(tl.int32), 1) > 0
         wv = tl.load(
             down + i[:, None].to(tl.int64) * down_stride + c[None, :],
             mask=needed[:, None] & (c < d)[None, :], other=0.0, eviction_policy="evict_first",

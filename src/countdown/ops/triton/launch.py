@@ -27,15 +27,17 @@ class Hardware:
 
     Args:
         multiprocessors: How many the device has.
+        shared: Bytes of shared memory that a program can have.
         dependent_launch: Whether a kernel may start before the one before it ends.
     """
 
     multiprocessors: int
+    shared: int
     dependent_launch: bool
 
 
 # Where kernels run without a device, in Triton's interpreter: few programs, as each is run in Python.
-INTERPRETED = Hardware(multiprocessors=2, dependent_launch=False)
+INTERPRETED = Hardware(multiprocessors=2, shared=64 * 1024, dependent_launch=False)
 
 
 @cache
@@ -44,7 +46,9 @@ def hardware(device: torch.device) -> Hardware:
     if device.type != "cuda":
         return INTERPRETED
     found = torch.cuda.get_device_properties(device)
-    return Hardware(found.multi_processor_count, bool(torch.version.cuda) and found.major >= 9)
+    # ROCm has one limit, CUDA a larger one that a kernel must ask for, as Triton does.
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
+    return Hardware(found.multi_processor_count, shared, bool(torch.version.cuda) and found.major >= 9)
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Lau
         "ROWS": rows,
         "GATHER": gather,
         "MINE": _power(mine),
-        "STAGES": _stages(rows * row, 3),
-        "GATHER_STAGES": _stages(2 * gather * row, 3),
+        "STAGES": _stages(rows * row, 3, found.shared // 2),
+        "GATHER_STAGES": _stages(2 * gather * row, 3, found.shared // 2),
     }
     return Launch((programs,), constants, _warps(width))
 
@@ -95,24 +99,27 @@ def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
         "D": width,
         "GATHER": gather,
         "MINE": _power(_ceil(h, programs)),
-        "GATHER_STAGES": _stages(3 * gather * row, 4, 144),
+        "GATHER_STAGES": _stages(3 * gather * row, 4, min(found.shared, 108 * _KB)),
     }
     return Launch((programs,), constants, _warps(width))
 
 
-def projection(d: int, h: int, itemsize: int) -> Launch:
+def projection(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     """Return the launch of `project_one`."""
     block = _clamp(_power(d), 16, (8 if d % (8 * _KB // itemsize) == 0 else 4) * _KB // itemsize)
     rows = _clamp(32 * _KB // (block * itemsize), 1, 16)
-    constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1 if d <= block else 3}
+    constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1}
+    if d > block:
+        constants["STAGES"] = _stages(rows * block * itemsize, 3, found.shared // 2)
     return Launch((_ceil(h, rows),), constants, 4)
 
 
-def tiled(d: int, h: int, itemsize: int) -> Launch:
+def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     """Return the launch of `coefficients`."""
     rows = 32
     block = _clamp(_power(d), 16, 512 // itemsize)
-    constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": 4}
+    stages = _stages((rows + TILE_TOKENS) * block * itemsize, 4, found.shared)
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": stages}
     return Launch((_ceil(h, rows),), constants, 4)
 
 
@@ -123,8 +130,9 @@ def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int
     tiles = _ceil(d, width)
     groups = min(_ceil(h, rows), max(1, 4 * found.multiprocessors // tiles))
     each = _ceil(_ceil(h, rows), groups) * rows
-    # The rows to read follow from coefficients that are read as well; pipelined in float32, that goes wrong.
-    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": 4 if itemsize == 2 else 1}
+    stages = _stages(rows * (width + 2 * TILE_TOKENS) * itemsize, 4, found.shared)
+    # In float32, whose products are no matrix instructions, Triton 3.6 pipelined the loop wrongly.
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages if itemsize == 2 else 1}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 
 
@@ -143,9 +151,9 @@ def _warps(width: int) -> int:
     return _clamp(_power(width) // 1024, 1, 16) if width > 4096 else 4
 
 
-def _stages(size: int, most: int, room: int = 96) -> int:
-    # A stage is a buffer in shared memory, of which two programs have about 100 KB each.
-    return _clamp(room * _KB // size, 1, most)
+def _stages(size: int, most: int, room: int) -> int:
+    # All stages but the one that is computed have a buffer; some room is left for what else a program shares.
+    return _clamp(1 + (room - 4 * _KB) // size, 1, most)
 
 
 def _power(n: int) -> int:

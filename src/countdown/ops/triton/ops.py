@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from countdown.errors import ConfigError
 from countdown.ops import reference
-from countdown.ops.request import requested
+from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_linear
 from countdown.ops.triton import kernels, launch
 
@@ -81,12 +82,15 @@ def sparse_ffn(
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     tokens = x.shape[:-1].numel()
-    if _too_many(tokens) or refuses_decision(decision, indicator) or refuses_ffn(weights, activation):
+    reason = refuses_decision(decision, indicator) or refuses_ffn(weights, activation)
+    if reason and requested() == "triton":
+        raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute this FFN: {reason}.")
+    if reason or _too_many(tokens):
         return reference.sparse_ffn(
             x, weights, biases, per_neuron, counters,
             decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
         )  # fmt: skip
-    flat = _flat(x)
+    flat, biases, per_neuron = _flat(x), _dense(biases), per_neuron.contiguous()
     if tokens == 1:
         y = _decide_one(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     else:
@@ -117,7 +121,8 @@ def select(
             decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
         )  # fmt: skip
     active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
-    _coefficients(_flat(x), weights, biases, per_neuron, active, INDICATORS[indicator], activation, "select")
+    thresholds = per_neuron.contiguous()
+    _coefficients(_flat(x), weights, _dense(biases), thresholds, active, INDICATORS[indicator], activation, "select")
     return active
 
 
@@ -137,7 +142,7 @@ def given_ffn(
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
     if _too_many(tokens) or refuses_ffn(weights, activation):
         return reference.given_ffn(x, weights, biases, active, activation=activation, weight_format=weight_format)
-    flat = _flat(x)
+    flat, biases = _flat(x), _dense(biases)
     if tokens == 1:
         indices = torch.empty(h, dtype=torch.int32, device=x.device)
         count = torch.empty(1, dtype=torch.int32, device=x.device)
@@ -145,8 +150,8 @@ def given_ffn(
         flags = active.contiguous().view(torch.int8)
         kernels.list_active[(1,)](flags, indices, count, h, **options)
         return listed_ffn(flat, weights, biases, indices, count, activation=activation).view(x.shape)
-    s, counts = _coefficients(flat, weights, biases, None, active.contiguous(), False, activation, "given")
-    return _sum_columns(flat, s, counts, weights, biases, None).view(x.shape)
+    found = _coefficients(flat, weights, biases, None, active.contiguous(), False, activation, "given")
+    return _sum_columns(flat, *found, weights, biases, None).view(x.shape)
 
 
 def listed_ffn(
@@ -178,10 +183,12 @@ def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return W x + b `[1, h]` of one token; see `schema`. A dense product at the bandwidth limit."""
     check_linear(x, weight, bias, "plain")
     h, d = weight.shape
-    if len(x) != 1 or x.stride(1) != 1 or weight.stride(1) != 1 or requested() == "reference":
+    strided = x.stride(1) != 1 or weight.stride(1) != 1
+    if len(x) != 1 or strided or weight.dtype not in DTYPES or requested() == "reference":
         return reference.project_one(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()
     found = launch.hardware(x.device)
-    config = launch.projection(d, h, x.element_size())
+    config = launch.projection(d, h, x.element_size(), found)
     y = x.new_empty((1, h))
     kernels.project_one[config.grid](
         x,
@@ -230,8 +237,8 @@ def _decide_many(
     gate_first: bool,
     activation: str,
 ) -> Tensor:
-    s, counts = _coefficients(x, weights, biases, per_neuron, None, gate_first, activation, "decide")
-    return _sum_columns(x, s, counts, weights, biases, counters)
+    found = _coefficients(x, weights, biases, per_neuron, None, gate_first, activation, "decide")
+    return _sum_columns(x, *found, weights, biases, counters)
 
 
 def _coefficients(
@@ -243,27 +250,33 @@ def _coefficients(
     gate_first: bool,
     activation: str,
     mode: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the coefficients `[h, TILE_TOKENS]` and how many are active by program; `select` fills `active` only."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return coefficients `[h, TILE_TOKENS]`, which neurons any token needs `[h]`, and how many are active by program.
+
+    `select` fills `active` only.
+    """
     (first, other), (first_bias, other_bias) = _ordered(weights, gate_first), _ordered(biases, gate_first)
     h, d = first.shape
     found = launch.hardware(x.device)
-    config = launch.tiled(d, h, x.element_size())
+    config = launch.tiled(d, h, x.element_size(), found)
     s = x.new_empty((h, launch.TILE_TOKENS))
+    needs = x.new_empty(h, dtype=torch.int8)
     counts = x.new_empty(config.grid, dtype=torch.int32)
     # An argument that the mode does not use is never touched; some pointer must stand for it.
     kernels.coefficients[config.grid](
         x, first, other, *_given(first_bias, other_bias, x),
-        x if per_neuron is None else per_neuron, counts if active is None else active.view(torch.int8), s, counts,
+        x if per_neuron is None else per_neuron, needs if active is None else active.view(torch.int8),
+        s, needs, counts,
         len(x), d, h, x.stride(0), first.stride(0), other.stride(0),
         MODE=mode, GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
     )  # fmt: skip
-    return s, counts
+    return s, needs, counts
 
 
 def _sum_columns(
     x: Tensor,
     s: Tensor,
+    needs: Tensor,
     counts: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
@@ -274,7 +287,7 @@ def _sum_columns(
     config, each = launch.columns(d, h, x.element_size(), found)
     partial = x.new_empty((config.grid[1], len(x), d), dtype=torch.float32)
     kernels.sum_columns[config.grid](
-        s, weights[2], partial, len(x), d, h, weights[2].stride(1), each, **config.options(found)
+        s, needs, weights[2], partial, len(x), d, h, weights[2].stride(1), each, **config.options(found)
     )
     return _reduce(x, partial, biases[2], counts, counters)
 
@@ -303,6 +316,11 @@ def _flat(x: Tensor) -> Tensor:
     """Return x as `[tokens, d]` with contiguous rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _dense(biases: list[Tensor | None]) -> list[Tensor | None]:
+    """Return biases that kernels can index: those of interleaved rows are strided."""
+    return [None if bias is None else bias.contiguous() for bias in biases]
 
 
 def _ordered(pair: list[V], gate_first: bool) -> tuple[V, V]:
