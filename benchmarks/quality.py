@@ -8,6 +8,10 @@ is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt.
     methods     every method, decision and weighting, 0.5 to 0.9; --only NAME for one method
     allocation  uniform against global, and against global by the local output error alone
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
+    proxy       proxies against the exact coefficient, and against methods that need none
+
+--dither moves the weights of gate and up off the grid that GGUF files leave them on, by a uniform step of up to half of
+its own either way: a proxy of few bits would fit that grid by luck. The dithered model is then the dense one.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from countdown.calibration.calibrate import ERROR_STRIDE, calibrate, calibration_sequences
@@ -29,14 +34,17 @@ from countdown.calibration.statistics import Assignment, sketch_sparse
 from countdown.calibration.text import Text, load_text, windows
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import Method, method, method_class, method_names
-from countdown.models.find import find_sites
+from countdown.models.find import find_ffns, find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.profile import Profile
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_, status
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = 32768
+# Groups and steps of a row in the GGUF files at hand: asymmetric, four bits.
+SOURCE_GROUP, SOURCE_STEPS = 32, 15
 
 
 def main() -> None:
@@ -64,14 +72,17 @@ class Bench:
     valid: Text
     test: Text
     windows: int
+    dithered: bool
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Bench:
         """Load what the arguments name."""
         source = Source.parse(arguments.model)
         valid, test = (load_text("wikitext2", s, text_dir=arguments.text_dir) for s in ("calibration", "evaluation"))
-        model = load_model(source, dtype="bfloat16", device=arguments.device)
-        return cls(source, model, load_tokenizer(source), valid, test, arguments.windows)
+        model = load_model(source, dtype="float32" if arguments.dither else "bfloat16", device=arguments.device)
+        if arguments.dither:
+            _dither(model)
+        return cls(source, model, load_tokenizer(source), valid, test, arguments.windows, arguments.dither)
 
     def calibrated(self, config: Method, *texts: Text) -> Profile:
         """Return a profile of `config`, calibrated on these texts or else on the validation split."""
@@ -94,6 +105,7 @@ class Bench:
         return {
             "model": self.source.label,
             "sites": len(sites),
+            "dithered": self.dithered,
             "vocab": self.model.config.get_text_config().vocab_size,  # type: ignore[operator, union-attr]
             "dtype": "bfloat16",
             "device": str(next(self.model.parameters()).device),
@@ -154,7 +166,35 @@ def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, An
                     yield bench.measured(profile, text)
 
 
-SWEEPS = {"methods": _methods, "allocation": _allocation, "texts": _texts}
+def _proxy(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One profile for each method: every sparsity from it."""
+    configs = [
+        method("d-countdown", sparsity=0.7),
+        method("d-proxy", bits=4, sparsity=0.7),
+        method("d-proxy", bits=3, sparsity=0.7),
+        method("m-countdown", weighting="rms", sparsity=0.7),
+        method("cats", weighting="rms", sparsity=0.7),
+    ]
+    for config in configs:
+        profile = bench.calibrated(config)
+        for sparsity in PROXY_SPARSITIES:
+            for decision in ("threshold", "topk") if config.name.startswith("d-") else ("threshold",):
+                yield bench.measured(profile.with_settings(sparsity=sparsity, decision=decision))
+
+
+@torch.no_grad()
+def _dither(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for ffn in find_ffns(model):
+        for matrix in ffn.matrices[:2]:
+            groups = matrix.data.view(matrix.shape[0], -1, SOURCE_GROUP)
+            step = (groups.amax(dim=-1, keepdim=True) - groups.amin(dim=-1, keepdim=True)) / SOURCE_STEPS
+            noise = torch.rand(groups.shape, generator=generator).to(groups) - 0.5
+            groups.add_(noise * step)
+    model.to(torch.bfloat16)
+
+
+SWEEPS = {"methods": _methods, "allocation": _allocation, "texts": _texts, "proxy": _proxy}
 
 
 def _arguments() -> argparse.Namespace:
@@ -163,6 +203,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", choices=list(SWEEPS), default="methods")
     parser.add_argument("--only", choices=method_names())
     parser.add_argument("--other", type=Path)
+    parser.add_argument("--dither", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--text-dir", type=Path)
     parser.add_argument("--device", default="auto")
@@ -171,7 +212,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     only = ["--only", arguments.only] if arguments.only else []
     other = ["--other", arguments.other.name] if arguments.other else []
-    arguments.public = ["--sweep", arguments.sweep, *only, *other, "--windows", str(arguments.windows)]
+    dither = ["--dither"] if arguments.dither else []
+    arguments.public = ["--sweep", arguments.sweep, *only, *other, *dither, "--windows", str(arguments.windows)]
     return arguments
 
 

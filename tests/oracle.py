@@ -34,6 +34,7 @@ INDICATOR = {
     "up": lambda a, u: abs(u),
     "gate": lambda a, u: abs(a),
     "coefficient": lambda a, u: abs(a * u),
+    "proxy": lambda a, u: abs(a * u),
     "input": abs,
 }
 FFN_INDICATORS = ("up", "gate", "coefficient")
@@ -50,6 +51,28 @@ def projections(
     if biases[1] is not None:
         u = u + biases[1].double()
     return g.clone().apply_(ACT[activation]), u
+
+
+def proxy_weights(planes: Tensor, scales: Tensor, d: int) -> Tensor:
+    """Return the weights of a proxy, float64 [h, d], bit by bit from the packing that docs/methods.md describes."""
+    bits, h, _ = planes.shape
+    size = planes.shape[2] * 8 // scales.shape[1]
+    weights = torch.zeros(h, d).double()
+    for i in range(h):
+        for j in range(d):
+            level = sum((int(planes[p, i, j // 8]) >> (j % 8) & 1) << p for p in range(bits))
+            weights[i, j] = (level - 2 ** (bits - 1) + 0.5) * float(scales[i, j // size])
+    return weights
+
+
+def proxy_factors(
+    x: Tensor, proxy: list[Tensor], biases: list[Tensor | None], activation: str
+) -> tuple[Tensor, Tensor]:
+    """Return what a proxy takes a and u for, float64 [T, h], for x [T, d]: each token rounded to 255 steps."""
+    step = x.double().abs().amax(dim=-1, keepdim=True) / 127
+    rounded = torch.where(step > 0, (x.double() / step).round() * step, 0)
+    weights = [proxy_weights(*pair, x.shape[-1]) for pair in (proxy[:2], proxy[2:])]
+    return projections(rounded, [*weights, weights[0]], biases, activation)
 
 
 def topk_active(scores: list[float], drop: int) -> list[bool]:

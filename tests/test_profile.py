@@ -25,7 +25,8 @@ def profile(llama_model, tokenizer, text):
 
 
 def selector(profile, ffn):
-    return profile.selectors([ffn])[ffn.name]
+    found = profile.selectors([ffn])[ffn.name]
+    return found.method, found.per_term
 
 
 def test_round_trip(profile, llama_model, tmp_path):

@@ -60,8 +60,12 @@ def _masked_forward(site, module):
     """The dense forward with a mask from the definitions, written without the ops."""
 
     def forward(x):
-        factors = site.project(x)
-        value = oracle.INDICATOR[module.method.indicator.name](*factors)
+        factors = seen = site.project(x)
+        if module.method.proxy_bits:
+            biases = [rows.of(site.module)[1] for rows in (site.gate, site.up)]
+            seen = oracle.proxy_factors(x[0], module.proxy, biases, site.activation)
+            seen = [factor.float()[None] for factor in seen]
+        value = oracle.INDICATOR[module.method.indicator.name](*seen)
         if module.method.decision == "threshold":
             active = value > module.per_term
         else:

@@ -63,7 +63,7 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
 
 def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceiling:
     """Return what `method` can gain at `sparsity`, by bytes alone."""
-    read = method.indicator.weights_read(1 - sparsity)
+    read = method().weights_read(1 - sparsity)
     return Ceiling(
         method=method.name,
         sparsity=sparsity,

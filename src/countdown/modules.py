@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from countdown.errors import UnsupportedModelError
+from countdown.errors import ProfileError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.models.sites import GatedFFN, LinearInput, Site, check_plain
 from countdown.ops import backends
@@ -105,6 +105,11 @@ class SparseSite(nn.Module):
             return y
         return self.sparse(x)
 
+    @property
+    def proxy_bytes(self) -> int:
+        """Bytes beside the weights."""
+        return 0
+
     def extra_repr(self) -> str:
         """Name what decides, for `print(model)`."""
         return f"{self.method}, apply_to={self.apply_to}"
@@ -149,8 +154,16 @@ class SparseFFN(SparseSite):
 
     kind = GatedFFN.kind
 
-    def __init__(self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str) -> None:
+    def __init__(
+        self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str, importance: Tensor | None = None
+    ) -> None:
         super().__init__(site, method, per_term, apply_to=apply_to)
+        self.proxy: list[Tensor] | None = None
+        if method.proxy_bits:
+            if importance is None:
+                raise ProfileError(f"the profile has no importance of the inputs of {site.name}; calibrate again.")
+            with torch.inference_mode(False):
+                self.proxy = site.proxy(importance, method.proxy_bits)
         self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
@@ -200,8 +213,26 @@ class SparseFFN(SparseSite):
         """Return y `[..., d]` of the active neurons for x `[..., d]`."""
         weights, biases = zip(*(rows.of(self) for rows in self.projections), strict=True)
         return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
-            x, weights, biases, self.per_term, self.counters, activation=self.activation, **self._decision()
+            x,
+            weights,
+            biases,
+            self.per_term,
+            self.counters,
+            proxy=self.proxy,
+            activation=self.activation,
+            **self._decision(),
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSite:
+        super()._apply(fn, recurse)
+        # A plain list, so that casts leave it alone; it only changes device.
+        self.proxy = self.proxy and [part.to(self.per_term.device) for part in self.proxy]
+        return self
+
+    @property
+    def proxy_bytes(self) -> int:
+        """Bytes of the proxy beside the weights."""
+        return sum(part.nbytes for part in self.proxy or ())
 
 
 class SparseLinear(SparseSite):
@@ -244,13 +275,24 @@ def _store(linear: nn.Module, weight: Tensor) -> None:
 _SPARSE: dict[str, type[SparseSite]] = {cls.kind: cls for cls in (SparseFFN, SparseLinear)}
 
 
-def sparse_module(site: Site, method: Method, per_term: Tensor, *, apply_to: str) -> SparseSite:
-    """Return the module that runs in place of `site`. Arguments as for `SparseSite`."""
-    return _SPARSE[site.kind](site, method, per_term, apply_to=apply_to)
+def sparse_module(
+    site: Site, method: Method, per_term: Tensor, *, apply_to: str, importance: Tensor | None = None
+) -> SparseSite:
+    """Return the module that runs in place of `site`.
+
+    Args:
+        site, method, per_term, apply_to: As for `SparseSite`.
+        importance: Mean squares of an FFN's inputs, float32 `[d]`, for a method with a proxy.
+
+    Raises:
+        ProfileError: A method with a proxy has none.
+    """
+    more = {"importance": importance} if method.proxy_bits else {}
+    return _SPARSE[site.kind](site, method, per_term, apply_to=apply_to, **more)
 
 
-# Called with a site and the factors of its terms, each [..., terms]; returns the active set, or None for all.
-Observer = Callable[[Site, tuple[Tensor, ...]], Tensor | None]
+# Called with a site, its input, and the factors of its terms, each [..., terms]; returns the active set, None for all.
+Observer = Callable[[Site, Tensor, tuple[Tensor, ...]], Tensor | None]
 
 
 class ObservedSite(nn.Module):
@@ -269,7 +311,7 @@ class ObservedSite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum over the active terms that the observer names."""
         factors = self._site.project(x)
-        active = self._observe(self._site, factors)
+        active = self._observe(self._site, x, factors)
         coefficients = coefficients_of(factors)
         return self._site.combine(coefficients if active is None else torch.where(active, coefficients, 0))
 

@@ -49,11 +49,28 @@ class Statistics:
             does not offer that decision.
         errors: Estimated error at those sparsities, float32 `[1000]`, the first 0; None unless calibrated for global
             allocation.
+        importance: Mean squares of the input's entries, float32 `[d]`, for a method with a proxy; else None.
     """
 
     weights: Tensor | None = None
     thresholds: Tensor | None = None
     errors: Tensor | None = None
+    importance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """What a sparse module needs from a profile.
+
+    Args:
+        method: The method, its sparsity the module's own share of what is allocated.
+        per_term: Thresholds or weights, float32 `[terms]`; see `ops.schema`.
+        importance: For a method with a proxy; see `Statistics`.
+    """
+
+    method: Method
+    per_term: Tensor
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +110,8 @@ class Profile:
         """Return a profile with other settings of its methods, as far as its statistics allow.
 
         Args:
-            **settings: `sparsity`, `decision`, `allocation`; any field of the methods but the weighting, which is
-                calibrated.
+            **settings: `sparsity`, `decision`, `allocation`; any field of the methods but what is calibrated, such as
+                the weighting.
 
         Raises:
             ConfigError: A setting is unknown, out of range, or needs a new calibration.
@@ -102,8 +119,9 @@ class Profile:
         entries = []
         for entry in self.entries:
             check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
-            if settings.get("weighting", entry.method.weighting) != entry.method.weighting:
-                raise ConfigError("the weighting is part of a profile's calibration; calibrate again to change it.")
+            for name in entry.method.calibrated:
+                if name in settings and settings[name] != getattr(entry.method, name):
+                    raise ConfigError(f"the {name} is part of a profile's calibration; calibrate again to change it.")
             entries.append(replace(entry, method=replace(entry.method, **settings)))
         return replace(self, entries=entries)
 
@@ -117,10 +135,8 @@ class Profile:
         """The kinds of sites that its methods apply to."""
         return list(dict.fromkeys(entry.method.kind for entry in self.entries))
 
-    def selectors(self, sites: Sequence[Site]) -> dict[str, tuple[Method, Tensor]]:
-        """Return, for each site that an entry takes, its method and its thresholds or weights (see `ops.schema`).
-
-        The sparsity of that method is the site's own share of what the entry allocates.
+    def selectors(self, sites: Sequence[Site]) -> dict[str, Selector]:
+        """Return, for each site that an entry takes, what its sparse module needs.
 
         Raises:
             ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
@@ -130,7 +146,8 @@ class Profile:
         for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
             for name, sparsity in allocated(entry, sizes).items():
                 method = replace(entry.method, sparsity=sparsity)
-                chosen[name] = method, _per_term(name, method, entry.sites[name], self._terms(name))
+                found = entry.sites[name]
+                chosen[name] = Selector(method, _per_term(name, method, found, self._terms(name)), found.importance)
         return chosen
 
     def _terms(self, name: str) -> int:
@@ -328,6 +345,7 @@ def _check_contents(profile: Profile) -> None:
     for entry in _taken(profile.entries, {name: shape["kind"] for name, shape in known["sites"].items()}):
         for name, statistics in entry.sites.items():
             _check_statistics(name, statistics, profile._terms(name), entry.method)
+            _check_importance(name, statistics, int(known["sites"][name]["d"]), entry.method)
 
 
 def _check_statistics(name: str, found: Statistics, terms: int, method: Method) -> None:
@@ -341,6 +359,14 @@ def _check_statistics(name: str, found: Statistics, terms: int, method: Method) 
             _require(curve.shape == (POINTS,), f"{what} of {name} are not a curve of {POINTS} points")
             _require(float(curve[0]) == (-1.0 if what == "thresholds" else 0.0), f"{what} of {name} begin elsewhere")
             _require(_finite(curve) and bool((curve.diff() >= 0).all()), f"{what} of {name} are NaN or fall")
+
+
+def _check_importance(name: str, found: Statistics, d: int, method: Method) -> None:
+    importance = found.importance
+    _require((importance is not None) == bool(method.proxy_bits), f"importance of {name} and its method disagree")
+    if importance is not None:
+        _require(importance.shape == (d,), f"importance of {name} has shape {tuple(importance.shape)}, expected {(d,)}")
+        _require(_finite(importance) and bool((importance >= 0).all()), f"importance of {name} is not valid")
 
 
 def _finite(tensor: Tensor) -> bool:

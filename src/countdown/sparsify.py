@@ -19,7 +19,8 @@ from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
 from countdown.ops.request import VARIABLE, requested
-from countdown.profile import Profile
+from countdown.profile import Profile, Selector
+from countdown.progress import track
 from countdown.saving import forget_profile, keep_profile, own_profile
 from countdown.wrappers import base_model
 
@@ -188,6 +189,7 @@ class SiteStatus:
         realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
         tokens: Tokens computed sparsely since `sparsify_` or `reset_counters`.
         weights_read: Share of the dense weight bytes that the method reads at the realised sparsity.
+        proxy_bytes: What its proxy takes beside the weights.
     """
 
     name: str
@@ -206,6 +208,7 @@ class SiteStatus:
     realised_sparsity: float | None
     tokens: int
     weights_read: float | None
+    proxy_bytes: int
 
 
 def status(model: nn.Module) -> list[SiteStatus]:
@@ -239,7 +242,10 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     chosen = profile.selectors(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    modules = {name: sparse_module(by_name[name], *pair, apply_to=apply_to) for name, pair in chosen.items()}
+    modules = {
+        name: sparse_module(by_name[name], found.method, found.per_term, apply_to=apply_to, importance=found.importance)
+        for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen))
+    }
     for name, module in modules.items():
         reason = module.planned_refusal
         if requested() == "triton" and reason is not None:
@@ -254,10 +260,16 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     return modules
 
 
+def _slow(chosen: Mapping[str, Selector]) -> bool:
+    """Return whether making the modules takes long enough to show progress."""
+    return any(found.method.proxy_bits for found in chosen.values())
+
+
 def _site_status(name: str, module: SparseSite) -> SiteStatus:
     tokens, active = module.counters.tolist()
     share = active / (tokens * module.terms) if tokens else None
     method = module.method
+    itemsize = next(module.dense.parameters()).itemsize
     return SiteStatus(
         name=name,
         kind=module.kind,
@@ -274,7 +286,8 @@ def _site_status(name: str, module: SparseSite) -> SiteStatus:
         target_sparsity=method.sparsity,
         realised_sparsity=None if share is None else 1 - share,
         tokens=tokens,
-        weights_read=None if share is None else method.indicator.weights_read(share),
+        weights_read=None if share is None else method.weights_read(share, itemsize),
+        proxy_bytes=module.proxy_bytes,
     )
 
 

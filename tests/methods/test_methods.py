@@ -43,14 +43,27 @@ def test_settings_survive_a_round_trip(config):
         ("cats", {"sparsity": True}, "expected a number"),
         ("cats", {"decision": "top-k"}, "Did you mean 'topk'"),
         ("cats", {"weighting": "rsm"}, "Did you mean 'rms'"),
-        ("d-countdown", {"decision": "threshold"}, "does not offer decision 'threshold'"),
         ("d-countdown", {"weighting": "rms"}, "expected one of: none, rms-norm"),
         ("chess", {"weighting": "none"}, "for weighting 'none' use cats"),
+        ("d-proxy", {"bits": 5}, "bits of d-proxy is '5', expected one of: 3, 4"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(name, settings, message):
     with pytest.raises(ConfigError, match=message):
         method(name, **settings)
+
+
+def test_a_decision_that_a_method_does_not_offer_is_refused_with_its_reason():
+    @dataclass(frozen=True, kw_only=True)
+    class OnlyTopk(Method):
+        name = "only-topk"
+        summary = source = ""
+        unseen = None
+        indicator = UP
+        decisions = {"topk": "(no threshold is known)"}  # noqa: RUF012
+
+    with pytest.raises(ConfigError, match=r"does not offer decision 'threshold', only: topk \(no threshold is known\)"):
+        OnlyTopk()
 
 
 def test_chess_is_cats_with_rms():
@@ -90,6 +103,7 @@ def test_only_what_is_needed_is_estimated():
     assert method("m-countdown", weighting="rms").moments() == ("gate",)
     assert method("cats", weighting="rms").moments() == ("up",)
     assert method("d-countdown", weighting="rms-norm").moments() == ()
+    assert method("d-proxy").moments() == ("input",)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +111,13 @@ def test_only_what_is_needed_is_estimated():
     [("m-countdown", 0.3, 1.6 / 3), ("cats", 0.1, 1.2 / 3), ("d-countdown", 0.3, 2.3 / 3), ("cats", 1.0, 1.0)],
 )
 def test_weights_read(name, active, expected):
-    assert method_class(name).indicator.weights_read(active) == pytest.approx(expected)
+    assert method(name).weights_read(active) == pytest.approx(expected)
+
+
+def test_a_proxy_counts_as_read():
+    # 4 bits and a 16-bit scale for 64 weights, of two matrices out of three.
+    assert method("d-proxy").weights_read(0.2) == pytest.approx(0.2 + 2 / 3 * 4.25 / 16)
+    assert method("d-proxy", bits=3).weights_read(0.2, itemsize=4) == pytest.approx(0.2 + 2 / 3 * 3.25 / 32)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.sensitivity import chord, kl_slopes
-from countdown.calibration.statistics import Assignment, second_moments, sketch_sparse
+from countdown.calibration.statistics import Assignment, Moments, second_moments, sketch_sparse
 from countdown.calibration.text import WINDOW, Text, unpadded, windows
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, TextError
@@ -22,7 +22,7 @@ from countdown.methods import Method
 from countdown.models.find import find_sites
 from countdown.models.fingerprint import structure, weight_sample
 from countdown.models.loading import check_context
-from countdown.models.sites import Site, check_untouched
+from countdown.models.sites import GatedFFN, Site, check_untouched
 from countdown.modules import check_dense
 from countdown.profile import Entry, Profile, Statistics, allocated, threshold_at
 from countdown.progress import track
@@ -139,7 +139,7 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
     for entry in assigned:
         check_untouched(entry.site)
     assigned = _weighted(model, assigned, sequences, progress)
-    found = {entry.site.name: Statistics(entry.weights) for entry in assigned}
+    found = {entry.site.name: Statistics(entry.weights, importance=entry.importance) for entry in assigned}
     entries = [
         Entry(entry.pattern, entry.method, {name: found[name] for name, owner in owners.items() if owner == index})
         for index, entry in enumerate(recipe.entries)
@@ -166,19 +166,25 @@ def _shuffled(sequences: list[Tensor], texts: list[Text]) -> list[Tensor]:
 def _weighted(
     model: nn.Module, assigned: list[Assignment], sequences: list[Tensor], progress: bool
 ) -> list[Assignment]:
-    """Return the assignments with the weights of their indicators."""
+    """Return the assignments with the weights of their indicators, and their proxies."""
     any_moments = any(entry.method.moments() for entry in assigned)
     moments = second_moments(model, assigned, sequences, progress=progress) if any_moments else {}
-    result = []
-    for entry in assigned:
-        if entry.method.weighting == "none":
-            result.append(entry)
-            continue
-        norms = entry.site.column_norms().cpu()
-        weights = entry.method.weights(moments.get(entry.site.name, {}), norms)
-        # Sparse modules compare in float32, so that is what is sketched and stored.
-        result.append(replace(entry, weights=None if weights is None else weights.float()))
-    return result
+    return [_with_proxy(_with_weights(entry, moments.get(entry.site.name, {})), moments) for entry in assigned]
+
+
+def _with_weights(entry: Assignment, moments: Mapping[str, Tensor]) -> Assignment:
+    if entry.method.weighting == "none":
+        return entry
+    weights = entry.method.weights(moments, entry.site.column_norms().cpu())
+    # Sparse modules compare in float32, so that is what is sketched and stored.
+    return replace(entry, weights=None if weights is None else weights.float())
+
+
+def _with_proxy(entry: Assignment, moments: Moments) -> Assignment:
+    if not entry.method.proxy_bits or not isinstance(entry.site, GatedFFN):
+        return entry
+    importance = moments[entry.site.name]["input"].float()
+    return replace(entry, importance=importance, proxy=entry.site.proxy(importance, entry.method.proxy_bits))
 
 
 def _with_errors(

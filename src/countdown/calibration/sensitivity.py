@@ -94,10 +94,10 @@ class _SlopeRun:
         self._dropped: dict[str, Tensor] = {}
         self._taps: dict[str, Tensor] = {}
 
-    def observe(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
+    def observe(self, site: Site, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
         if not self._sparse:
             return None
-        value = self._indicators[site.name](tuple(factor.detach() for factor in factors))
+        value = self._indicators[site.name](x.detach(), tuple(factor.detach() for factor in factors))
         low, high = (self._active(site, value, sparsity) for sparsity in chord(self._sparsities[site.name]))
         band = torch.where(low & ~high, coefficients_of(factors).detach(), 0)
         self._dropped[site.name] = torch.nn.functional.linear(band, site.matrices[-1])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.errors import CountdownError, UnsupportedModelError
 from countdown.methods import Method
-from countdown.models.sites import Site
+from countdown.models.sites import GatedFFN, Site
 from countdown.modules import Observer, coefficients_of, observed
 from countdown.profile import POINTS
 from countdown.progress import track
@@ -34,11 +34,15 @@ class Assignment:
         site: The site.
         method: Its method; its sparsity is the target.
         weights: float32 `[terms]`, or None for 1.
+        importance: Mean squares of the inputs, float32 `[d]`, for a method with a proxy.
+        proxy: The proxy; see `ops.proxy`.
     """
 
     site: Site
     method: Method
     weights: Tensor | None = None
+    importance: Tensor | None = None
+    proxy: list[Tensor] | None = None
 
 
 @dataclass
@@ -98,9 +102,10 @@ def second_moments(
     wanted = {entry.site.name: entry.method.moments() for entry in assigned}
     sums: Moments = {name: {} for name in wanted}
 
-    def observe(site: Site, factors: tuple[Tensor, ...]) -> None:
+    def observe(site: Site, x: Tensor, factors: tuple[Tensor, ...]) -> None:
         check_finite(site, factors)
-        for name, value in zip(site.factors, factors, strict=True):
+        seen = {"input": x, **dict(zip(site.factors, factors, strict=True))}
+        for name, value in seen.items():
             if name in wanted[site.name]:
                 squares = value.flatten(0, -2).double().square().sum(dim=0)
                 sums[site.name][name] = sums[site.name].get(name, 0) + squares
@@ -166,9 +171,9 @@ class _SparsePass:
         self._indicators = {entry.site.name: WeightedIndicator(entry) for entry in assigned}
         self._norms = {e.site.name: e.site.column_norms().float() for e in assigned} if losses else {}
 
-    def observe(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
+    def observe(self, site: Site, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
         check_finite(site, factors)
-        value = self._indicators[site.name](factors)
+        value = self._indicators[site.name](x, factors)
         level = self.levels[site.name]
         sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
         sketch.add(value, self._lost(site, factors))
@@ -192,10 +197,14 @@ class WeightedIndicator:
     def __init__(self, assignment: Assignment) -> None:
         weights = assignment.weights
         self._formula = assignment.method.indicator.formula
+        self._assignment = assignment
         self._weights = None if weights is None else weights.to(assignment.site.device)
 
-    def __call__(self, factors: tuple[Tensor, ...]) -> Tensor:
-        """Return it, float32 `[..., terms]`, for the site's factors."""
+    def __call__(self, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return it, float32 `[..., terms]`, for the site's input and factors."""
+        site, proxy = self._assignment.site, self._assignment.proxy
+        if proxy is not None and isinstance(site, GatedFFN):
+            factors = site.project_by(proxy, x)
         value = self._formula(*(factor.float() for factor in factors))
         return value if self._weights is None else value * self._weights
 

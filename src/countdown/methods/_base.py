@@ -52,6 +52,7 @@ class Method:
     decisions: ClassVar[Mapping[str, str]] = {"threshold": "", "topk": ""}
     weightings: ClassVar[tuple[str, ...]] = ("none", "rms", "rms-norm")
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
+    calibrated: ClassVar[tuple[str, ...]] = ("weighting",)  # settings that a profile is made for
 
     sparsity: float = 0.5
     decision: str = "threshold"
@@ -76,13 +77,29 @@ class Method:
 
     def moments(self) -> tuple[Factor, ...]:
         """Return the factors whose second moments calibration must estimate."""
-        return () if self.weighting == "none" or self.unseen is None else (self.unseen,)
+        own = () if self.weighting == "none" or self.unseen is None else (self.unseen,)
+        return (*own, "input") if self.proxy_bits else own
+
+    @property
+    def proxy_bits(self) -> int:
+        """Bits of the proxy that the indicator is computed from, 0 where it needs none; see `ops.proxy`."""
+        return 0
+
+    def weights_read(self, active: float, itemsize: int = 2) -> float:
+        """Return the share of the dense weight bytes that is read at this share of active terms.
+
+        Args:
+            active: The share.
+            itemsize: Bytes of a weight.
+        """
+        return self.indicator.weights_read(active)
 
     def weights(self, moments: Mapping[str, Tensor], norms: Tensor) -> Tensor | None:
         """Return what the indicator of each term is multiplied by.
 
         Args:
-            moments: For each name in `moments()`, E[a_i²] (`gate`) or E[u_i²] (`up`), float64 `[terms]`.
+            moments: For each name in `moments()`, E[a_i²] (`gate`) or E[u_i²] (`up`), float64 `[terms]`; of an FFN,
+                `input` is E[x_j²], float64 `[d]`.
             norms: ‖w_i‖₂, the norms of the columns that are summed, float64 `[terms]`.
 
         Returns:

@@ -12,7 +12,7 @@ class DCountdown(Method):
     """Keep the neurons with large |s_i|, the direct coefficient (D-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a
-    cheap prediction of s can reach, not a speed-up. Nothing of s_i is unseen, so `rms` has nothing to
+    cheap prediction of s can reach (`d-proxy` is one), not a speed-up. Nothing of s_i is unseen, so `rms` has nothing to
     estimate and is not offered; `rms-norm` ranks by |s_i|·‖w_i‖₂.
     """
 
@@ -21,7 +21,6 @@ class DCountdown(Method):
     source = "COUNTDOWN, arXiv 2505.17701"
     indicator = COEFFICIENT
     unseen = None
-    decisions = {"topk": "(a threshold needs a proxy for s; there is none yet)"}  # noqa: RUF012
     weightings = ("none", "rms-norm")
 
     decision: str = "topk"

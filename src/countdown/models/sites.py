@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
+from countdown.ops import proxy as proxies
 from countdown.ops.activations import ACTIVATIONS
 
 
@@ -153,6 +154,16 @@ class GatedFFN(Site):
         """Return a = act(W_gate x) and u = W_up x, each `[..., h]`, for x `[..., d]`."""
         g, u = (F.linear(x, *rows.of(self.module)) for rows in (self.gate, self.up))
         return ACTIVATIONS[self.activation](g), u
+
+    def proxy(self, importance: Tensor, bits: int) -> list[Tensor]:
+        """Return planes and scales of gate and of up in few bits; see `ops.proxy`."""
+        gate, up = (proxies.quantise(matrix.detach(), importance, bits) for matrix in self.matrices[:2])
+        return [gate.planes, gate.scales, up.planes, up.scales]
+
+    def project_by(self, proxy: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        """Return what a proxy takes a and u for, float32, each `[..., h]`, for x `[..., d]`."""
+        biases = [rows.of(self.module)[1] for rows in (self.gate, self.up)]
+        return proxies.factors(x, proxy, biases, ACTIVATIONS[self.activation])
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """Return W_down s `[..., d]` for coefficients s `[..., h]`."""

@@ -43,9 +43,11 @@ class Indicator:
 UP = Indicator("up", reads=("up",), formula=lambda a, u: u.abs())
 GATE = Indicator("gate", reads=("gate",), formula=lambda a, u: a.abs())
 COEFFICIENT = Indicator("coefficient", reads=("gate", "up"), formula=lambda a, u: (a * u).abs())
+# As COEFFICIENT, of what a proxy of gate and up computes; see `ops.proxy`.
+PROXY = Indicator("proxy", reads=(), formula=lambda a, u: (a * u).abs())
 INPUT = Indicator("input", reads=(), formula=lambda x: x.abs())
 
-_INDICATORS = {indicator.name: indicator for indicator in (UP, GATE, COEFFICIENT, INPUT)}
+_INDICATORS = {indicator.name: indicator for indicator in (UP, GATE, COEFFICIENT, PROXY, INPUT)}
 
 
 def register_indicator(indicator: Indicator) -> None:

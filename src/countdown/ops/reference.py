@@ -12,7 +12,16 @@ from torch import Tensor
 
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
-from countdown.ops.schema import LIBRARY, check_active, check_counters, check_decision, check_ffn, check_linear
+from countdown.ops.proxy import factors as proxy_factors
+from countdown.ops.schema import (
+    LIBRARY,
+    check_active,
+    check_counters,
+    check_decision,
+    check_ffn,
+    check_linear,
+    check_proxy,
+)
 
 
 def drop_smallest(scores: Tensor, drop: int) -> Tensor:
@@ -64,6 +73,7 @@ def sparse_ffn(
     per_neuron: Tensor,
     counters: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -72,10 +82,12 @@ def sparse_ffn(
 ) -> Tensor:
     """Return y = W_down (mask ⊙ act(W_gate x) ⊙ W_up x), the mask decided for each token. See `schema`."""
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     a, u = _project(x, weights, biases, activation)
-    active = _decide(x, (a, u), per_neuron, decision, drop, indicator)
+    seen = (a, u) if proxy is None else proxy_factors(x, proxy, biases, ACTIVATIONS[activation])
+    active = _decide(x, seen, per_neuron, decision, drop, indicator)
     _count(counters, active)
     return _combine(a, u, active, weights, biases)
 
@@ -86,6 +98,7 @@ def select(
     biases: list[Tensor | None],
     per_neuron: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -94,9 +107,11 @@ def select(
 ) -> Tensor:
     """Return the active set of each token. See `schema`."""
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
-    a, u = _project(x, weights, biases, activation)
-    return _decide(x, (a, u), per_neuron, decision, drop, indicator)
+    act = ACTIVATIONS[activation]
+    seen = _project(x, weights, biases, activation) if proxy is None else proxy_factors(x, proxy, biases, act)
+    return _decide(x, seen, per_neuron, decision, drop, indicator)
 
 
 def given_ffn(

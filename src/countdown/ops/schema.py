@@ -10,6 +10,7 @@ Letters: T tokens in a call (all leading dimensions of x taken together), d hidd
 | weight, bias | [d_out, d], [d_out] or None | of a linear |
 | per_neuron, per_channel | [h] or [d], float32 | decision threshold: τ_i; decision topk: weights m_i |
 | counters | [2], int64 | incremented by T and by the active terms summed over the T tokens |
+| proxy | planes and scales of gate, and of up (see `proxy`) | what indicator `proxy` is computed from; else None |
 | active | [..., h], bool | the active set of each token |
 | decision | `threshold` | term i is inactive iff indicator ≤ τ_i, so a NaN stays active |
 |          | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
@@ -41,8 +42,9 @@ _FFN = "Tensor x, Tensor[] weights, Tensor?[] biases"
 _DECISION = "str decision, int drop, str indicator"
 _FORM = "str activation, str weight_format='plain'"
 
-LIBRARY.define(f"sparse_ffn({_FFN}, Tensor per_neuron, Tensor(a!) counters, *, {_DECISION}, {_FORM}) -> Tensor")
-LIBRARY.define(f"select({_FFN}, Tensor per_neuron, *, {_DECISION}, {_FORM}) -> Tensor")
+_DECIDING = f"*, Tensor[]? proxy=None, {_DECISION}, {_FORM}"
+LIBRARY.define(f"sparse_ffn({_FFN}, Tensor per_neuron, Tensor(a!) counters, {_DECIDING}) -> Tensor")
+LIBRARY.define(f"select({_FFN}, Tensor per_neuron, {_DECIDING}) -> Tensor")
 LIBRARY.define(f"given_ffn({_FFN}, Tensor active, *, {_FORM}) -> Tensor")
 LIBRARY.define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor per_channel, Tensor(a!) counters, *, "
@@ -96,6 +98,25 @@ def check_decision(terms: int, per_term: Tensor, decision: str, drop: int, indic
     get_indicator(indicator)
 
 
+def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, indicator: str) -> None:
+    """Raise ValueError unless there is a proxy for indicator `proxy`, one that fits, and none for others."""
+    wanted = indicator == "proxy"
+    _require((proxy is not None) == wanted, f"proxy is {'not ' if wanted else ''}given, and indicator is '{indicator}'")
+    if proxy is None:
+        return
+    _require(len(proxy) == 4, f"proxy has {len(proxy)} tensors, expected planes and scales of gate and of up")
+    h, d = weights[0].shape
+    for planes, scales in (proxy[:2], proxy[2:]):
+        fits = planes.dim() == 3 and scales.dim() == 2 and planes.shape[1] == len(scales) == h
+        fits = fits and planes.dtype == torch.uint8 and scales.dtype == torch.float16
+        fits = fits and planes.shape[2] * 8 >= d and planes.shape[2] * 8 % scales.shape[1] == 0
+        _require(
+            fits,
+            f"proxy is {planes.dtype} {tuple(planes.shape)} and {scales.dtype} {tuple(scales.shape)}, which does not "
+            f"fit W_gate {(h, d)}",
+        )
+
+
 def check_counters(counters: Tensor) -> None:
     """Raise ValueError unless `counters` can count tokens and active neurons."""
     _require(
@@ -121,6 +142,7 @@ def _sparse_ffn(
     per_neuron: Tensor,
     counters: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -128,6 +150,7 @@ def _sparse_ffn(
     weight_format: str = "plain",
 ) -> Tensor:
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     return x.new_empty(x.shape)
@@ -140,6 +163,7 @@ def _select(
     biases: list[Tensor | None],
     per_neuron: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -147,6 +171,7 @@ def _select(
     weight_format: str = "plain",
 ) -> Tensor:
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     return x.new_empty((*x.shape[:-1], weights[0].shape[0]), dtype=torch.bool)
 

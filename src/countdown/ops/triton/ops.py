@@ -12,7 +12,7 @@ from torch import Tensor
 from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.request import VARIABLE, requested
-from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_linear
+from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_linear, check_proxy
 from countdown.ops.triton import kernels, launch
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -71,6 +71,7 @@ def sparse_ffn(
     per_neuron: Tensor,
     counters: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -79,6 +80,7 @@ def sparse_ffn(
 ) -> Tensor:
     """Return y `[..., d]`; see `schema`. What has no kernel, and more than `GATHER_TOKENS` tokens, is masked dense."""
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     tokens = x.shape[:-1].numel()
@@ -88,7 +90,8 @@ def sparse_ffn(
     if reason or _too_many(tokens):
         return reference.sparse_ffn(
             x, weights, biases, per_neuron, counters,
-            decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
+            proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
+            weight_format=weight_format,
         )  # fmt: skip
     flat, biases, per_neuron = _flat(x), _dense(biases), per_neuron.contiguous()
     if tokens == 1:
@@ -105,6 +108,7 @@ def select(
     biases: list[Tensor | None],
     per_neuron: Tensor,
     *,
+    proxy: list[Tensor] | None = None,
     decision: str,
     drop: int,
     indicator: str,
@@ -113,12 +117,14 @@ def select(
 ) -> Tensor:
     """Return the active set of each token `[..., h]`; see `schema`."""
     check_ffn(x, weights, biases, activation, weight_format)
+    check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
     if _too_many(tokens) or refuses_decision(decision, indicator) or refuses_ffn(weights, activation):
         return reference.select(
             x, weights, biases, per_neuron,
-            decision=decision, drop=drop, indicator=indicator, activation=activation, weight_format=weight_format,
+            proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
+            weight_format=weight_format,
         )  # fmt: skip
     active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
     thresholds = per_neuron.contiguous()

@@ -1,0 +1,51 @@
+"""D-COUNTDOWN without training: decide on the coefficient that a copy of the layer in few bits computes."""
+
+from dataclasses import dataclass
+
+from countdown.config import check_choice
+from countdown.methods import Method, register
+from countdown.ops.indicators import PROXY
+from countdown.ops.proxy_format import BITS, bits_per_weight
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DProxy(Method):
+    """Keep the neurons with large |ŝ_i|, the coefficient of a 4-bit or 3-bit copy of gate and up; compute them exactly.
+
+    D-COUNTDOWN (EMNLP 2025, arXiv 2505.17701) with a proxy in place of its trained predictor, near Prox
+    (arXiv 2607.27591). Reads the proxy, and W_gate, W_up and W_down at the active neurons. The proxy is made from
+    the weights when a model is sparsified; a profile holds the mean squares of inputs that it depends on.
+
+    Args:
+        bits: 4 or 3.
+    """
+
+    name = "d-proxy"
+    summary = "|ŝ|, the coefficient of a copy in few bits"
+    source = "COUNTDOWN, arXiv 2505.17701, with a quantised proxy"
+    indicator = PROXY
+    unseen = None
+    weightings = ("none", "rms-norm")
+    calibrated = ("weighting", "bits")
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        super().__post_init__()
+        check_choice(f"bits of {self.name}", str(self.bits), [str(bits) for bits in BITS])
+
+    @property
+    def proxy_bits(self) -> int:
+        """See `Method.proxy_bits`."""
+        return self.bits
+
+    def weights_read(self, active: float, itemsize: int = 2) -> float:
+        """See `Method.weights_read`."""
+        return active + 2 / 3 * bits_per_weight(self.bits) / (8 * itemsize)
+
+    @property
+    def label(self) -> str:
+        """See `Method.label`."""
+        return f"{super().label}, {self.bits} bits"

@@ -1,0 +1,154 @@
+"""Proxies: what quantising keeps, its packing, and the ops that decide by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+from countdown.ops import proxy as proxies
+from countdown.ops import reference  # noqa: F401  (registers the ops)
+from countdown.ops.proxy_format import bits_per_weight
+
+OPS = torch.ops.countdown
+
+
+def made(weights, bits, importance=None):
+    """Planes and scales of gate and up."""
+    d = weights[0].shape[1]
+    importance = torch.ones(d) if importance is None else importance
+    matrices = [proxies.quantise(weight, importance, bits) for weight in weights[:2]]
+    return [part for matrix in matrices for part in (matrix.planes, matrix.scales)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d=st.integers(1, 200), h=st.integers(1, 20), bits=st.sampled_from([3, 4]), seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_unpacking_gives_what_the_packing_means(d, h, bits, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(h, d, generator=generator).to(dtype)
+    matrix = proxies.quantise(weight, torch.rand(d, generator=generator), bits)
+    unpacked = proxies.dequantise(matrix.planes, matrix.scales, d)
+    assert torch.equal(unpacked.double(), oracle.proxy_weights(matrix.planes, matrix.scales, d))
+    # No weight is further from its own than half a step of the largest range, or than what shrinking cut off.
+    reach = weight.float().abs().max()
+    assert (unpacked - weight.float()).abs().max() <= 0.45 * reach
+    again = proxies.quantise(weight.float(), torch.rand(d, generator=generator.manual_seed(seed)), bits)
+    assert again.planes.shape == matrix.planes.shape
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_weights_on_the_grid_are_kept(bits):
+    levels = torch.arange(64).remainder(2**bits) - 2 ** (bits - 1) + 0.5
+    weight = torch.stack([levels * 0.25, -levels * 3.0])
+    matrix = proxies.quantise(weight, torch.ones(64), bits)
+    assert torch.equal(proxies.dequantise(matrix.planes, matrix.scales, 64), weight)
+
+
+def test_the_scale_is_the_best_of_those_tried():
+    generator = torch.Generator().manual_seed(0)
+    weight, importance = torch.randn(7, 64, generator=generator), torch.rand(64, generator=generator) ** 4
+    matrix = proxies.quantise(weight, importance, 4)
+    kept = (proxies.dequantise(matrix.planes, matrix.scales, 64) - weight).square() @ importance
+    for shrink in proxies.SHRINK:
+        scale = (shrink * weight.abs().amax(1, keepdim=True) / 7.5).half().float()
+        tried = ((weight / scale - 0.5).round().clamp(-8, 7) + 0.5) * scale
+        assert (kept <= (tried - weight).square() @ importance + 1e-6).all()
+
+
+def test_columns_of_large_inputs_are_kept_better():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(200, 64, generator=generator)
+    importance = torch.ones(64)
+    importance[:8] = 100
+    errors = []
+    for cost in (torch.ones(64), importance):
+        matrix = proxies.quantise(weight, cost, 3)
+        errors.append((proxies.dequantise(matrix.planes, matrix.scales, 64) - weight)[:, :8].square().mean())
+    assert errors[1] < errors[0]
+
+
+def test_the_same_weights_give_the_same_proxy_in_every_dtype():
+    weight = torch.randn(9, 100).bfloat16()
+    one, other = (proxies.quantise(w, torch.ones(100), 4) for w in (weight, weight.float()))
+    assert torch.equal(one.planes, other.planes)
+    assert torch.equal(one.scales, other.scales)
+
+
+def test_zeros_stay_near_zero():
+    matrix = proxies.quantise(torch.zeros(3, 70), torch.zeros(70), 4)
+    assert (proxies.dequantise(matrix.planes, matrix.scales, 70) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_bytes(bits):
+    matrix = proxies.quantise(torch.randn(16, 256), torch.ones(256), bits)
+    assert matrix.nbytes == 16 * 256 * bits_per_weight(bits) / 8
+
+
+def test_round_tokens():
+    x = torch.randn(4, 33) * torch.tensor([[1.0], [1e-3], [1e4], [0.0]])
+    rounded = proxies.round_tokens(x)
+    assert ((rounded - x).abs() <= x.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert torch.equal(rounded[3], x[3])
+
+
+@pytest.mark.parametrize("decision", ["threshold", "topk"])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_op_decides_by_the_proxy_and_computes_exactly(bias, bits, decision):
+    weights, biases = oracle.random_ffn(37, 23, torch.float32, bias=bias)
+    proxy, x = made(weights, bits), torch.randn(3, 37)
+    how = {"decision": decision, "drop": 14, "indicator": "proxy", "activation": "silu", "proxy": proxy}
+    per_neuron, counters = torch.full((23,), 0.11 if decision == "threshold" else 1.0), torch.zeros(2).long()
+    active = OPS.select(x, weights, biases, per_neuron, **how)
+    y = OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+    a, u = oracle.proxy_factors(x, proxy, biases, "silu")
+    value = (a * u).abs()
+    if decision == "threshold":
+        assert torch.equal(active, value > 0.11)
+    else:
+        assert active.tolist() == [oracle.topk_active(row, 14) for row in value.tolist()]
+    exact = oracle.projections(x, weights, biases, "silu")
+    assert oracle.relative_error(y, oracle.combine(*exact, active, weights, biases)) < 1e-5
+    assert counters.tolist() == [3, int(active.sum())]
+    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), how)
+
+
+def test_more_bits_find_more_of_what_matters():
+    weights, _ = oracle.random_ffn(256, 1000, torch.float32)
+    x = torch.randn(16, 256)
+    a, u = oracle.projections(x, weights, [None] * 3, "silu")
+    best = (a * u).abs().topk(200).indices
+    recalls = []
+    for bits in (3, 4):
+        how = {"decision": "topk", "drop": 800, "indicator": "proxy", "activation": "silu"}
+        active = OPS.select(x, weights, [None] * 3, torch.ones(1000), **how, proxy=made(weights, bits))
+        recalls.append(active.gather(1, best).float().mean().item())
+    assert 0.7 < recalls[0] < recalls[1]
+    assert recalls[1] > 0.85
+
+
+BAD = {
+    "missing": (None, "proxy", "proxy is not given, and indicator is 'proxy'"),
+    "for another": ("made", "up", "proxy is given, and indicator is 'up'"),
+    "three tensors": ("short", "proxy", "proxy has 3 tensors"),
+    "other shape": ("other", "proxy", r"does not fit W_gate \(11, 7\)"),
+}
+
+
+@pytest.mark.parametrize("kind, indicator, message", BAD.values(), ids=BAD)
+def test_proxies_that_do_not_fit_are_named(kind, indicator, message):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    proxy = None if kind is None else made(weights, 4)
+    if kind == "short":
+        proxy = proxy[:3]
+    if kind == "other":
+        proxy = made(oracle.random_ffn(7, 12, torch.float32)[0], 4)
+    how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": "silu", "proxy": proxy}
+    with pytest.raises(ValueError, match=message):
+        OPS.select(torch.randn(1, 7), weights, biases, torch.ones(11), **how)
