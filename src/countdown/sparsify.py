@@ -24,6 +24,8 @@ from countdown.progress import track
 from countdown.saving import forget_profile, keep_profile, own_profile
 from countdown.wrappers import base_model
 
+# Weights with proxies from which on making them shows progress.
+SLOW_WEIGHTS = 300_000_000
 _LOG = logging.getLogger("countdown")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -244,7 +246,7 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
         check_untouched(by_name[name])
     modules = {
         name: sparse_module(by_name[name], found.method, found.per_term, apply_to=apply_to, importance=found.importance)
-        for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen))
+        for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
     }
     for name, module in modules.items():
         reason = module.planned_refusal
@@ -260,9 +262,9 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     return modules
 
 
-def _slow(chosen: Mapping[str, Selector]) -> bool:
-    """Return whether making the modules takes long enough to show progress."""
-    return any(found.method.proxy_bits for found in chosen.values())
+def _slow(chosen: Mapping[str, Selector], sites: Mapping[str, Site]) -> bool:
+    """Return whether making the modules takes seconds."""
+    return sum(sites[name].size for name, found in chosen.items() if found.method.proxy_bits) > SLOW_WEIGHTS
 
 
 def _site_status(name: str, module: SparseSite) -> SiteStatus:

@@ -101,6 +101,7 @@ def calibrate(
     decision: o.Decision = None,
     weighting: o.Weighting = None,
     allocation: o.Allocation = None,
+    bits: o.Bits = None,
     text: Annotated[list[str] | None, typer.Option("--text", help=o.TEXTS_HELP)] = None,
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
@@ -119,7 +120,7 @@ def calibrate(
     from countdown.models.loading import Source, load_tokenizer
     from countdown.profile import check_free
 
-    config = _recipe(method_name, _given(sparsity, decision, weighting, allocation))
+    config = _recipe(method_name, _given(sparsity, decision, weighting, allocation, bits))
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
@@ -144,6 +145,7 @@ def evaluate(
     decision: o.Decision = None,
     weighting: o.Weighting = None,
     allocation: o.Allocation = None,
+    bits: o.Bits = None,
     text: o.TextName = "python-docs",
     text_dir: o.TextDir = None,
     windows: Annotated[int, typer.Option(min=1, help="How many windows of 512 tokens to score.")] = 16,
@@ -171,7 +173,7 @@ def evaluate(
 
     check_choice("--protocol", protocol, PROTOCOLS)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation), source)
+    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation, bits), source)
     if chosen is None:
         raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
     loaded_text = load_text(text, "evaluation", text_dir=text_dir)
@@ -201,6 +203,7 @@ def generate(
     decision: o.Decision = None,
     weighting: o.Weighting = None,
     allocation: o.Allocation = None,
+    bits: o.Bits = None,
     compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
@@ -227,7 +230,7 @@ def generate(
 
     check_choice("--apply-to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation), source)
+    chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation, bits), source)
     if compare and chosen is None:
         raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
     calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
@@ -307,10 +310,11 @@ def demo(
 
 
 def _given(
-    sparsity: float | None, decision: str | None, weighting: str | None, allocation: str | None
+    sparsity: float | None, decision: str | None, weighting: str | None, allocation: str | None, bits: int | None
 ) -> dict[str, Any]:
     """Return the settings that were given."""
     settings = {"sparsity": sparsity, "decision": decision, "weighting": weighting, "allocation": allocation}
+    settings["bits"] = bits
     return {name: value for name, value in settings.items() if value is not None}
 
 

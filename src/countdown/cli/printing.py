@@ -122,7 +122,9 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
         if sites:
             size = sum(site.size for site in sites)
             mean = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
-            err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}")
+            proxies = sum(site.proxy_bytes for site in sites)
+            beside = f", proxies {proxies / 1e6:.0f} MB beside the weights" if proxies else ""
+            err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}{beside}")
 
 
 def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:

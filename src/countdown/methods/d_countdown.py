@@ -12,8 +12,8 @@ class DCountdown(Method):
     """Keep the neurons with large |s_i|, the direct coefficient (D-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a
-    cheap prediction of s can reach (`d-proxy` is one), not a speed-up. Nothing of s_i is unseen, so `rms` has nothing to
-    estimate and is not offered; `rms-norm` ranks by |s_i|·‖w_i‖₂.
+    cheap prediction of s can reach (`d-proxy` is one), not a speed-up. Nothing of s_i is unseen, so `rms` has
+    nothing to estimate and is not offered; `rms-norm` ranks by |s_i|·‖w_i‖₂.
     """
 
     name = "d-countdown"
