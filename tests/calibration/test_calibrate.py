@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from countdown.calibration.sketch import MagnitudeSketch
 from countdown.calibration.statistics import SiteSketches, _SparsePass
 from countdown.calibration.text import Text, windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
-from countdown.methods import method, method_class, method_names
+from countdown.methods import Method, method, method_class, method_names
 from countdown.models.find import find_sites
+from countdown.ops.indicators import COEFFICIENT
 
 TOKENS = 2048
 
@@ -78,8 +80,19 @@ def test_another_sparsity_holds_without_calibration(model, tokenizer, text):
         countdown.restore_(model)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OnlyTopk(Method):
+    name = "only-topk"
+    summary = source = ""
+    unseen = None
+    indicator = COEFFICIENT
+    decisions = {"topk": ""}  # noqa: RUF012
+
+    decision: str = "topk"
+
+
 def test_a_method_without_threshold_has_none(llama_model, tokenizer, text):
-    profile = calibrate(llama_model, tokenizer, text, method("d-countdown"), tokens=512, progress=False)
+    profile = calibrate(llama_model, tokenizer, text, OnlyTopk(), tokens=512, progress=False)
     assert all(site.thresholds is None for site in profile.entries[0].sites.values())
 
 

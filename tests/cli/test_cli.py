@@ -232,7 +232,14 @@ MISTAKES = {
     "no such model": (["inspect", "./nope"], "./nope does not exist"),
     "method": (["calibrate", "{model}", "--method", "m-countdwn"], "Did you mean 'm-countdown'"),
     "sparsity": (["calibrate", "{model}", "--sparsity", "70"], "0.7 skips 70%"),
-    "decision": (["calibrate", "{model}", "--method", "d-countdown", "--decision", "threshold"], "does not offer"),
+    "decision": (["calibrate", "{model}", "--method", "d-countdown", "--decision", "top-k"], "Did you mean 'topk'"),
+    "bits": (["calibrate", "{model}", "--method", "d-proxy", "--bits", "2"], "bits of d-proxy is '2', expected one of"),
+    "bits of another": (
+        ["calibrate", "{model}", "--method", "cats", "--bits", "4"],
+        "method 'cats' has no field 'bits'",
+    ),
+    "no shape": (["benchmark", "ffn", "--shape", "4096"], "expected two sizes, d and h"),
+    "two subjects": (["benchmark", "decode", "{model}", "--shape", "llama-3.1-8b"], "give a model, or --shape"),
     "text": (["calibrate", "{model}", "--text", "wikitex2"], "Did you mean 'wikitext2'"),
     "text dir": (
         ["calibrate", "{model}", "--text", "python-docs", "--text", "wrong.yaml", "--text-dir", "."],
@@ -261,6 +268,10 @@ MISTAKES = {
     "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),
     "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
 }
+
+
+if not torch.cuda.is_available():
+    MISTAKES["no gpu"] = (["benchmark", "bandwidth"], "torch sees none here")
 
 
 @pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)

@@ -28,7 +28,13 @@ Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for t
 
 
 @app.command()
-def bandwidth(json: o.Json = None, commit: Commit = None, debug: o.Debug = False) -> None:
+def bandwidth(
+    json: o.Json = None,
+    commit: Commit = None,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
     """Memory bandwidth of the device: of a copy, which floors are computed with, and of reading."""
     from countdown.benchmark.timing import bandwidth as measure
     from countdown.results import meta
@@ -50,6 +56,7 @@ def ffn(
     json: o.Json = None,
     commit: Commit = None,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """One FFN with random weights, sparse against dense: time, floor, share of the floor."""
@@ -90,6 +97,7 @@ def decode(
     json: o.Json = None,
     commit: Commit = None,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
     """A whole model, dense and sparse in the same captured loop: tokens/s, and where a token's time goes."""
