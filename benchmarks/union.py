@@ -63,10 +63,7 @@ def _active_sets(model: Any, ids: Tensor) -> Tensor:
     found: list[Tensor] = []
 
     def keep(module: Any, arguments: tuple[Tensor, ...]) -> None:
-        weights, biases = zip(*(rows.of(module) for rows in module.projections), strict=True)
-        active = torch.ops.countdown.select(
-            arguments[0], weights, biases, module.per_term, activation=module.activation, **module._decision()
-        )
+        active = module.active(arguments[0])
         found.append(active[0].cpu())
 
     hooks = [module.register_forward_pre_hook(keep) for module in sparse_sites(model).values()]

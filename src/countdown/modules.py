@@ -223,6 +223,13 @@ class SparseFFN(SparseSite):
             **self._decision(),
         )
 
+    def active(self, x: Tensor) -> Tensor:
+        """Return the active set of each token, bool `[..., h]`, for x `[..., d]`."""
+        weights, biases = zip(*(rows.of(self) for rows in self.projections), strict=True)
+        return torch.ops.countdown.select(  # type: ignore[no-any-return]
+            x, weights, biases, self.per_term, proxy=self.proxy, activation=self.activation, **self._decision()
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSite:
         super()._apply(fn, recurse)
         # A plain list, so that casts leave it alone; it only changes device.

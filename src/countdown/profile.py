@@ -121,7 +121,7 @@ class Profile:
             check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
             for name in entry.method.calibrated:
                 if name in settings and settings[name] != getattr(entry.method, name):
-                    raise ConfigError(f"the {name} is part of a profile's calibration; calibrate again to change it.")
+                    raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
             entries.append(replace(entry, method=replace(entry.method, **settings)))
         return replace(self, entries=entries)
 

@@ -92,6 +92,25 @@ def test_calibrate_then_evaluate(made, model_folder):
     assert 0.5 < record["realised_sparsity"] < 0.7
     assert set(document["meta"]) == {"date", "command", "hardware", "versions", "text", "calibration"}
     assert len(record["realised_sparsity_by_layer"]) == 3
+    for part in ("recall", "precision", "lost"):
+        assert len(record[f"{part}_by_ffn"]) == 3
+        assert all(0 < share < 1 for share in record[f"{part}_by_ffn"])
+
+
+def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
+    options = ["--method", "d-proxy", "--bits", "3", "--sparsity", "0.5", "--tokens", "1024", "-o", "p"]
+    assert run("calibrate", model_folder, *options, cwd=tmp_path).returncode == 0
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads(result.stdout)["records"]
+    assert (record["method"], record["bits"]) == ("d-proxy", 3)
+    assert record["weights_read"] == pytest.approx(1 - record["realised_sparsity"] + 2 / 3 * 3.25 / 32)
+    result = run("generate", model_folder, "hello", "--profile", "p", "--max-new-tokens", "4", "--raw", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "MB beside the weights" in result.stderr
+    result = run("evaluate", model_folder, "--profile", "p", "--bits", "4", *EVALUATE, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "bits is part of a profile's calibration" in result.stderr
 
 
 def test_sparsity_and_decision_change_at_load(made, model_folder):

@@ -16,13 +16,16 @@ from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from countdown.calibration.text import Text
     from countdown.evaluation.generation import Generation
     from countdown.models.loading import Source
     from countdown.profile import Profile
     from countdown.recipe import Recipe
+
+# Enough tokens for shares that are stable to a point.
+DIAGNOSED_WINDOWS = 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -186,10 +189,14 @@ def evaluate(
     sparsify_(loaded, made)
     result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
     printing.print_evaluation(printing.table_console(json), made.recipe, result)
+    judged = _diagnosed(loaded, ids) if json else {}
     about = {"model": source.label, **made.recipe.record(), "text": loaded_text.source, "windows": windows}
     printing.emit(
         json,
-        {"meta": meta(text=loaded_text.describe(), calibration=made.calibration), "records": [about | result.record()]},
+        {
+            "meta": meta(text=loaded_text.describe(), calibration=made.calibration),
+            "records": [about | result.record() | judged],
+        },
     )
 
 
@@ -307,6 +314,15 @@ def demo(
     write_report(found, report)
     printing.print_demo(found)
     typer.echo(f"report: {report}\nprofile: {profile}")
+
+
+def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:
+    """Return how the active sets of FFNs compare with the exact ones, by layer, on a few windows."""
+    from countdown.evaluation.diagnostics import diagnose
+
+    found = diagnose(model, ids[:DIAGNOSED_WINDOWS])
+    parts = ("recall", "precision", "lost")
+    return {f"{part}_by_ffn": [round(getattr(one, part), 5) for one in found] for part in parts}
 
 
 def _given(

@@ -1,0 +1,96 @@
+"""How well an FFN's active sets match those of the exact coefficient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from countdown.models.sites import GatedFFN
+from countdown.modules import SparseFFN, coefficients_of, running, sparse_sites
+from countdown.ops.reference import drop_smallest
+
+
+@dataclass(frozen=True)
+class SelectorQuality:
+    """The active sets of one FFN against the exact ones: for each token, the neurons of largest |s_i|, as many as the
+    target leaves.
+
+    Args:
+        name: The module's name.
+        recall: Share of the exact sets that is active.
+        precision: Share of the active sets that is exact.
+        lost: Share of Σ s_i² over all neurons that is inactive.
+    """
+
+    name: str
+    recall: float
+    precision: float
+    lost: float
+
+
+@dataclass
+class _Sums:
+    both: int = 0
+    exact: int = 0
+    active: int = 0
+    kept: float = 0.0
+    mass: float = 0.0
+
+    def quality(self, name: str) -> SelectorQuality:
+        return SelectorQuality(
+            name,
+            recall=self.both / self.exact if self.exact else 1.0,
+            precision=self.both / self.active if self.active else 1.0,
+            lost=1 - self.kept / self.mass if self.mass else 0.0,
+        )
+
+
+@dataclass
+class _Judge:
+    sums: dict[str, _Sums] = field(default_factory=dict)
+
+    def add(self, name: str, module: SparseFFN, x: Tensor) -> None:
+        site = GatedFFN(name, module.dense, *module.projections, module.activation)
+        size = coefficients_of(site.project(x)).float().abs()
+        active = module.active(x)
+        exact = drop_smallest(size, module.method.drop(module.terms))
+        found = self.sums.setdefault(name, _Sums())
+        found.both += int((active & exact).sum())
+        found.exact += int(exact.sum())
+        found.active += int(active.sum())
+        found.kept += float((size.double().square() * active).sum())
+        found.mass += float(size.double().square().sum())
+
+
+def diagnose(model: nn.Module, windows: Sequence[Tensor] | Tensor) -> list[SelectorQuality]:
+    """Return, for each sparse FFN, how its active sets compare with the exact ones while every token is sparse.
+
+    Args:
+        model: A sparsified model. Its counters go on counting.
+        windows: Token ids, each int64 `[length]`.
+    """
+    judge = _Judge()
+    device = next(model.parameters()).device
+    with torch.inference_mode(), running(model, "all"), _watched(model, judge):
+        for window in windows:
+            model(window[None].to(device), use_cache=False, logits_to_keep=1)
+    return [found.quality(name) for name, found in judge.sums.items()]
+
+
+@contextmanager
+def _watched(model: nn.Module, judge: _Judge) -> Iterator[None]:
+    def watch(name: str) -> Any:
+        return lambda module, arguments: judge.add(name, module, arguments[0])
+
+    ffns = {name: module for name, module in sparse_sites(model).items() if isinstance(module, SparseFFN)}
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in ffns.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
