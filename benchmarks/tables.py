@@ -95,6 +95,35 @@ def _against(record: dict[str, Any], uniform: dict[str, Any]) -> str:
     return f"{shown} ({loss / base - 1:+.0%}, {record['kl'] / uniform['kl'] - 1:+.0%})"
 
 
+def proxy(name: str) -> str:
+    """Return perplexity of proxies against the exact coefficient, and of methods that need none."""
+    document = load(name)
+    records = {(*_proxy_key(r), r["sparsity"]): r for r in document["records"]}
+    sparsities = sorted({key[-1] for key in records})
+    lines = [
+        row(["method", "decision", *(f"{s:.0%}" for s in sparsities)]),
+        row(["---"] * 2 + ["---:"] * len(sparsities)),
+    ]
+    for label, decision in dict.fromkeys(key[:2] for key in records):
+        cells = []
+        for sparsity in sparsities:
+            found, exact = records[label, decision, sparsity], records["d-countdown", decision, sparsity]
+            against = f"{found['perplexity'] / exact['perplexity'] - 1:+.1%}, " if label.startswith("d-proxy") else ""
+            cells.append(f"{found['perplexity']:.2f} ({against}reads {found['weights_read']:.0%})")
+        lines.append(row([label, decision, *cells]))
+    first = document["records"][0]
+    note = (
+        f"\nPerplexity (dense {first['dense_perplexity']:.2f}, of the dithered copy); in brackets, against "
+        "`d-countdown` under the same decision, and weights read.\n"
+    )
+    return "\n".join(lines) + "\n" + note + source(name, document)
+
+
+def _proxy_key(record: dict[str, Any]) -> tuple[str, str]:
+    label = record["method"] if record["weighting"] == "none" else f"{record['method']} × {record['weighting']}"
+    return f"{label}, {record['bits']} bits" if "bits" in record else label, record["decision"]
+
+
 def texts(name: str) -> str:
     """Return by how much realised sparsity misses its target on each text: over the model, and by layer."""
     document = load(name)
@@ -214,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
+    "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),
