@@ -142,6 +142,32 @@ W, T = "entry/0/model.layers.1.mlp/weights", "entry/0/model.layers.1.mlp/thresho
 S = "sample/model.layers.1.mlp"
 
 
+I = "entry/0/model.layers.1.mlp/importance"  # noqa: E741
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "importance .* disagree"),
+        (lambda t: t[:-1], r"importance .* have shape|importance .* has shape \(23,\), expected \(24,\)"),
+        (lambda t: -t - 1, "importance .* is not valid"),
+        (lambda t: t * torch.nan, "importance .* is not valid"),
+    ],
+)
+def test_an_importance_that_does_not_fit_is_said(change, message, llama_model, tokenizer, text, tmp_path):
+    config = method("d-proxy", sparsity=0.5)
+    made = countdown.calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+    path = made.save(tmp_path / "p")
+    assert Profile.load(path).entries[0].method == config
+    tensors = load_file(path / "profile.safetensors")
+    tensor = tensors.pop(I)
+    if change is not None:
+        tensors[I] = change(tensor).contiguous()
+    save_file(tensors, path / "profile.safetensors")
+    with pytest.raises(ProfileError, match=f"damaged: .*{message}"):
+        Profile.load(path)
+
+
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [

@@ -169,6 +169,36 @@ def test_loaded_weights_are_used_never_stale_ones(assign, llama_model, profile):
     assert not torch.equal(sparse, dense)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_get_a_proxy_of_their_own(assign, llama_model, tokenizer, text):
+    profile = calibrated(llama_model, tokenizer, text, name="d-proxy", sparsity=0.6, decision="topk")
+    other = {name: -value if "gate" in name else value.flip(0) if "up_proj" in name else value
+             for name, value in copy.deepcopy(llama_model.state_dict()).items()}  # fmt: skip
+    anew = copy.deepcopy(llama_model)
+    anew.load_state_dict(other)
+    with pytest.warns(countdown.ProfileWarning, match="the weights differ"):
+        countdown.sparsify_(anew, profile, apply_to="all")
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    llama_model.load_state_dict(other, assign=assign)
+    assert torch.equal(logits(llama_model), logits(anew))
+
+
+def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text):
+    profile = calibrated(llama_model, tokenizer, text, name="d-proxy", sparsity=0.6)
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    expected = logits(llama_model)
+    assert torch.equal(logits(copy.deepcopy(llama_model)), expected)
+    again = copy.deepcopy(llama_model).half().float()
+    for one, other in zip(*(sparse_sites(m).values() for m in (llama_model, again)), strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one.proxy, other.proxy, strict=True))
+    compiled = torch.compile(llama_model, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(IDS).logits, expected)
+    torch._dynamo.reset()  # or the next test would find what was compiled here
+    bytes_ = sum(site.proxy_bytes for site in countdown.status(llama_model))
+    assert bytes_ == 3 * 2 * 53 * (4 * 24 // 8 + 2)  # rows of 24 weights in one group
+
+
 def test_deepcopy_is_independent(llama_model, profile):
     countdown.sparsify_(llama_model, profile, apply_to="all")
     before = logits(llama_model)

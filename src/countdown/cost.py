@@ -19,10 +19,12 @@ class TokenBytes:
         own: In the sites that a method applies to: the gated FFNs, or all linears of the layers.
         other: Elsewhere in the text decoder: attention, norms, the output head. An input embedding that is not also
             the head is left out: a token reads one row of it.
+        itemsize: Bytes of one of the sites' weights.
     """
 
     own: int
     other: int
+    itemsize: int = 2
 
     @property
     def total(self) -> int:
@@ -58,12 +60,12 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     untied = head is not None and head.weight is not embedding
     # A tied head is the embedding itself, and counts once.
     total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())
-    return TokenBytes(own, total - own - (embedding.nbytes if untied else 0))
+    return TokenBytes(own, total - own - (embedding.nbytes if untied else 0), sites[0].matrices[0].itemsize)
 
 
 def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceiling:
     """Return what `method` can gain at `sparsity`, by bytes alone."""
-    read = method().weights_read(1 - sparsity)
+    read = method().weights_read(1 - sparsity, bytes_.itemsize)
     return Ceiling(
         method=method.name,
         sparsity=sparsity,

@@ -52,8 +52,8 @@ class SparseSite(nn.Module):
             self.register_buffer("per_term", per_term.to(site.device).clone(), persistent=False)
             counters = torch.zeros(2, dtype=torch.int64, device=site.device)
             self.register_buffer("counters", counters, persistent=False)
-        # Weights that were assigned come in the layout of a checkpoint.
-        self.register_load_state_dict_post_hook(_lay_out_again)
+        # Weights that are loaded come in the layout of a checkpoint, and another proxy follows from them.
+        self.register_load_state_dict_post_hook(_follow_weights)
         self.eval()
 
     @property
@@ -131,6 +131,9 @@ class SparseSite(nn.Module):
     def lay_out(self) -> None:
         """Store the weights as the backend that will compute wants them."""
 
+    def make_proxy(self) -> None:
+        """Make what is derived from the weights."""
+
     def _free_counters(self) -> None:
         # Made under inference_mode, the counters could not be counted up outside of it.
         if self.counters.is_inference():
@@ -158,15 +161,14 @@ class SparseFFN(SparseSite):
         self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str, importance: Tensor | None = None
     ) -> None:
         super().__init__(site, method, per_term, apply_to=apply_to)
+        self.importance = importance
         self.proxy: list[Tensor] | None = None
-        if method.proxy_bits:
-            if importance is None:
-                raise ProfileError(f"the profile has no importance of the inputs of {site.name}; calibrate again.")
-            with torch.inference_mode(False):
-                self.proxy = site.proxy(importance, method.proxy_bits)
+        if method.proxy_bits and importance is None:
+            raise ProfileError(f"the profile has no importance of the inputs of {site.name}; calibrate again.")
         self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
+        self.make_proxy()
 
     @property
     def refusal(self) -> str | None:
@@ -223,6 +225,14 @@ class SparseFFN(SparseSite):
             **self._decision(),
         )
 
+    def make_proxy(self) -> None:
+        """Make the proxy from the weights as they are now, where the method has one."""
+        if self.importance is None:
+            return
+        site = GatedFFN("", self.dense, *self.projections, self.activation)
+        with torch.inference_mode(False):
+            self.proxy = site.proxy(self.importance, self.method.proxy_bits)
+
     def active(self, x: Tensor) -> Tensor:
         """Return the active set of each token, bool `[..., h]`, for x `[..., d]`."""
         weights, biases = zip(*(rows.of(self) for rows in self.projections), strict=True)
@@ -268,9 +278,10 @@ class SparseLinear(SparseSite):
         )
 
 
-def _lay_out_again(module: nn.Module, _: object) -> None:
+def _follow_weights(module: nn.Module, _: object) -> None:
     assert isinstance(module, SparseSite)
     module.lay_out()
+    module.make_proxy()
 
 
 def _store(linear: nn.Module, weight: Tensor) -> None:

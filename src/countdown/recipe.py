@@ -88,6 +88,8 @@ class Recipe:
         Raises:
             ConfigError: A method does not have the setting, or not this value.
         """
+        for entry in self.entries:
+            check_fields(f"method '{entry.method.name}'", settings, [field.name for field in fields(entry.method)])
         return Recipe(tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries))
 
     def record(self) -> dict[str, Any]:
@@ -96,7 +98,8 @@ class Recipe:
             (entry,) = self.entries
             settings = entry.method.to_dict()
             pattern = {} if entry.pattern == "*" else {"pattern": entry.pattern}
-            return {"method": settings.pop("name"), "indicator": "exact", **settings, **pattern}
+            indicator = "proxy" if entry.method.proxy_bits else "exact"
+            return {"method": settings.pop("name"), "indicator": indicator, **settings, **pattern}
         entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
         return {"method": "recipe", "recipe": entries}
 

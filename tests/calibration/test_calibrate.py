@@ -18,7 +18,7 @@ from countdown.calibration.statistics import SiteSketches, _SparsePass
 from countdown.calibration.text import Text, windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import Method, method, method_class, method_names
-from countdown.models.find import find_sites
+from countdown.models.find import find_ffns, find_sites
 from countdown.ops.indicators import COEFFICIENT
 
 TOKENS = 2048
@@ -228,3 +228,16 @@ def test_memory_does_not_grow_with_the_text():
         [sys.executable, "-c", _MEMORY], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True
     )
     assert float(run.stdout) < 50
+
+
+def test_the_importance_is_the_mean_square_of_the_dense_inputs(llama_model, tokenizer, text):
+    inputs = []
+    ffn = find_ffns(llama_model)[1]
+    profile = calibrate(llama_model, tokenizer, text, method("d-proxy"), tokens=1024, progress=False)
+    hook = ffn.module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0].double()))
+    with torch.no_grad():
+        for sequence in calibration_sequences(tokenizer, text, 1024):
+            llama_model(sequence[None])
+    hook.remove()
+    expected = torch.cat(inputs).square().mean(dim=0).float()
+    torch.testing.assert_close(profile.entries[0].sites[ffn.name].importance, expected)

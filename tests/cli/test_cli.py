@@ -68,6 +68,7 @@ def made(model_folder, tmp_path_factory):
     assert result.returncode == 0, result.stderr
     assert result.stdout == "p\n"
     (folder / "wrong.yaml").write_text("- method: cats\n  sparsty: 0.5\n")
+    (folder / "two.yaml").write_text("- method: d-proxy\n- method: cats\n  pattern: nothing\n")
     (folder / "nowhere.json").write_text('[{"method": "cats", "pattern": "blocks.*"}]')
     return folder
 
@@ -253,11 +254,12 @@ MISTAKES = {
     "method": (["calibrate", "{model}", "--method", "m-countdwn"], "Did you mean 'm-countdown'"),
     "sparsity": (["calibrate", "{model}", "--sparsity", "70"], "0.7 skips 70%"),
     "decision": (["calibrate", "{model}", "--method", "d-countdown", "--decision", "top-k"], "Did you mean 'topk'"),
-    "bits": (["calibrate", "{model}", "--method", "d-proxy", "--bits", "2"], "bits of d-proxy is '2', expected one of"),
+    "bits": (["calibrate", "{model}", "--method", "d-proxy", "--bits", "2"], "bits of d-proxy is 2, expected 3 or 4"),
     "bits of another": (
         ["calibrate", "{model}", "--method", "cats", "--bits", "4"],
         "method 'cats' has no field 'bits'",
     ),
+    "bits in a recipe": (["calibrate", "{model}", "--method", "two.yaml", "--bits", "4"], "has no field 'bits'"),
     "no shape": (["benchmark", "ffn", "--shape", "4096"], "expected two sizes, d and h"),
     "two subjects": (["benchmark", "decode", "{model}", "--shape", "llama-3.1-8b"], "give a model, or --shape"),
     "text": (["calibrate", "{model}", "--text", "wikitex2"], "Did you mean 'wikitext2'"),

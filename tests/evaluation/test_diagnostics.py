@@ -7,6 +7,8 @@ import torch
 
 import countdown
 import oracle
+from conftest import llama
+from countdown.errors import UnsupportedModelError
 from countdown.evaluation.diagnostics import diagnose
 from countdown.methods import method
 from countdown.models.find import find_ffns
@@ -20,8 +22,9 @@ def sparsified(model, tokenizer, text, config):
     return countdown.sparsify_(model, profile)
 
 
-def test_the_exact_coefficient_finds_itself(llama_model, tokenizer, text):
-    model = sparsified(llama_model, tokenizer, text, method("d-countdown", sparsity=0.6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_exact_coefficient_finds_itself(dtype, tokenizer, text):
+    model = sparsified(llama(dtype), tokenizer, text, method("d-countdown", sparsity=0.6))
     found = diagnose(model, IDS)
     assert [one.name for one in found] == [ffn.name for ffn in find_ffns(countdown.restore_(model))]
     assert all((one.recall, one.precision) == (1.0, 1.0) for one in found)
@@ -58,3 +61,8 @@ def test_more_bits_find_more(llama_model, tokenizer, text):
         recalls.append(sum(one.recall for one in found) / len(found))
         countdown.restore_(model)
     assert 0.6 < recalls[0] < recalls[1] < 1
+
+
+def test_without_sparse_ffns_there_is_nothing_to_compare(llama_model):
+    with pytest.raises(UnsupportedModelError, match="no FFN of the model is sparse"):
+        diagnose(llama_model, IDS)

@@ -9,7 +9,7 @@ import torch
 
 from countdown.errors import ConfigError
 from countdown.methods import Method, _registry, method, method_class, method_names, parse_method, register
-from countdown.ops.indicators import UP, Indicator
+from countdown.ops.indicators import PROXY, UP, Indicator
 
 
 def every_setting():
@@ -45,7 +45,8 @@ def test_settings_survive_a_round_trip(config):
         ("cats", {"weighting": "rsm"}, "Did you mean 'rms'"),
         ("d-countdown", {"weighting": "rms"}, "expected one of: none, rms-norm"),
         ("chess", {"weighting": "none"}, "for weighting 'none' use cats"),
-        ("d-proxy", {"bits": 5}, "bits of d-proxy is '5', expected one of: 3, 4"),
+        ("d-proxy", {"bits": 5}, "bits of d-proxy is 5, expected 3 or 4"),
+        ("d-proxy", {"bits": "4"}, "bits of d-proxy is '4', expected 3 or 4"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(name, settings, message):
@@ -161,4 +162,14 @@ def test_registering_checks_the_class():
 
     with pytest.raises(ConfigError, match="indicator named 'up'"):
         register(OtherUp)
+
+    @dataclass(frozen=True, kw_only=True)
+    class NoBits(Method):
+        name = "no-bits"
+        summary = source = ""
+        unseen = None
+        indicator = PROXY
+
+    with pytest.raises(ConfigError, match="'proxy' and proxy_bits go together"):
+        register(NoBits)
     assert "other-up" not in method_names()

@@ -197,6 +197,8 @@ class WeightedIndicator:
     def __init__(self, assignment: Assignment) -> None:
         weights = assignment.weights
         self._formula = assignment.method.indicator.formula
+        if assignment.method.proxy_bits and assignment.proxy is None:
+            raise ValueError(f"{assignment.method.name} decides by a proxy, and {assignment.site.name} has none")
         self._assignment = assignment
         self._weights = None if weights is None else weights.to(assignment.site.device)
 

@@ -189,7 +189,7 @@ def evaluate(
     sparsify_(loaded, made)
     result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
     printing.print_evaluation(printing.table_console(json), made.recipe, result)
-    judged = _diagnosed(loaded, ids) if json else {}
+    judged = _diagnosed(loaded, ids) if json and "ffn" in made.kinds else {}
     about = {"model": source.label, **made.recipe.record(), "text": loaded_text.source, "windows": windows}
     printing.emit(
         json,
@@ -317,7 +317,7 @@ def demo(
 
 
 def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:
-    """Return how the active sets of FFNs compare with the exact ones, by layer, on a few windows."""
+    """Return how the active sets of FFNs compare with the exact ones, by FFN, on a few windows, every token sparse."""
     from countdown.evaluation.diagnostics import diagnose
 
     found = diagnose(model, ids[:DIAGNOSED_WINDOWS])

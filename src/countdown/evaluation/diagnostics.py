@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown.errors import UnsupportedModelError
 from countdown.models.sites import GatedFFN
-from countdown.modules import SparseFFN, coefficients_of, running, sparse_sites
+from countdown.modules import SparseFFN, running, sparse_sites
+from countdown.ops.indicators import COEFFICIENT
 from countdown.ops.reference import drop_smallest
 
 
@@ -56,7 +58,7 @@ class _Judge:
 
     def add(self, name: str, module: SparseFFN, x: Tensor) -> None:
         site = GatedFFN(name, module.dense, *module.projections, module.activation)
-        size = coefficients_of(site.project(x)).float().abs()
+        size = COEFFICIENT.formula(*(factor.float() for factor in site.project(x)))
         active = module.active(x)
         exact = drop_smallest(size, module.method.drop(module.terms))
         found = self.sums.setdefault(name, _Sums())
@@ -73,12 +75,17 @@ def diagnose(model: nn.Module, windows: Sequence[Tensor] | Tensor) -> list[Selec
     Args:
         model: A sparsified model. Its counters go on counting.
         windows: Token ids, each int64 `[length]`.
+
+    Raises:
+        UnsupportedModelError: No FFN of the model is sparse.
     """
+    if not any(isinstance(module, SparseFFN) for module in sparse_sites(model).values()):
+        raise UnsupportedModelError("no FFN of the model is sparse, so there is nothing to compare.")
     judge = _Judge()
     device = next(model.parameters()).device
     with torch.inference_mode(), running(model, "all"), _watched(model, judge):
         for window in windows:
-            model(window[None].to(device), use_cache=False, logits_to_keep=1)
+            model(window[None].to(device), use_cache=False)
     return [found.quality(name) for name, found in judge.sums.items()]
 
 

@@ -17,7 +17,7 @@ import countdown.methods
 from countdown.config import check_fields, suggestion
 from countdown.errors import ConfigError
 from countdown.methods._base import Method
-from countdown.ops.indicators import Indicator, register_indicator
+from countdown.ops.indicators import PROXY, Indicator, register_indicator
 
 _METHODS: dict[str, type[Method]] = {}
 _BROKEN: dict[str, Exception] = {}  # entry points that failed to load, by name
@@ -35,6 +35,8 @@ def register(cls: M) -> M:
             raise ConfigError(f"method class {cls.__name__} sets no '{attribute}'.")
     if not isinstance(getattr(cls, "indicator", None), Indicator):
         raise ConfigError(f"method class {cls.__name__} sets no 'indicator' of type Indicator.")
+    if (cls.indicator is PROXY) != (cls.proxy_bits is not Method.proxy_bits):
+        raise ConfigError(f"method class {cls.__name__}: the indicator 'proxy' and proxy_bits go together.")
     for name in (cls.name, *cls.aliases):
         if _METHODS.get(name, cls) is not cls:
             raise ConfigError(f"a method named '{name}' is registered already; choose another name.")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from countdown.config import check_choice
+from countdown.errors import ConfigError
 from countdown.methods import Method, register
 from countdown.ops.indicators import PROXY
 from countdown.ops.proxy_format import BITS, bits_per_weight
@@ -34,7 +34,8 @@ class DProxy(Method):
     def __post_init__(self) -> None:
         """Check the settings."""
         super().__post_init__()
-        check_choice(f"bits of {self.name}", str(self.bits), [str(bits) for bits in BITS])
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise ConfigError(f"bits of {self.name} is {self.bits!r}, expected {' or '.join(map(str, BITS))}.")
 
     @property
     def proxy_bits(self) -> int:

@@ -45,7 +45,10 @@ class ProxyMatrix:
 
 @torch.no_grad()
 def quantise(weight: Tensor, importance: Tensor, bits: int) -> ProxyMatrix:
-    """Return `weight` in few bits, the same on every machine and in every dtype that holds the same values.
+    """Return `weight` in few bits.
+
+    It depends on the values alone, not on the dtype that holds them; where two scales are about as good, sums in
+    another order may prefer the other.
 
     Args:
         weight: Float `[h, d]`.
@@ -82,7 +85,7 @@ def _quantise(rows: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _levels(values: Tensor, scales: Tensor, half: int) -> Tensor:
     # A group of zeros has scale 0.
-    steps = values / scales.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
+    steps = values / torch.where(scales == 0, 1, scales.float())[..., None]
     return (steps - 0.5).round().clamp(-half, half - 1)
 
 

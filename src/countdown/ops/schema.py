@@ -109,7 +109,8 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
     for planes, scales in (proxy[:2], proxy[2:]):
         fits = planes.dim() == 3 and scales.dim() == 2 and planes.shape[1] == len(scales) == h
         fits = fits and planes.dtype == torch.uint8 and scales.dtype == torch.float16
-        fits = fits and planes.shape[2] * 8 >= d and planes.shape[2] * 8 % scales.shape[1] == 0
+        fits = fits and planes.shape[2] * 8 >= d and 0 < scales.shape[1] <= planes.shape[2]
+        fits = fits and planes.shape[2] % scales.shape[1] == 0
         _require(
             fits,
             f"proxy is {planes.dtype} {tuple(planes.shape)} and {scales.dtype} {tuple(scales.shape)}, which does not "
