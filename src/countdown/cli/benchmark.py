@@ -61,12 +61,15 @@ def ffn(
 ) -> None:
     """One FFN with random weights, sparse against dense: time, floor, share of the floor."""
     from countdown.benchmark.ffn import FFNBenchmark, run
+    from countdown.benchmark.timing import require_cuda
     from countdown.results import meta
 
+    shapes, overlaps = [_sizes(text) for text in shape or ["4096x14336"]], _union(union)
+    require_cuda()
     given = {"methods": methods, "sparsities": sparsity, "tokens": tokens}
     benchmark = FFNBenchmark(
-        shapes=[_sizes(text) for text in shape or ["4096x14336"]],
-        union=_union(union),
+        shapes=shapes,
+        union=overlaps,
         dtype=dtype,
         compiled=compiled,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]

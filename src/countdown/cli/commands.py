@@ -418,6 +418,8 @@ def _load(source: Source, dtype: str, device: str, seed: int) -> nn.Module:
     import torch
 
     from countdown.models.loading import load_model
+    from countdown.ops.request import requested
 
+    requested()  # a backend that does not exist is said before the model loads
     torch.manual_seed(seed)
     return load_model(source, dtype=dtype, device=device)
