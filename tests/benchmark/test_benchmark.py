@@ -57,6 +57,10 @@ def test_ffn_records(device):
     assert 0.5 < shared["union"] < 0.8  # independent sets would need 0.875
 
 
+def test_the_methods_with_kernels_are_measured_by_default():
+    assert sorted(ffn.measurable()) == ["cats", "m-countdown"]
+
+
 def test_what_computes_wrong_has_no_speed(device, monkeypatch):
     right = ffn._Deciding.run
     monkeypatch.setattr(ffn._Deciding, "run", lambda self, layer: 0 * right(self, layer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from countdown.benchmark.timing import bandwidth, graph_time, relative_error, require_cuda
 from countdown.config import check_choice
 from countdown.errors import ConfigError
-from countdown.methods import method_class
+from countdown.methods import method_class, method_names
 from countdown.models.loading import DTYPES
 from countdown.ops import backends
 from countdown.ops.activations import ACTIVATIONS
+from countdown.ops.indicators import UP
 from countdown.progress import track
 
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
@@ -32,7 +33,7 @@ class FFNBenchmark:
 
     Args:
         shapes: (d, h) of each FFN.
-        methods: Names of methods that decide by one projection, or `given`.
+        methods: Names of methods that decide by one projection, or `given`. [all of them, and `given`]
         sparsities: Shares of inactive neurons, of every token.
         tokens: Tokens in a call, 1 to 8.
         union: By number of tokens, the share of neurons that some token of a call needs; inputs of the tokens are
@@ -46,7 +47,7 @@ class FFNBenchmark:
     """
 
     shapes: Sequence[tuple[int, int]]
-    methods: Sequence[str] = ("m-countdown", "cats", GIVEN)
+    methods: Sequence[str] = field(default_factory=lambda: [*measurable(), GIVEN])
     sparsities: Sequence[float] = (0.0, 0.5, 0.7, 0.8, 0.9)
     tokens: Sequence[int] = (1,)
     union: Mapping[tuple[int, float], float] | None = None
@@ -59,7 +60,7 @@ class FFNBenchmark:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("activation", self.activation, ACTIVATIONS)
         for name in self.methods:
-            if name != GIVEN and len(method_class(name).indicator.reads) != 1:
+            if name != GIVEN and not _decides_by_one(name):
                 raise ConfigError(f"{name} does not decide by one projection of an FFN; there is no kernel to measure.")
         if any(not 0 <= sparsity < 1 for sparsity in self.sparsities):
             raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity < 1.")
@@ -67,6 +68,15 @@ class FFNBenchmark:
             raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
         if GIVEN in self.methods and (missing := backends.missing()):
             raise ConfigError(f"'{GIVEN}' measures the Triton backend's own kernel, and {missing}.")
+
+
+def measurable() -> list[str]:
+    """Return the methods that decide by one projection of an FFN, for which there are kernels."""
+    return [name for name in method_names() if _decides_by_one(name)]
+
+
+def _decides_by_one(name: str) -> bool:
+    return len(method_class(name).indicator.reads) == 1
 
 
 def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
@@ -90,7 +100,8 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
 def _measure(
     layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], copy: float
 ) -> dict[str, Any]:
-    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x)
+    indicator = GIVEN if name == GIVEN else method_class(name).indicator.name
+    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, indicator, sparsity, x)
     tokens, (d, h) = len(x), (layers.d, layers.h)
     union = case.union()
     matrices = 3 * union if name == GIVEN else 1 + 2 * union
@@ -105,7 +116,7 @@ def _measure(
         "layers": layers.count,
         "tokens": tokens,
         "method": name,
-        "indicator": GIVEN if name == GIVEN else method_class(name).indicator.name,
+        "indicator": indicator,
         "decision": "threshold",
         "sparsity": sparsity,
         "realised_sparsity": case.realised(),
@@ -199,15 +210,15 @@ class _Layers:
 
 
 class _Deciding:
-    """A method that decides by one projection."""
+    """An indicator that is computed from one projection."""
 
-    def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
+    def __init__(self, layers: _Layers, indicator: str, sparsity: float, x: Tensor) -> None:
         self.layers, self.x = layers, x
         h = layers.h
         self.how = {
             "decision": "threshold",
             "drop": int(sparsity * h),
-            "indicator": method_class(name).indicator.name,
+            "indicator": indicator,
             "activation": layers.benchmark.activation,
         }
         self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
@@ -258,7 +269,7 @@ class _Given:
     def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
         self.layers, self.x = layers, x
         keep = layers.h - int(sparsity * layers.h)
-        order = [_Deciding(layers, "m-countdown", sparsity, x).active(layer) for layer in range(layers.count)]
+        order = [_Deciding(layers, UP.name, sparsity, x).active(layer) for layer in range(layers.count)]
         self.sets = [self._exactly(mask, keep) for mask in order] if len(x) == 1 else order
 
     def _exactly(self, mask: Tensor, keep: int) -> Tensor:

@@ -57,7 +57,7 @@ Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1.")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
 Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
 Weighting = Annotated[str | None, typer.Option(help="none, rms or rms-norm.")]
-Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3 (d-proxy).")]
+Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3, for methods that have one.")]
 TextName = Annotated[str, typer.Option("--text", help="wikitext2, python-docs, or a text file.")]
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, typer.Option(help="Folder with WikiText-2's valid.txt and test.txt.")]
