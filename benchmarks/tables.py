@@ -244,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
+    "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),
