@@ -35,8 +35,8 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
 
     `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
     may be loaded into them by `load_state_dict`, but what is edited in place leaves a proxy as it was; hooks on an
-    FFN's linears would be bypassed. `model.save_pretrained(dir)` writes the
-    dense model, and the profile beside it, for `countdown.from_pretrained(dir)`.
+    FFN's linears would be bypassed. `model.save_pretrained(dir)` writes the dense model, and the profile beside it,
+    for `countdown.from_pretrained(dir)`.
 
     Args:
         model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters

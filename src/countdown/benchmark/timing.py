@@ -26,8 +26,9 @@ def require_cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def replay_time(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
-    """Return the median time of a replay in µs."""
+def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
+    """Return the median time of `step` in µs, captured and replayed."""
+    graph = record(step)
     for _ in range(3):
         graph.replay()
     times: list[float] = []
@@ -39,11 +40,6 @@ def replay_time(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) * 1e3)
     return statistics.median(times)
-
-
-def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
-    """Return the median time of `step` in µs, captured and replayed."""
-    return replay_time(record(step), replays)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True
     if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights[:2]):
         return "rows of W_gate or W_up are not contiguous"
     if laid_out and weights[2].stride(0) != 1 and weights[2].shape[0] > 1:
-        return "W_down is not laid out by neuron (sparsify_ does that; weights assigned later are not)"
+        return "W_down is not laid out by neuron (sparsify_ does that; a parameter put in its place later is not)"
     return None
 
 
