@@ -12,15 +12,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import kernels, launch
+from countdown.ops.triton import dense_kernels, kernels, launch
 
 POINTERS = {
-    "per_neuron": "*fp32", "partial": "*fp32", "counts": "*i32", "count": "*i32", "listed": "*i32",
-    "active_set": "*i8", "needs": "*i8", "counters": "*i64",
+    "per_neuron": "*fp32", "partial": "*fp32", "count": "*i32", "listed": "*i32",
+    "active_set": "*i8", "needs": "*i8", "counters": "*i64", "mask": "*i1",
+    "largest": "*fp32", "total": "*fp32", "scale": "fp32",
 }  # fmt: skip
 WEIGHTS = {
-    "x", "first", "other", "down", "gate", "up", "w", "s", "y",
-    "bias", "first_bias", "other_bias", "gate_bias", "up_bias",
+    "x", "first", "other", "down", "gate", "up", "s", "y", "q", "keys", "values",
+    "down_bias", "first_bias", "other_bias", "gate_bias", "up_bias", "w0", "w1", "w2", "b0", "b1", "b2",
 }  # fmt: skip
 
 
@@ -40,8 +41,9 @@ def main() -> None:
                 (kernels.coefficients, launch.tiled(d, h, itemsize, found), {"MODE": "decide", "GATE_FIRST": True}
                  | {"ACT": "silu", "BIAS": True}),
                 (kernels.sum_columns, columns, {}),
-                (kernels.project_one, launch.projection(h, d, itemsize, found), {"BIAS": True, "d": h}),
-                (kernels.reduce, launch.reduction(d, 200, 8, 448), {"BIAS": True, "COUNT": True}),
+                (dense_kernels.project_one, launch.projection(h, [d, d], itemsize, found), {"BIAS": True, "d": h}),
+                (dense_kernels.attend_block, launch.attention(700, 4, d // 32), {"QUERIES": 4, "MASK": True}),
+                (kernels.reduce, launch.reduction(d, 200, 8), {"BIAS": True}),
             ):  # fmt: skip
                 size = compiled(kernel, {**config.constants, "PDL": False, **more}, dtype, config.warps, target)
                 shared[f"{kernel.__name__} {dtype} {d}"] = size
@@ -54,7 +56,7 @@ def compiled(kernel: triton.JITFunction, constants: dict, dtype: str, warps: int
     pointers = {name: POINTERS.get(name, f"*{dtype}") for name in names if name in POINTERS or name in WEIGHTS}
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
     sizes = [n for n in names if (n in ("d", "h") or n.endswith("stride")) and n not in constants]
-    aligned = [*pointers, *sizes]
+    aligned = [*pointers.keys() - {"scale"}, *sizes]
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -55,8 +55,8 @@ def test_sparse_it_writes_what_generate_writes(loop, tokenizer, text):
     countdown.reset_counters(model)
     started = loop(model, IDS, new_tokens=8)
     assert torch.equal(started.run(8), expected)
-    # Two runs to warm up, eight replays.
-    assert {site.tokens for site in countdown.status(model)} == {10}
+    # A look at the linears, two runs to warm up, eight replays.
+    assert {site.tokens for site in countdown.status(model)} == {11}
 
 
 def test_the_model_is_left_as_it_was(loop):
@@ -94,5 +94,6 @@ def test_the_step_is_one_graph_of_our_projections(loop, monkeypatch):
     model = llama()
     expected = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
     assert torch.equal(loop(model, IDS, new_tokens=6).run(6), expected)
-    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
-    assert [sum("project_one" in target for target in graph) for graph in graphs[:1]] == [linears]
+    # Of each layer q, k and v together, o, gate and up together, down; and the head.
+    for name, count in (("project_one", 4 * 3 + 1), ("attend_one", 3), ("linear", 0)):
+        assert [sum(name in target for target in graph) for graph in graphs[:1]] == [count]

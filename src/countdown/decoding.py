@@ -1,14 +1,16 @@
 """A decode loop whose cost is the model's: one step from token to next token, compiled, captured once and replayed.
 
 Hugging Face's `generate` spends part of every token in Python. This loop keeps the cache and the token on the device,
-attends by groups of heads, and computes the linears of a single token at the bandwidth limit. It takes any model that
-runs with a static cache, dense or sparsified, for one sequence, greedily.
+and computes the linears and the attention of a single token in kernels of ours. It takes any model that runs with a
+static cache, dense or sparsified, for one sequence, greedily.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,12 @@ from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.models.loading import check_context
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 
-ATTENTION = "countdown_grouped"
+ATTENTION = "countdown"
+# Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
 WARM_UP = 4
+# Linears of one launch.
+MOST_TOGETHER = 3
+TILE = 512
 DEVICES = ("cuda",)
 
 
@@ -79,8 +85,7 @@ class DecodeLoop:
 
     def _next(self, ids: Tensor) -> Tensor:
         logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        token: Tensor = logits[:, -1].argmax(dim=-1, keepdim=True)
-        return token
+        return largest(logits[:, -1])
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
@@ -89,8 +94,10 @@ class DecodeLoop:
         def step() -> None:
             self.token.copy_(compiled(self.token))
 
-        with _one_token(self.model):
-            compiled = torch.compile(self._next, fullgraph=True, dynamic=False)
+        # What a step runs: linears, those that read one input together.
+        self.linears = _siblings(self.model, self.token, self.cache)
+        with _one_token(self.model, self.linears):
+            compiled = torch.compile(self._next, fullgraph=True, dynamic=False, options=_options(self.token.device))
             try:
                 graph = record(step)
             except torch._dynamo.exc.TorchDynamoException as error:
@@ -102,6 +109,14 @@ class DecodeLoop:
         for layer, length in before:
             layer.cumulative_length.copy_(length)
         return graph
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Return what the compiler can do besides: kernels that start while the one before ends, as ours do."""
+    from torch._inductor import config
+
+    hopper = device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else {}
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -124,22 +139,42 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 @contextmanager
-def _one_token(model: Any) -> Iterator[None]:
-    """Within the context, attend by groups of heads and project one token by `project_one`."""
+def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
+    """Within the context, linears of one token, a group a launch, and its attention run in our kernels."""
     attention = model.config._attn_implementation
-    linears = [module for module in model.modules() if _bare(module)]
-    grouped = _register_attention() if attention == "sdpa" else attention
     try:
-        if grouped != attention:
-            model.set_attn_implementation(grouped)
-        for linear in linears:
-            linear.forward = _projection(linear)
+        if attention == "sdpa":
+            model.set_attn_implementation(_register_attention())
+        for linears in groups:
+            for linear, forward in zip(linears, _projections(linears), strict=True):
+                vars(linear)["forward"] = forward
         yield
     finally:
-        for linear in linears:
+        for linear in (linear for linears in groups for linear in linears):
             vars(linear).pop("forward", None)
-        if grouped != attention:
-            model.set_attn_implementation(attention)
+        model.set_attn_implementation(attention)
+
+
+def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
+    """Return the linears that a step runs, those in a row that read the very same input together."""
+    seen: list[tuple[nn.Linear, Tensor]] = []
+    bare = [module for module in model.modules() if _bare(module)]
+    hooks = [linear.register_forward_pre_hook(lambda linear, args: seen.append((linear, args[0]))) for linear in bare]
+    try:
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: list[list[nn.Linear]] = []
+    for place, (linear, x) in enumerate(seen):
+        same = place > 0 and x is seen[place - 1][1] and linear.weight.dtype == groups[-1][-1].weight.dtype
+        if same and len(groups[-1]) < MOST_TOGETHER:
+            groups[-1].append(linear)
+        else:
+            groups.append([linear])
+    # One that runs twice in a step would overwrite what the other of its group waits for.
+    runs = Counter(id(linear) for linear, _ in seen)
+    return [group for group in groups if all(runs[id(linear)] == 1 for linear in group)]
 
 
 def _bare(module: nn.Module) -> bool:
@@ -148,26 +183,36 @@ def _bare(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not hooked
 
 
-def _projection(linear: nn.Linear) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() != 1:
-            return F.linear(x, linear.weight, linear.bias)
-        y: Tensor = torch.ops.countdown.project_one(x.reshape(1, -1), linear.weight, linear.bias)
-        return y.view(*x.shape[:-1], -1)
+def _projections(linears: list[nn.Linear]) -> list[Callable[[Tensor], Tensor]]:
+    """Return a forward for each of the linears: the first computes all, the others take what is theirs."""
+    sizes = [linear.out_features for linear in linears]
+    waiting: dict[int, Tensor] = {}
 
-    return forward
+    def compute(x: Tensor) -> Tensor:
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        y: Tensor = torch.ops.countdown.project_one(x.reshape(1, -1), weights, biases)
+        parts = y.view(*x.shape[:-1], -1).split(sizes, dim=-1)
+        waiting.update(enumerate(parts[1:], start=1))
+        first: Tensor = parts[0]
+        return first
+
+    return [compute, *(partial(_take, waiting, place) for place in range(1, len(linears)))]
+
+
+def _take(waiting: dict[int, Tensor], place: int, x: Tensor) -> Tensor:
+    return waiting.pop(place)
 
 
 def _register_attention() -> str:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(ATTENTION, _grouped_attention)
+    AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     return ATTENTION
 
 
-def _grouped_attention(
+def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -177,15 +222,16 @@ def _grouped_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """One query attending to all keys, the heads that share a key taken as queries of it.
+    """One query attending to all keys; see `attend_one`."""
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: Tensor = torch.ops.countdown.attend_one(query, key, value, mask, scale)
+    return out.transpose(1, 2), None
 
-    query `[1, heads, 1, n]`, key and value `[1, groups, length, n]` → `[1, 1, heads, n]`.
-    """
-    batch, heads, _one, size = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(batch, groups, heads // groups, size)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = torch.where(attention_mask[:, :, :, : key.shape[2]], scores, torch.finfo(torch.float32).min)
-    out = torch.matmul(scores.softmax(dim=-1).to(query.dtype), value)
-    return out.reshape(batch, heads, 1, size).transpose(1, 2).contiguous(), None
+
+def largest(logits: Tensor) -> Tensor:
+    """Return the place of the largest logit `[1, 1]` of `[1, vocabulary]`, in two stages: one is slow on a GPU."""
+    tiles = F.pad(logits, (0, -logits.shape[1] % TILE), value=float("-inf")).view(-1, TILE)
+    tile = tiles.amax(dim=-1).argmax(dim=0, keepdim=True)
+    place: Tensor = tile * TILE + tiles.index_select(0, tile).argmax(dim=-1)
+    return place.view(1, 1)

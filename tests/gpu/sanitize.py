@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 import kernel_cases as cases
-from countdown.ops.triton import ops
+from countdown.ops.triton import dense_ops
 
 
 def main() -> None:
@@ -22,7 +22,9 @@ def main() -> None:
                     tokens, d, h, dtype, "cuda", indicator="gate", activation="gelu", share=0.5, bias=True
                 )
         weights, biases = cases.ffn(d, h, torch.float16, "cuda", bias=True)
-        ops.project_one(cases.inputs(1, d, torch.float16, "cuda", 0), weights[0], biases[0])
+        dense_ops.project_one(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])
+    keys = cases.inputs(2 * 70, 40, torch.bfloat16, "cuda", 1).view(1, 2, 70, 40)
+    dense_ops.attend_one(cases.inputs(6, 40, torch.bfloat16, "cuda", 0).view(1, 6, 1, 40), keys, keys, None, 0.5)
     torch.cuda.synchronize()
     print("all kernels ran")
 

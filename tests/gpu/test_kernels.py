@@ -178,7 +178,7 @@ def test_saved_from_the_gpu_it_loads_sparse_and_dense(sparse, tmp_path):
 def test_packing_needs_one_layer_more(tokenizer, text):
     model = llama(hidden_size=512, intermediate_size=4096, num_hidden_layers=6).cuda()
     config = method("m-countdown", sparsity=0.5)
-    profile = countdown.calibrate(model, tokenizer, text, config, tokens=256, progress=False)
+    profile = countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False)
     layer = 3 * 512 * 4096 * 4
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

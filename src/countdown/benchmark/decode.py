@@ -15,7 +15,7 @@ from countdown.benchmark.timing import bandwidth, graph_time, require_cuda
 from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
 from countdown.cost import token_bytes
-from countdown.decoding import DecodeLoop
+from countdown.decoding import DecodeLoop, largest
 from countdown.errors import ConfigError
 from countdown.methods import Method
 from countdown.models.find import find_ffns
@@ -170,7 +170,7 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     found |= {"tokens_per_s": 1 / per_token, "time_us": per_token * 1e6}
     if sparse_sites(model):
         found |= _counted(model)
-    found["split_us"] = _split(model, ids, per_token * 1e6)
+    found["split_us"] = _split(model, loop.linears, ids, per_token * 1e6)
     del loop
     torch._dynamo.reset()
     gc.collect()
@@ -205,44 +205,37 @@ def _prefill(model: nn.Module, ids: Tensor) -> float:
     return sorted(times[2:])[2]
 
 
-def _split(model: nn.Module, ids: Tensor, total: float) -> dict[str, float]:
+def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: float) -> dict[str, float]:
     """Return µs of a token in FFNs, the linears of attention, the head, and all the rest.
 
     Each part is captured by itself, with the kernels of the step and the inputs that the prompt's last token gave it;
     the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
     sparse = sparse_sites(model)
-    found = {ffn.name: ffn for ffn in find_ffns(model)} if not sparse else {}
-    inside = {id(part) for name in found or sparse for part in model.get_submodule(name).modules()}
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
-    decoder = model.get_decoder()  # type: ignore[operator]
-    linears = [m for m in decoder.modules() if type(m) is nn.Linear and id(m) not in inside]
-    ffns = [model.get_submodule(name) for name in found or sparse]
-    inputs = _last_inputs(model, ids, [*ffns, *linears, head])
+    inputs = _last_inputs(model, ids, [*sparse.values(), *(linear for group in groups for linear in group)])
+    ffns = [] if sparse else find_ffns(model)
+    # Of each dense FFN, gate and up in one group or one linear, and down.
+    dense = [[group for group in groups if group[0] in set(model.get_submodule(ffn.name).modules())] for ffn in ffns]
+    taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
+    attention = [group for group in groups if id(group[0]) not in taken]
     gated = torch.compile(_product, dynamic=False)
-
-    def dense_ffn(ffn: GatedFFN) -> None:
-        (gate, gate_bias), (up, up_bias), (down, down_bias) = (
-            rows.of(ffn.module) for rows in (ffn.gate, ffn.up, ffn.down)
-        )
-        x = inputs[id(ffn.module)]
-        s = gated(_project(x, gate, gate_bias), _project(x, up, up_bias), ffn.activation)
-        _project(s, down, down_bias)
 
     def run_ffns() -> None:
         for module in sparse.values():
             module.sparse(inputs[id(module)][None])
-        for ffn in found.values():
-            dense_ffn(ffn)
+        for ffn, (first, last) in zip(ffns, dense, strict=True):
+            gated(_project(first, inputs), ffn.activation)
+            _project(last, inputs)
 
     def run_linears() -> None:
-        for linear in linears:
-            _project(inputs[id(linear)], linear.weight, linear.bias)
+        for group in attention:
+            _project(group, inputs)
 
     parts = {
         "ffn": graph_time(run_ffns),
         "attention_linears": graph_time(run_linears),
-        "head": graph_time(lambda: _project(inputs[id(head)], head.weight, head.bias).argmax(dim=-1)),
+        "head": graph_time(lambda: largest(_project([head], inputs))),
     }
     return parts | {"rest": total - sum(parts.values())}
 
@@ -263,12 +256,14 @@ def _last_inputs(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) ->
     return inputs
 
 
-def _product(g: Tensor, u: Tensor, activation: str) -> Tensor:
+def _product(both: Tensor, activation: str) -> Tensor:
+    g, u = both.chunk(2, dim=-1)
     return ACTIVATIONS[activation](g) * u
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.countdown.project_one(x, weight, bias)  # type: ignore[no-any-return]
+def _project(group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tensor:
+    weights, biases = [linear.weight for linear in group], [linear.bias for linear in group]
+    return torch.ops.countdown.project_one(inputs[id(group[0])], weights, biases)  # type: ignore[no-any-return]
 
 
 def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:

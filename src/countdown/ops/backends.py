@@ -53,9 +53,9 @@ def _not_installed() -> str | None:
 def _register() -> None:
     if _not_installed():
         return
-    from countdown.ops.triton import ops
+    from countdown.ops.triton import dense_ops, ops
 
-    for op in (ops.sparse_ffn, ops.select, ops.given_ffn, ops.project_one):
+    for op in (ops.sparse_ffn, ops.select, ops.given_ffn, dense_ops.project_one, dense_ops.attend_one):
         LIBRARY.impl(op.__name__, op, "CUDA")
 
 

@@ -16,10 +16,12 @@ from countdown.ops.proxy import factors as proxy_factors
 from countdown.ops.schema import (
     LIBRARY,
     check_active,
+    check_attention,
     check_counters,
     check_decision,
     check_ffn,
     check_linear,
+    check_projections,
     check_proxy,
 )
 
@@ -151,11 +153,22 @@ def sparse_linear(
     return F.linear(torch.where(active, x, 0), weight, bias)
 
 
-def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b `[1, d_out]` for one token. See `schema`."""
-    check_linear(x, weight, bias, "plain")
-    return F.linear(x, weight, bias)
+def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Return one token through several linears, `[1, Σ d_out]`. See `schema`."""
+    check_projections(x, weights, biases)
+    return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=-1)
 
 
-for _op in (sparse_ffn, select, given_ffn, sparse_linear, project_one):
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the attention of one token, `[1, heads, 1, size]`. See `schema`."""
+    check_attention(q, keys, values, mask)
+    _, heads, _, size = q.shape
+    grouped = q.reshape(1, keys.shape[1], -1, size)
+    scores = (grouped @ keys.transpose(2, 3)).float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1).to(q.dtype) @ values).view(1, heads, 1, size)
+
+
+for _op in (sparse_ffn, select, given_ffn, sparse_linear, project_one, attend_one):
     LIBRARY.impl(_op.__name__, _op, "CompositeExplicitAutograd")

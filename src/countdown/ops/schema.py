@@ -23,9 +23,13 @@ infinity, every term is active: it is computed as in the dense model.
 
 `sparse_ffn` and `sparse_linear` are the ops that models run. `select` and `given_ffn` are the halves of the first,
 for tests and benchmarks; where a backend sums in another order, an indicator at its very threshold may fall on its
-other side. `project_one` is a dense product for one token x [1, d], for decode loops. Outputs: y
-[..., d] like x (z [..., d_out] for a linear), and for `select` the active sets [..., h], bool. Shapes are static and
-nothing is read back to the host. Arguments that do not fit raise ValueError.
+other side. Outputs: y [..., d] like x (z [..., d_out] for a linear), and for `select` the active sets [..., h], bool.
+
+Two dense ops of one token are for decode loops. `project_one`: x [1, d] through one to three linears, weights
+[d_out_k, d], side by side: [1, Σ d_out_k]. `attend_one`: q [1, heads, 1, size] attends to keys and values [1, groups,
+length, size], heads a multiple of groups, those that mask [1, 1, 1, length], bool, lets it see: [1, heads, 1, size].
+
+Shapes are static and nothing is read back to the host. Arguments that do not fit raise ValueError.
 """
 
 from __future__ import annotations
@@ -50,7 +54,8 @@ LIBRARY.define(
     "sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor per_channel, Tensor(a!) counters, *, "
     f"{_DECISION}, str weight_format='plain') -> Tensor"
 )
-LIBRARY.define("project_one(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define("project_one(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor")
+LIBRARY.define("attend_one(Tensor q, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor")
 
 
 def _require(holds: bool, message: str) -> None:
@@ -85,6 +90,29 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_format: 
     _require(x.shape[-1] == d, f"x is {tuple(x.shape)}, expected [..., {d}] to fit W {(out, d)}")
     _require(weight.dtype == x.dtype, f"W is {weight.dtype}, expected {x.dtype} like x")
     _require(bias is None or bias.shape == (out,), f"bias has the wrong shape, expected {(out,)}")
+
+
+def check_projections(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+    """Raise ValueError unless one token fits one to three linears."""
+    _require(x.dim() == 2 and len(x) == 1, f"x is {tuple(x.shape)}, expected one token [1, d]")
+    _require(1 <= len(weights) <= 3, f"weights has {len(weights)} tensors, expected 1 to 3")
+    _require(len(biases) == len(weights), f"biases has {len(biases)} entries, expected {len(weights)}")
+    for weight, bias in zip(weights, biases, strict=True):
+        check_linear(x, weight, bias, "plain")
+
+
+def check_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
+    """Raise ValueError unless one token's queries fit keys, values and mask."""
+    _require(q.dim() == keys.dim() == 4 and keys.shape == values.shape, "q, keys or values have the wrong dimensions")
+    (batch, heads, one, size), (rows, groups, length, keys_size) = q.shape, keys.shape
+    _require(
+        batch == rows == one == 1 and size == keys_size and heads % groups == 0,
+        f"q is {tuple(q.shape)} and keys are {tuple(keys.shape)}, expected [1, heads, 1, size] and "
+        "[1, groups, length, size], heads a multiple of groups",
+    )
+    _require(q.dtype == keys.dtype == values.dtype, f"keys are {keys.dtype}, values {values.dtype}, q {q.dtype}")
+    fits = mask is None or (mask.shape == (1, 1, 1, length) and mask.dtype == torch.bool)
+    _require(fits, f"mask does not fit, expected bool {(1, 1, 1, length)}")
 
 
 def check_decision(terms: int, per_term: Tensor, decision: str, drop: int, indicator: str) -> None:
@@ -212,6 +240,12 @@ def _sparse_linear(
 
 
 @torch.library.register_fake("countdown::project_one", lib=LIBRARY)
-def _project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    check_linear(x, weight, bias, "plain")
-    return x.new_empty((1, weight.shape[0]))
+def _project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    check_projections(x, weights, biases)
+    return x.new_empty((1, sum(len(weight) for weight in weights)))
+
+
+@torch.library.register_fake("countdown::attend_one", lib=LIBRARY)
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    check_attention(q, keys, values, mask)
+    return q.new_empty(q.shape)

@@ -8,11 +8,13 @@ the next kernel to start early. Measured on one H200 over the grid of programs, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
 GATHER_TOKENS = 8
@@ -72,12 +74,27 @@ class Launch:
         return {**self.constants, "PDL": found.dependent_launch, "num_warps": self.warps, **dependent}
 
 
+def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator: launch where the first argument is; Triton launches on the current device."""
+
+    @wraps(op)
+    def on_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not x.is_cuda:
+            return op(x, *args, **kwargs)
+        with torch.cuda.device(x.device):
+            return op(x, *args, **kwargs)
+
+    return on_device
+
+
 def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
     """Return the launch of `decide_and_sum`, where about `expected` neurons are active."""
     width, row = _row(d, itemsize)
     rows = _clamp(32 * _KB // row, 1, 16)
-    programs = min(2 * found.multiprocessors, _ceil(h, rows))
-    mine = _ceil(_ceil(h, rows), programs) * rows
+    blocks = _ceil(_ceil(h, rows), 2 * found.multiprocessors)
+    mine = blocks * rows
+    # No more programs than it takes for none to have more blocks.
+    programs = _ceil(h, mine)
     gather = _clamp(min(16 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
     constants = {
         "D": width,
@@ -104,14 +121,27 @@ def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     return Launch((programs,), constants, _warps(width))
 
 
-def projection(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
-    """Return the launch of `project_one`."""
+def projection(d: int, heights: list[int], itemsize: int, found: Hardware) -> Launch:
+    """Return the launch of `project_one`, of matrices with so many rows."""
     block = _clamp(_power(d), 16, (8 if d % (8 * _KB // itemsize) == 0 else 4) * _KB // itemsize)
     rows = _clamp(32 * _KB // (block * itemsize), 1, 16)
     constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1}
     if d > block:
         constants["STAGES"] = _stages(rows * block * itemsize, 3, found.shared // 2)
-    return Launch((_ceil(h, rows),), constants, 4)
+    return Launch((sum(_ceil(h, rows) for h in heights),), constants, 4)
+
+
+def attention(length: int, queries: int, size: int) -> Launch:
+    """Return the launch of `attend_block` without its groups: `queries` of `size` share a group's keys."""
+    width = max(_power(size), 16)
+    constants = {"R": max(_power(queries), TILE_TOKENS), "N": width, "BLOCK": _clamp(8192 // width, 16, 64)}
+    return Launch((_ceil(length, constants["BLOCK"]),), constants, 4)
+
+
+def combination(blocks: int, block: Launch) -> Launch:
+    """Return the launch of `attend_all` after so many programs of `attend_block`."""
+    constants = {"R": block.constants["R"], "N": block.constants["N"], "S": _power(blocks)}
+    return Launch((1,), constants, 4)
 
 
 def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
@@ -136,9 +166,9 @@ def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 
 
-def reduction(d: int, programs: int, tokens: int, counted: int) -> Launch:
+def reduction(d: int, programs: int, tokens: int) -> Launch:
     """Return the launch of `reduce`."""
-    constants = {"P": _power(programs), "C": _power(counted), "COLUMNS": 32}
+    constants = {"P": _power(programs), "COLUMNS": 32}
     return Launch((_ceil(d, 32), tokens), constants, 8)
 
 

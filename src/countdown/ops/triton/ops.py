@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.request import VARIABLE, requested
-from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_linear, check_proxy
+from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 from countdown.ops.triton import kernels, launch
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -20,19 +18,6 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 INDICATORS = {"up": False, "gate": True}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 V = TypeVar("V")
-
-
-def _on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorator: launch where the first argument is; Triton launches on the current device."""
-
-    @wraps(op)
-    def on_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not x.is_cuda:
-            return op(x, *args, **kwargs)
-        with torch.cuda.device(x.device):
-            return op(x, *args, **kwargs)
-
-    return on_device
 
 
 def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True) -> str | None:
@@ -63,7 +48,7 @@ def refuses_decision(decision: str, indicator: str) -> str | None:
     return None
 
 
-@_on_its_device
+@launch.on_its_device
 def sparse_ffn(
     x: Tensor,
     weights: list[Tensor],
@@ -101,7 +86,7 @@ def sparse_ffn(
     return y.view(x.shape)
 
 
-@_on_its_device
+@launch.on_its_device
 def select(
     x: Tensor,
     weights: list[Tensor],
@@ -128,11 +113,12 @@ def select(
         )  # fmt: skip
     active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
     thresholds = per_neuron.contiguous()
-    _coefficients(_flat(x), weights, _dense(biases), thresholds, active, INDICATORS[indicator], activation, "select")
+    gate_first = INDICATORS[indicator]
+    _coefficients(_flat(x), weights, _dense(biases), thresholds, active, None, gate_first, activation, "select")
     return active
 
 
-@_on_its_device
+@launch.on_its_device
 def given_ffn(
     x: Tensor,
     weights: list[Tensor],
@@ -156,8 +142,8 @@ def given_ffn(
         flags = active.contiguous().view(torch.int8)
         kernels.list_active[(1,)](flags, indices, count, h, **options)
         return listed_ffn(flat, weights, biases, indices, count, activation=activation).view(x.shape)
-    found = _coefficients(flat, weights, biases, None, active.contiguous(), False, activation, "given")
-    return _sum_columns(flat, *found, weights, biases, None).view(x.shape)
+    found = _coefficients(flat, weights, biases, None, active.contiguous(), None, False, activation, "given")
+    return _sum_columns(flat, *found, weights, biases).view(x.shape)
 
 
 def listed_ffn(
@@ -181,33 +167,7 @@ def listed_ffn(
         h, gate.stride(0), up.stride(0), down.stride(1), d,
         ACT=activation, BIAS=_has(biases), **config.options(found),
     )  # fmt: skip
-    return _reduce(x, partial, biases[2], None, None)
-
-
-@_on_its_device
-def project_one(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return W x + b `[1, h]` of one token; see `schema`. A dense product at the bandwidth limit."""
-    check_linear(x, weight, bias, "plain")
-    h, d = weight.shape
-    strided = x.stride(1) != 1 or weight.stride(1) != 1
-    if len(x) != 1 or strided or weight.dtype not in DTYPES or requested() == "reference":
-        return reference.project_one(x, weight, bias)
-    bias = None if bias is None else bias.contiguous()
-    found = launch.hardware(x.device)
-    config = launch.projection(d, h, x.element_size(), found)
-    y = x.new_empty((1, h))
-    kernels.project_one[config.grid](
-        x,
-        weight,
-        x if bias is None else bias,
-        y,
-        h,
-        weight.stride(0),
-        d,
-        BIAS=bias is not None,
-        **config.options(found),
-    )
-    return y
+    return _reduce(x, partial, biases[2])
 
 
 def _decide_one(
@@ -225,13 +185,12 @@ def _decide_one(
     found = launch.hardware(x.device)
     config = launch.decide(d, h, x.element_size(), h - drop, found)
     partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
-    counts = x.new_empty(config.grid, dtype=torch.int32)
     kernels.decide_and_sum[config.grid](
-        x, first, other, weights[2], *_given(first_bias, other_bias, x), per_neuron, partial, counts,
+        x, first, other, weights[2], *_given(first_bias, other_bias, x), per_neuron, partial, counters,
         h, first.stride(0), other.stride(0), weights[2].stride(1), d,
         GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
     )  # fmt: skip
-    return _reduce(x, partial, biases[2], counts, counters)
+    return _reduce(x, partial, biases[2])
 
 
 def _decide_many(
@@ -243,8 +202,8 @@ def _decide_many(
     gate_first: bool,
     activation: str,
 ) -> Tensor:
-    found = _coefficients(x, weights, biases, per_neuron, None, gate_first, activation, "decide")
-    return _sum_columns(x, *found, weights, biases, counters)
+    found = _coefficients(x, weights, biases, per_neuron, None, counters, gate_first, activation, "decide")
+    return _sum_columns(x, *found, weights, biases)
 
 
 def _coefficients(
@@ -253,40 +212,35 @@ def _coefficients(
     biases: list[Tensor | None],
     per_neuron: Tensor | None,
     active: Tensor | None,
+    counters: Tensor | None,
     gate_first: bool,
     activation: str,
     mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return coefficients `[h, TILE_TOKENS]`, which neurons any token needs `[h]`, and how many are active by program.
-
-    `select` fills `active` only.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Return coefficients `[h, TILE_TOKENS]` and which neurons any token needs `[h]`; `select` fills `active` only."""
     (first, other), (first_bias, other_bias) = _ordered(weights, gate_first), _ordered(biases, gate_first)
     h, d = first.shape
     found = launch.hardware(x.device)
     config = launch.tiled(d, h, x.element_size(), found)
     s = x.new_empty((h, launch.TILE_TOKENS))
     needs = x.new_empty(h, dtype=torch.int8)
-    counts = x.new_empty(config.grid, dtype=torch.int32)
     # An argument that the mode does not use is never touched; some pointer must stand for it.
     kernels.coefficients[config.grid](
         x, first, other, *_given(first_bias, other_bias, x),
         x if per_neuron is None else per_neuron, needs if active is None else active.view(torch.int8),
-        s, needs, counts,
+        s, needs, needs if counters is None else counters,
         len(x), d, h, x.stride(0), first.stride(0), other.stride(0),
         MODE=mode, GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
     )  # fmt: skip
-    return s, needs, counts
+    return s, needs
 
 
 def _sum_columns(
     x: Tensor,
     s: Tensor,
     needs: Tensor,
-    counts: Tensor,
     weights: list[Tensor],
     biases: list[Tensor | None],
-    counters: Tensor | None,
 ) -> Tensor:
     h, d = weights[0].shape
     found = launch.hardware(x.device)
@@ -295,20 +249,17 @@ def _sum_columns(
     kernels.sum_columns[config.grid](
         s, needs, weights[2], partial, len(x), d, h, weights[2].stride(1), each, **config.options(found)
     )
-    return _reduce(x, partial, biases[2], counts, counters)
+    return _reduce(x, partial, biases[2])
 
 
-def _reduce(x: Tensor, partial: Tensor, bias: Tensor | None, counts: Tensor | None, counters: Tensor | None) -> Tensor:
-    """Return y `[tokens, d]` from partial sums `[P, tokens, d]`, and count."""
+def _reduce(x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y `[tokens, d]` from partial sums `[P, tokens, d]`."""
     programs, tokens, d = partial.shape
     y = x.new_empty((tokens, d))
-    found = launch.hardware(x.device)
-    counted = 1 if counts is None else len(counts)
-    config = launch.reduction(d, programs, tokens, counted)
+    config = launch.reduction(d, programs, tokens)
     kernels.reduce[config.grid](
-        partial, x if bias is None else bias, y, partial if counts is None else counts,
-        partial if counters is None else counters, programs, counted, tokens, d,
-        BIAS=bias is not None, COUNT=counters is not None, **config.options(found),
+        partial, x if bias is None else bias, y, programs, tokens, d,
+        BIAS=bias is not None, **config.options(launch.hardware(x.device)),
     )  # fmt: skip
     return y
 
