@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import oracle
+from countdown.ops import proxy as proxies
 from countdown.ops.triton import ops
 
 # Triton's interpreter truncates to bfloat16, where devices round.
@@ -101,3 +102,33 @@ def check_sparse(
     own = oracle.combine(a, u, active.cpu(), cpu_weights, cpu_biases)
     assert oracle.relative_error(y.cpu(), own) <= 3 * TOLERANCE[dtype]
     assert oracle.relative_error(given.cpu(), expected) <= TOLERANCE[dtype]
+
+
+def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Tensor]:
+    """Levels and scales of gate and up, all inputs as important."""
+    matrices = [proxies.quantise(weight, torch.ones(weight.shape[1]), bits) for weight in weights[:2]]
+    return [part for matrix in matrices for part in (matrix.levels, matrix.scales)]
+
+
+def check_proxy(
+    tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, activation: str, share: float,
+    bias: bool = False, form: str = "split", seed: int = 0,
+) -> None:  # fmt: skip
+    """`sparse_ffn` and `select` by a 4-bit proxy against float64: active sets, values, counters."""
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
+    x = inputs(tokens, d, dtype, device, seed)
+    proxy = proxy_of(weights)
+    cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
+    a, u = oracle.proxy_factors(x.cpu(), on_cpu(proxy), cpu_biases, activation)
+    thresholds = clear_thresholds(a * u, share)
+    expected_active = ~((a * u).abs() <= thresholds.double())
+    how = {"decision": "threshold", "drop": int(share * h), "indicator": "proxy", "activation": activation}
+    per_neuron, counters = thresholds.to(device), torch.tensor([3, 5], device=device)
+    with poisoned():
+        y = ops.sparse_ffn(x, weights, biases, per_neuron, counters, proxy=proxy, **how)
+        active = ops.select(x, weights, biases, per_neuron, proxy=proxy, **how)
+    assert torch.equal(active.cpu(), expected_active)
+    assert counters.tolist() == [3 + tokens, 5 + int(expected_active.sum())]
+    exact = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
+    expected = oracle.combine(*exact, expected_active, cpu_weights, cpu_biases)
+    assert oracle.relative_error(y.cpu(), expected) <= TOLERANCE[dtype]

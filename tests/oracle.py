@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from countdown.ops.proxy_format import padded
+
 
 def softplus(v: float) -> float:
     return v if v > 30 else math.log1p(math.exp(v))
@@ -53,15 +55,19 @@ def projections(
     return g.clone().apply_(ACT[activation]), u
 
 
-def proxy_weights(planes: Tensor, scales: Tensor, d: int) -> Tensor:
-    """Return the weights of a proxy, float64 [h, d], bit by bit from the packing that docs/methods.md describes."""
-    bits, h, _ = planes.shape
-    size = planes.shape[2] * 8 // scales.shape[1]
-    weights = torch.zeros(h, d).double()
-    for i in range(h):
-        for j in range(d):
-            level = sum((int(planes[p, i, j // 8]) >> (j % 8) & 1) << p for p in range(bits))
-            weights[i, j] = (level - 2 ** (bits - 1) + 0.5) * float(scales[i, j // size])
+def proxy_weights(packed: Tensor, scales: Tensor, d: int, bits: int = 4) -> Tensor:
+    """Return the weights of a proxy, float64 [h, d], from the packing that docs/methods.md describes."""
+    width = packed.shape[1] * 8 // bits
+    size = width // scales.shape[1]
+    weights = torch.zeros(len(packed), d).double()
+    for j in range(d):
+        eight, place = divmod(j, 8)
+        if bits == 4:
+            level = packed[:, 4 * eight + place % 4].int() >> 4 * (place // 4) & 15
+        else:
+            low = packed[:, 2 * eight + place % 2].int() >> 2 * (place // 2) & 3
+            level = low + 4 * (packed[:, width // 4 + eight].int() >> place & 1)
+        weights[:, j] = (level - 2 ** (bits - 1) + 0.5) * scales[:, j // size].double()
     return weights
 
 
@@ -71,7 +77,9 @@ def proxy_factors(
     """Return what a proxy takes a and u for, float64 [T, h], for x [T, d]: each token rounded to 255 steps."""
     step = x.double().abs().amax(dim=-1, keepdim=True) / 127
     rounded = torch.where(step > 0, (x.double() / step).round() * step, 0)
-    weights = [proxy_weights(*pair, x.shape[-1]) for pair in (proxy[:2], proxy[2:])]
+    d = x.shape[-1]
+    bits = next(b for b in (3, 4) if proxy[0].shape[1] * 8 == b * padded(d, b))
+    weights = [proxy_weights(*pair, d, bits) for pair in (proxy[:2], proxy[2:])]
     return projections(rounded, [*weights, weights[0]], biases, activation)
 
 

@@ -196,7 +196,7 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text)
         torch.testing.assert_close(compiled(IDS).logits, expected)
     torch._dynamo.reset()  # or the next test would find what was compiled here
     bytes_ = sum(site.proxy_bytes for site in countdown.status(llama_model))
-    assert bytes_ == 3 * 2 * 53 * (4 * 24 // 8 + 2)  # rows of 24 weights in one group
+    assert bytes_ == 3 * 2 * 53 * (4 * 32 // 8 + 2)  # rows of 24 weights in one group of 32
 
 
 def test_deepcopy_is_independent(llama_model, profile):

@@ -208,6 +208,7 @@ class SparseFFN(SparseSite):
             decision=self.method.decision,
             indicator=self.method.indicator.name,
             activation=self.activation,
+            proxy_bits=self.method.proxy_bits or None,
             laid_out=laid_out,
         )
 

@@ -41,11 +41,13 @@ def test_ffn_records(device):
     union = {(3, 0.5): 0.6}
     benchmark = FFNBenchmark(shapes=[(24, 96)], sparsities=(0.0, 0.5), tokens=(1, 3), union=union, dtype="float32")
     records = list(ffn.run(benchmark, progress=False))
-    assert len(records) == 2 * 2 * 3
+    assert len(records) == 2 * 2 * 4
+    # Two matrices of 96 rows: 24 levels of 4 bits and a scale of 2 bytes for the one group of 32.
+    proxy = 2 * 96 * (32 / 2 + 2) / (24 * 96 * 4)
     for record in records:
-        dense = record["method"] != "given"
         share = record["union"]
-        assert record["weights_read"] == pytest.approx((1 + 2 * share) / 3 if dense else share)
+        matrices = {"given": 3 * share, "d-proxy": proxy + 3 * share}.get(record["method"], 1 + 2 * share)
+        assert record["weights_read"] == pytest.approx(matrices / 3)
         assert record["floor_us"] == pytest.approx(record["weights_read"] * 3 * 24 * 96 * 4 / 1e9 * 1e6)
         assert record["realised_sparsity"] == pytest.approx(record["sparsity"], abs=0.02)
         assert record["error"] < 1e-5
@@ -58,7 +60,7 @@ def test_ffn_records(device):
 
 
 def test_the_methods_with_kernels_are_measured_by_default():
-    assert sorted(ffn.measurable()) == ["cats", "m-countdown"]
+    assert sorted(ffn.measurable()) == ["cats", "d-proxy", "m-countdown"]
 
 
 def test_what_computes_wrong_has_no_speed(device, monkeypatch):
@@ -79,6 +81,13 @@ def test_a_shape_that_does_not_fit_is_refused(device):
         next(ffn.run(FFNBenchmark(shapes=[(4096, 4096)], sparsities=[0.5]), progress=False))
 
 
+def test_a_decision_alone_is_measured(device):
+    (record,) = ffn.run(FFNBenchmark(shapes=[(8, 16)], methods=["d-proxy"], sparsities=[1.0]), progress=False)
+    assert record["realised_sparsity"] == 1
+    assert record["error"] == 0
+    assert record["floor_us"] > 0
+
+
 def test_hardly_anything_active_still_runs(device):
     (record,) = ffn.run(FFNBenchmark(shapes=[(8, 16)], methods=["cats"], sparsities=[0.9999]), progress=False)
     assert record["layers"] >= 1
@@ -93,9 +102,9 @@ def test_without_triton_a_given_set_is_not_measured():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"methods": ["d-countdown"]}, "d-countdown does not decide by one projection"),
-        ({"methods": ["teal"]}, "teal does not decide by one projection"),
-        ({"sparsities": [1.0]}, r"expected 0 ≤ sparsity < 1"),
+        ({"methods": ["d-countdown"]}, "d-countdown decides neither by one projection"),
+        ({"methods": ["teal"]}, "teal decides neither by one projection"),
+        ({"sparsities": [1.1]}, r"expected 0 ≤ sparsity ≤ 1"),
         ({"tokens": [9]}, "expected 1 to 8"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
     ],
@@ -115,7 +124,9 @@ def test_decode_records(device, monkeypatch):
     monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
     model = llama()
     what = decode.DecodeBenchmark(context=8, new_tokens=4)
-    dense, sparse = decode.run(model, method("m-countdown", sparsity=0.6), what)
+    methods = [method("m-countdown", sparsity=0.6), method("d-proxy", sparsity=0.6)]
+    dense, sparse, proxied = decode.run(model, methods, what)
+    assert proxied["method"] == "d-proxy"
     assert not sparse_sites(model)
     assert (dense["run"], sparse["run"]) == ("dense", "sparse")
     assert sparse["realised_sparsity"] == pytest.approx(0.6, abs=0.1)
@@ -130,4 +141,4 @@ def test_decode_records(device, monkeypatch):
 
 def test_decode_takes_ffns_only(device):
     with pytest.raises(ConfigError, match="measures sparse FFNs"):
-        decode.run(llama(), method("teal"), decode.DecodeBenchmark())
+        list(decode.run(llama(), [method("teal")], decode.DecodeBenchmark()))

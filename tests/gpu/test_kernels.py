@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import countdown
 import kernel_cases as cases
 from conftest import FAMILIES, llama
+from countdown.decoding import DecodeLoop
 from countdown.methods import method
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.ops.triton import ops
@@ -34,14 +35,26 @@ def test_against_float64(indicator, shape, dtype, tokens):
     cases.check_sparse(tokens, *shape, dtype, "cuda", indicator=indicator, activation="gelu_tanh", share=0.7, bias=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 91), (576, 1536), (1031, 2053)], ids=str)
+def test_proxies_against_float64(shape, dtype, tokens):
+    cases.check_proxy(tokens, *shape, dtype, "cuda", activation="gelu_tanh", share=0.7, bias=True)
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("by", ["up", "proxy"])
 @pytest.mark.parametrize(
     "shape",
     [(640, 2048), (896, 4864), (1536, 8960), (3584, 14336), (4096, 14336), (5120, 13824), (5120, 17920), (8192, 28672)],
     ids=str,
 )
-def test_shapes_of_real_models(shape, tokens):
-    cases.check_sparse(tokens, *shape, torch.bfloat16, "cuda", indicator="up", activation="silu", share=0.8)
+def test_shapes_of_real_models(shape, by, tokens):
+    how = {"activation": "silu", "share": 0.8}
+    if by == "proxy":
+        cases.check_proxy(tokens, *shape, torch.bfloat16, "cuda", **how)
+    else:
+        cases.check_sparse(tokens, *shape, torch.bfloat16, "cuda", indicator=by, **how)
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
@@ -60,14 +73,16 @@ def test_all_one_and_none_active(share, tokens):
     cases.check_sparse(tokens, 576, 1536, torch.float32, "cuda", indicator="up", activation="silu", share=share)
 
 
+@pytest.mark.parametrize("by", ["up", "proxy"])
 @pytest.mark.parametrize("tokens", [1, 4, 8])
-def test_the_same_bits_every_time(tokens):
+def test_the_same_bits_every_time(tokens, by):
     weights, biases = cases.ffn(1024, 4096, torch.bfloat16, "cuda")
+    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}
     x = cases.inputs(tokens, 1024, torch.bfloat16, "cuda", 0)
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
-    thresholds = torch.full((4096,), 0.8, device="cuda")
-    results = [OPS.sparse_ffn(x, weights, biases, thresholds, counters, **HOW) for _ in range(21)]
-    active = OPS.select(x, weights, biases, thresholds, **HOW)
+    thresholds = torch.full((4096,), 0.3, device="cuda")
+    results = [OPS.sparse_ffn(x, weights, biases, thresholds, counters, **how) for _ in range(21)]
+    active = OPS.select(x, weights, biases, thresholds, **how)
     given = [OPS.given_ffn(x, weights, biases, active, activation="silu") for _ in range(21)]
     for some in (results, given):
         assert all(torch.equal(some[0], other) for other in some[1:])
@@ -85,15 +100,17 @@ def test_opcheck(tokens):
     torch.library.opcheck(OPS.given_ffn.default, (x, weights, biases, active), {"activation": "silu"})
 
 
+@pytest.mark.parametrize("by", ["up", "proxy"])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_graph_replay_follows_changing_active_sets(tokens):
+def test_graph_replay_follows_changing_active_sets(tokens, by):
     weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda")
+    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}
     x = cases.inputs(tokens, 256, torch.bfloat16, "cuda", 0)
-    per_neuron = torch.full((1024,), 0.8, device="cuda")
+    per_neuron = torch.full((1024,), 0.3, device="cuda")
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
 
     def step():
-        return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **HOW)
+        return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -143,6 +160,17 @@ def test_static_cache_generation_is_compiled_and_the_same(sparse):
     assert not counters["graph_break"]
     assert {site.tokens for site in countdown.status(model)} == {15}
     assert {site.backend for site in countdown.status(model)} == {"triton"}
+
+
+@pytest.mark.parametrize("name", [None, "m-countdown", "d-proxy"])
+def test_the_decode_loop_writes_what_generate_writes(name, tokenizer, text):
+    model = llama(num_attention_heads=4, num_key_value_heads=2).cuda()
+    if name:
+        config = method(name, sparsity=0.5)
+        countdown.sparsify_(model, countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False))
+    expected = model.generate(IDS.cuda(), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    loop = DecodeLoop(model, IDS.cuda(), new_tokens=40)
+    assert torch.equal(torch.cat([loop.run(7), loop.run(33)]), expected)
 
 
 def test_down_is_stored_by_neuron_once(sparse):

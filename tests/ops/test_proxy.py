@@ -16,11 +16,11 @@ OPS = torch.ops.countdown
 
 
 def made(weights, bits, importance=None):
-    """Planes and scales of gate and up."""
+    """Levels and scales of gate and up."""
     d = weights[0].shape[1]
     importance = torch.ones(d) if importance is None else importance
     matrices = [proxies.quantise(weight, importance, bits) for weight in weights[:2]]
-    return [part for matrix in matrices for part in (matrix.planes, matrix.scales)]
+    return [part for matrix in matrices for part in (matrix.levels, matrix.scales)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,8 +32,8 @@ def test_unpacking_gives_what_the_packing_means(d, h, bits, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(h, d, generator=generator).to(dtype)
     matrix = proxies.quantise(weight, torch.rand(d, generator=generator), bits)
-    unpacked = proxies.dequantise(matrix.planes, matrix.scales, d)
-    assert torch.equal(unpacked.double(), oracle.proxy_weights(matrix.planes, matrix.scales, d))
+    unpacked = proxies.dequantise(matrix.levels, matrix.scales, d)
+    assert torch.equal(unpacked.double(), oracle.proxy_weights(matrix.levels, matrix.scales, d, bits))
     # No weight is further from its own than half a step of the largest range, or than what shrinking cut off.
     reach = weight.float().abs().max()
     assert (unpacked - weight.float()).abs().max() <= 0.45 * reach
@@ -44,14 +44,14 @@ def test_weights_on_the_grid_are_kept(bits):
     levels = torch.arange(64).remainder(2**bits) - 2 ** (bits - 1) + 0.5
     weight = torch.stack([levels * 0.25, -levels * 3.0])
     matrix = proxies.quantise(weight, torch.ones(64), bits)
-    assert torch.equal(proxies.dequantise(matrix.planes, matrix.scales, 64), weight)
+    assert torch.equal(proxies.dequantise(matrix.levels, matrix.scales, 64), weight)
 
 
 def test_the_scale_is_the_best_of_those_tried():
     generator = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(7, 64, generator=generator), torch.rand(64, generator=generator) ** 4
     matrix = proxies.quantise(weight, importance, 4)
-    kept = (proxies.dequantise(matrix.planes, matrix.scales, 64) - weight).square() @ importance
+    kept = (proxies.dequantise(matrix.levels, matrix.scales, 64) - weight).square() @ importance
     for shrink in proxies.SHRINK:
         scale = (shrink * weight.abs().amax(1, keepdim=True) / 7.5).half().float()
         tried = ((weight / scale - 0.5).round().clamp(-8, 7) + 0.5) * scale
@@ -66,14 +66,14 @@ def test_columns_of_large_inputs_are_kept_better():
     errors = []
     for cost in (torch.ones(64), importance):
         matrix = proxies.quantise(weight, cost, 3)
-        errors.append((proxies.dequantise(matrix.planes, matrix.scales, 64) - weight)[:, :8].square().mean())
+        errors.append((proxies.dequantise(matrix.levels, matrix.scales, 64) - weight)[:, :8].square().mean())
     assert errors[1] < errors[0]
 
 
 def test_the_same_weights_give_the_same_proxy_in_every_dtype():
     weight = torch.randn(9, 100).bfloat16()
     one, other = (proxies.quantise(w, torch.ones(100), 4) for w in (weight, weight.float()))
-    assert torch.equal(one.planes, other.planes)
+    assert torch.equal(one.levels, other.levels)
     assert torch.equal(one.scales, other.scales)
 
 
@@ -81,13 +81,13 @@ def test_the_same_weights_give_the_same_proxy_in_every_dtype():
 def test_small_weights_keep_their_proportions(size):
     weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(2)) * size
     matrix = proxies.quantise(weight, torch.ones(64), 4)
-    unpacked = proxies.dequantise(matrix.planes, matrix.scales, 64)
+    unpacked = proxies.dequantise(matrix.levels, matrix.scales, 64)
     assert oracle.relative_error(unpacked, weight.double()) < 0.12
 
 
 def test_zeros_stay_near_zero():
     matrix = proxies.quantise(torch.zeros(3, 70), torch.zeros(70), 4)
-    assert (proxies.dequantise(matrix.planes, matrix.scales, 70) == 0).all()
+    assert (proxies.dequantise(matrix.levels, matrix.scales, 70) == 0).all()
 
 
 @pytest.mark.parametrize("bits", [3, 4])

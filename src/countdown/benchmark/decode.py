@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class DecodeBenchmark:
     Args:
         context: Tokens of the prompt.
         new_tokens: Tokens that are timed.
-        generate: Measure Hugging Face's generate, static cache and compiled, as well.
+        generate: Measure Hugging Face's generate of the dense model, static cache and compiled, as well.
     """
 
     context: int = 512
@@ -94,13 +94,17 @@ class DecodeBenchmark:
 
 
 def run(
-    model: nn.Module, what: Method | Profile, benchmark: DecodeBenchmark, *, say: Callable[[str], None] = lambda _: None
-) -> list[dict[str, Any]]:
-    """Return a record of the dense model and one of the sparse one, measured in the same loop.
+    model: nn.Module,
+    whats: Sequence[Method | Profile],
+    benchmark: DecodeBenchmark,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield a record of the dense model, then one of each sparse one, all measured in the same loop.
 
     Args:
         model: A dense model on a CUDA device; left dense.
-        what: A profile of it, or a method that is calibrated on random tokens, for random weights.
+        whats: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         say: Called with a line at the start of each step.
 
@@ -108,30 +112,15 @@ def run(
         ConfigError, UnsupportedModelError, ProfileError: See `DecodeLoop` and `sparsify_`.
     """
     device = require_cuda()
-    kinds = [what.kind] if isinstance(what, Method) else what.kinds
-    if kinds != [GatedFFN.kind]:
-        raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
-    copy = bandwidth().copy
+    for what in whats:
+        kinds = [what.kind] if isinstance(what, Method) else what.kinds
+        if kinds != [GatedFFN.kind]:
+            raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator).to(device)
-    say("measuring dense")
-    dense = _arm(model, ids, benchmark)
-    if isinstance(what, Method):
-        say(f"calibrating {what} on random tokens")
-        some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
-        batch = {"input_ids": some, "attention_mask": torch.ones_like(some)}
-        what = calibrate(model, None, batch, what, progress=False)
-    sparsify_(model, what)
-    try:
-        say("measuring sparse")
-        sparse = _arm(model, ids, benchmark)
-    finally:
-        restore_(model)
     ffns = find_ffns(model)
-    bytes_ = token_bytes(model, ffns)
-    shares = sparse.pop("weights_read_by_ffn")
-    read = sum(shares.get(ffn.name, 1.0) * ffn.size for ffn in ffns) / sum(ffn.size for ffn in ffns)
+    size = token_bytes(model, ffns)
     common = {
         "vocab": vocabulary,
         "layers": len(ffns),
@@ -139,18 +128,43 @@ def run(
         "tokens": 1,
         "context": benchmark.context,
         "new_tokens": benchmark.new_tokens,
-        "bandwidth": copy,
+        "bandwidth": bandwidth().copy,
     }
-    floors = (bytes_.total / copy, (bytes_.other + read * bytes_.own) / copy)
-    records = [common | {"run": "dense"} | dense, common | {"run": "sparse", **what.recipe.record()} | sparse]
-    records[1]["weights_read"] = read
-    for record, floor in zip(records, floors, strict=True):
-        record["floor_us"] = floor * 1e6
-        record["floor_share"] = floor * record["tokens_per_s"]
-        record["dense_tokens_per_s"] = dense["tokens_per_s"]
-        record["speedup"] = record["tokens_per_s"] / dense["tokens_per_s"]
-        record["prefill_ratio"] = record["prefill_ms"] / dense["prefill_ms"]
-    return records
+    say("measuring dense")
+    dense = _arm(model, ids, benchmark)
+    if benchmark.generate:
+        say("measuring Hugging Face's generate")
+        dense["generate_tokens_per_s"] = _generate(model, ids, benchmark.new_tokens)
+    yield common | {"run": "dense"} | _compared(dense, dense, size.total / common["bandwidth"])
+    some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
+    for what in whats:
+        say(f"measuring {what if isinstance(what, Method) else what.recipe}")
+        profile = what if isinstance(what, Profile) else _calibrated(model, what, some)
+        sparsify_(model, profile)
+        try:
+            sparse = _arm(model, ids, benchmark)
+        finally:
+            restore_(model)
+        shares = sparse.pop("weights_read_by_ffn")
+        sparse["weights_read"] = sum(shares.get(f.name, 1.0) * f.size for f in ffns) / sum(f.size for f in ffns)
+        floor = (size.other + sparse["weights_read"] * size.own) / common["bandwidth"]
+        yield common | {"run": "sparse"} | profile.recipe.record() | _compared(sparse, dense, floor)
+
+
+def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return calibrate(model, None, batch, method, progress=False)
+
+
+def _compared(arm: dict[str, Any], dense: dict[str, Any], floor: float) -> dict[str, Any]:
+    """Return what was measured of an arm, and against the floor, in s, and the dense arm."""
+    return arm | {
+        "floor_us": floor * 1e6,
+        "floor_share": floor * arm["tokens_per_s"],
+        "dense_tokens_per_s": dense["tokens_per_s"],
+        "speedup": arm["tokens_per_s"] / dense["tokens_per_s"],
+        "prefill_ratio": arm["prefill_ms"] / dense["prefill_ms"],
+    }
 
 
 @torch.no_grad()
@@ -175,8 +189,6 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    if benchmark.generate:
-        found["generate_tokens_per_s"] = _generate(model, ids, benchmark.new_tokens)
     return found
 
 

@@ -13,14 +13,16 @@ from torch import Tensor
 from countdown.benchmark.timing import bandwidth, graph_time, relative_error, require_cuda
 from countdown.config import check_choice
 from countdown.errors import ConfigError
-from countdown.methods import method_class, method_names
+from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
 from countdown.models.loading import DTYPES
 from countdown.ops import backends
+from countdown.ops import proxy as proxies
 from countdown.ops.activations import ACTIVATIONS
-from countdown.ops.indicators import UP
+from countdown.ops.indicators import GATE, PROXY
 from countdown.progress import track
 
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
+FUSED = "cuBLAS, gate and up fused"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # Weights that a replay reads: so many times the cache that nothing stays in it.
 CACHE_TIMES = 25
@@ -33,8 +35,8 @@ class FFNBenchmark:
 
     Args:
         shapes: (d, h) of each FFN.
-        methods: Names of methods that decide by one projection, or `given`. [all of them, and `given`]
-        sparsities: Shares of inactive neurons, of every token.
+        methods: Names of methods that decide by one projection or by a proxy, or `given`. [all of them, and `given`]
+        sparsities: Shares of inactive neurons, of every token; 1 is the decision alone.
         tokens: Tokens in a call, 1 to 8.
         union: By number of tokens, the share of neurons that some token of a call needs; inputs of the tokens are
             correlated until theirs share so much. Without it tokens are independent.
@@ -60,10 +62,12 @@ class FFNBenchmark:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("activation", self.activation, ACTIVATIONS)
         for name in self.methods:
-            if name != GIVEN and not _decides_by_one(name):
-                raise ConfigError(f"{name} does not decide by one projection of an FFN; there is no kernel to measure.")
-        if any(not 0 <= sparsity < 1 for sparsity in self.sparsities):
-            raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity < 1.")
+            if name != GIVEN and not _has_kernel(name):
+                raise ConfigError(
+                    f"{name} decides neither by one projection of an FFN nor by a proxy; there is no kernel to measure."
+                )
+        if any(not 0 <= sparsity <= 1 for sparsity in self.sparsities):
+            raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity ≤ 1.")
         if any(not 1 <= count <= 8 for count in self.tokens):
             raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
         if GIVEN in self.methods and (missing := backends.missing()):
@@ -71,12 +75,13 @@ class FFNBenchmark:
 
 
 def measurable() -> list[str]:
-    """Return the methods that decide by one projection of an FFN, for which there are kernels."""
-    return [name for name in method_names() if _decides_by_one(name)]
+    """Return the methods that decide by one projection of an FFN or by a proxy, for which there are kernels."""
+    return [name for name in method_names() if _has_kernel(name)]
 
 
-def _decides_by_one(name: str) -> bool:
-    return len(method_class(name).indicator.reads) == 1
+def _has_kernel(name: str) -> bool:
+    cls = method_class(name)
+    return len(cls.indicator.reads) == 1 or cls.indicator is PROXY
 
 
 def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
@@ -100,11 +105,11 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
 def _measure(
     layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], copy: float
 ) -> dict[str, Any]:
-    indicator = GIVEN if name == GIVEN else method_class(name).indicator.name
-    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, indicator, sparsity, x)
+    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x)
     tokens, (d, h) = len(x), (layers.d, layers.h)
     union = case.union()
-    matrices = 3 * union if name == GIVEN else 1 + 2 * union
+    # In matrices: what is read to decide, and what of the others at active neurons.
+    matrices = case.decides + (3 - case.reused) * union
     floor = matrices * d * h * x.element_size() / copy * 1e6
     variant = min(dense, key=lambda key: dense[key])
     error = case.error()
@@ -116,7 +121,7 @@ def _measure(
         "layers": layers.count,
         "tokens": tokens,
         "method": name,
-        "indicator": indicator,
+        "indicator": case.indicator,
         "decision": "threshold",
         "sparsity": sparsity,
         "realised_sparsity": case.realised(),
@@ -135,7 +140,7 @@ def _measure(
     return record | {
         "time_us": time,
         "speedup": dense[variant] / time,
-        "speedup_to_cublas": min(us for key, us in dense.items() if "cuBLAS" in key) / time,
+        "speedup_to_fused_cublas": dense[FUSED] / time,
         "floor_share": floor / time,
     }
 
@@ -147,7 +152,8 @@ class _Layers:
         self.d, self.h, self.benchmark = d, h, benchmark
         self.device, self.dtype = require_cuda(), DTYPES[benchmark.dtype]
         self.generator = torch.Generator(self.device).manual_seed(0)
-        least = (1 - max(benchmark.sparsities)) * 3 * d * h * self.dtype.itemsize
+        # At the highest sparsity a decision reads a tenth of an FFN or more.
+        least = max(1 - max(benchmark.sparsities), 0.1) * 3 * d * h * self.dtype.itemsize
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size
         free = torch.cuda.mem_get_info()[0]
         fit = int(0.7 * free / (3 * d * h * self.dtype.itemsize))
@@ -156,10 +162,19 @@ class _Layers:
         self.count = min(-(-CACHE_TIMES * cache // max(1, int(least))), MOST_LAYERS, fit)
         self.both = [self._draw(2 * h, d) for _ in range(self.count)]
         self.down = [self._draw(h, d).t() for _ in range(self.count)]
+        self._proxies: dict[int, list[list[Tensor]]] = {}
 
     def weights(self, layer: int) -> list[Tensor]:
         """Gate, up and down of a layer."""
         return [self.both[layer][: self.h], self.both[layer][self.h :], self.down[layer]]
+
+    def proxies(self, bits: int) -> list[list[Tensor]]:
+        """Proxies of every layer, as good for what inputs are."""
+        if bits not in self._proxies:
+            even = torch.ones(self.d, device=self.device)
+            made = [[proxies.quantise(w, even, bits) for w in self.weights(layer)[:2]] for layer in range(self.count)]
+            self._proxies[bits] = [[part for m in pair for part in (m.levels, m.scales)] for pair in made]
+        return self._proxies[bits]
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:
         """Return x `[tokens, d]`, correlated so far that active sets overlap as the benchmark wants."""
@@ -189,7 +204,7 @@ class _Layers:
         def split(both: Tensor, down: Tensor) -> Tensor:
             return F.linear(act(F.linear(x, both[:h])) * F.linear(x, both[h:]), down)
 
-        variants = {"cuBLAS, gate and up fused": fused, "cuBLAS": split}
+        variants = {FUSED: fused, "cuBLAS": split}
         if compiled:
             variants["torch.compile max-autotune"] = torch.compile(
                 fused, dynamic=False, mode="max-autotune-no-cudagraphs"
@@ -210,35 +225,46 @@ class _Layers:
 
 
 class _Deciding:
-    """An indicator that is computed from one projection."""
+    """A method that decides by one projection, which is not read again, or by a proxy."""
 
-    def __init__(self, layers: _Layers, indicator: str, sparsity: float, x: Tensor) -> None:
+    def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
         self.layers, self.x = layers, x
-        h = layers.h
+        h, decider = layers.h, method(name)
+        self.indicator = decider.indicator.name
         self.how = {
             "decision": "threshold",
             "drop": int(sparsity * h),
-            "indicator": indicator,
+            "indicator": self.indicator,
             "activation": layers.benchmark.activation,
         }
         self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+        self.proxies = layers.proxies(decider.proxy_bits) if decider.proxy_bits else [None] * layers.count
+        self.decides, self.reused = 1.0, 1
+        if self.proxies[0] is not None:
+            size = sum(part.nbytes for part in self.proxies[0])
+            self.decides, self.reused = size / (layers.d * h * x.element_size()), 0
         self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
 
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
+        if sparsity in (0, 1):
+            return torch.full((self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device)
+        value = self._value(layer).flatten()
+        return value.kthvalue(max(1, int(sparsity * value.numel()))).values.expand(self.layers.h).contiguous()
+
+    def _value(self, layer: int) -> Tensor:
+        act = ACTIVATIONS[self.layers.benchmark.activation]
         gate, up, _ = self.layers.weights(layer)
-        if sparsity == 0:
-            return torch.full((self.layers.h,), -1.0, device=self.x.device)
-        decides = gate if self.how["indicator"] == "gate" else up
-        value: Tensor = F.linear(self.x, decides)
-        if decides is gate:
-            value = ACTIVATIONS[self.layers.benchmark.activation](value)
-        flat = value.float().abs().flatten()
-        return flat.kthvalue(max(1, int(sparsity * flat.numel()))).values.expand(self.layers.h).contiguous()
+        if proxy := self.proxies[layer]:
+            a, u = proxies.factors(self.x, proxy, [None] * 3, act)
+            return (a * u).abs()
+        z = F.linear(self.x, gate if self.indicator == GATE.name else up)
+        return (act(z) if self.indicator == GATE.name else z).float().abs()
 
     def run(self, layer: int) -> Tensor:
         return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
-            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], self.counters, **self.how
-        )
+            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], self.counters,
+            proxy=self.proxies[layer], **self.how,
+        )  # fmt: skip
 
     def step(self) -> None:
         for layer in range(self.layers.count):
@@ -246,8 +272,9 @@ class _Deciding:
 
     def active(self, layer: int) -> Tensor:
         return torch.ops.countdown.select(  # type: ignore[no-any-return]
-            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], **self.how
-        )
+            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer],
+            proxy=self.proxies[layer], **self.how,
+        )  # fmt: skip
 
     def union(self) -> float:
         shares = [self.active(layer).any(dim=0).float().mean() for layer in range(self.layers.count)]
@@ -266,10 +293,13 @@ class _Deciding:
 class _Given:
     """Active sets that are known, one for each layer and token."""
 
+    indicator, decides, reused = GIVEN, 0.0, 0
+
     def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
         self.layers, self.x = layers, x
         keep = layers.h - int(sparsity * layers.h)
-        order = [_Deciding(layers, UP.name, sparsity, x).active(layer) for layer in range(layers.count)]
+        deciding = _Deciding(layers, DEFAULT_METHOD, sparsity, x)
+        order = [deciding.active(layer) for layer in range(layers.count)]
         self.sets = [self._exactly(mask, keep) for mask in order] if len(x) == 1 else order
 
     def _exactly(self, mask: Tensor, keep: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from countdown.decoding import record
 from countdown.errors import ConfigError
 
 REPLAYS = 20
+# Replays before any is timed: clocks rise, and memory that was freed before is no longer being cleared.
+WARM_UP_S = 0.05
 
 
 def require_cuda() -> torch.device:
@@ -29,8 +32,10 @@ def require_cuda() -> torch.device:
 def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
     """Return the median time of `step` in µs, captured and replayed."""
     graph = record(step)
-    for _ in range(3):
+    started = time.perf_counter()
+    while time.perf_counter() - started < WARM_UP_S:
         graph.replay()
+        torch.cuda.synchronize()
     times: list[float] = []
     for _ in range(replays):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

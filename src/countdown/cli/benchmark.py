@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,13 +75,7 @@ def ffn(
         compiled=compiled,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )
-    header, records = meta(**_commit(commit)), []
-    for record in run(benchmark, progress=o.show_progress()):
-        records.append(record)
-        if json and json != "-":  # each time: a run that is cut short has what it measured
-            printing.emit(json, {"meta": header, "records": records})
-    if json == "-":
-        printing.emit(json, {"meta": header, "records": records})
+    records = _written(json, meta(**_commit(commit)), run(benchmark, progress=o.show_progress()))
     printing.print_ffn_speeds(printing.table_console(json), records)
 
 
@@ -89,7 +84,9 @@ def decode(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b, qwen2.5-1.5b.")] = None,
     profile: o.ProfileDir = None,
-    method_name: Annotated[str | None, typer.Option("--method", help="Method, with --shape.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--method", help="Method, with --shape; may be repeated.")
+    ] = None,
     sparsity: o.Sparsity = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
@@ -116,15 +113,30 @@ def decode(
     if shape is not None:
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
-        what: Any = method(method_name or DEFAULT_METHOD, **({} if sparsity is None else {"sparsity": sparsity}))
+        settings = {} if sparsity is None else {"sparsity": sparsity}
+        whats: list[Any] = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
         loaded, name = random_model(shape, dtype="bfloat16" if dtype == "auto" else dtype), shape
     else:
-        if method_name is not None:
+        if methods:
             raise ConfigError("--method goes with --shape; a model is measured with its --profile.")
         loaded, what, name = _model_and_profile(str(model), profile, sparsity, dtype, revision, trust_remote_code)
-    records = [{"model": name} | record for record in run(loaded, what, benchmark, say=say)]
-    printing.emit(json, {"meta": meta(**_commit(commit)), "records": records})
+        whats = [what]
+    records = _written(
+        json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, whats, benchmark, say=say))
+    )
     printing.print_decode_speeds(printing.table_console(json), records)
+
+
+def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records; a file has, at any time, all that were measured."""
+    kept = []
+    for record in records:
+        kept.append(record)
+        if json and json != "-":
+            printing.emit(json, {"meta": header, "records": kept})
+    if json == "-":
+        printing.emit(json, {"meta": header, "records": kept})
+    return kept
 
 
 def _model_and_profile(

@@ -156,9 +156,9 @@ class GatedFFN(Site):
         return ACTIVATIONS[self.activation](g), u
 
     def proxy(self, importance: Tensor, bits: int) -> list[Tensor]:
-        """Return planes and scales of gate and of up in few bits; see `ops.proxy`."""
+        """Return levels and scales of gate and of up in few bits; see `ops.proxy`."""
         gate, up = (proxies.quantise(matrix.detach(), importance, bits) for matrix in self.matrices[:2])
-        return [gate.planes, gate.scales, up.planes, up.scales]
+        return [gate.levels, gate.scales, up.levels, up.scales]
 
     def project_by(self, proxy: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
         """Return what a proxy takes a and u for, float32, each `[..., h]`, for x `[..., d]`."""

@@ -17,12 +17,19 @@ from countdown.ops.schema import LIBRARY
 
 
 def refuses_ffn(
-    weights: list[Tensor], *, decision: str, indicator: str, activation: str, laid_out: bool = True
+    weights: list[Tensor],
+    *,
+    decision: str,
+    indicator: str,
+    activation: str,
+    proxy_bits: int | None = None,
+    laid_out: bool = True,
 ) -> str | None:
     """Return why the Triton backend leaves sparse FFNs of this kind to the reference, None if it computes them.
 
     Args:
         weights, decision, indicator, activation: As in `ops.schema`.
+        proxy_bits: Bits of the proxy that decides, if one does.
         laid_out: Whether W_down is laid out by neuron already, or will be.
     """
     device = weights[0].device.type
@@ -32,7 +39,8 @@ def refuses_ffn(
         return reason
     from countdown.ops.triton import ops
 
-    return ops.refuses_decision(decision, indicator) or ops.refuses_ffn(weights, activation, laid_out=laid_out)
+    reason = ops.refuses_decision(decision, indicator, proxy_bits)
+    return reason or ops.refuses_ffn(weights, activation, laid_out=laid_out)
 
 
 def missing() -> str | None:

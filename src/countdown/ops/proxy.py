@@ -1,11 +1,13 @@
 """A proxy of a gated FFN: W_gate and W_up in few bits, to decide by ŝ = act(ĝ) ⊙ û before anything exact is read.
 
-A weight is one of 2^b levels ±½, ±1½, ... times the scale of its group of about `GROUP` weights of a row. A scale is
-the one of a few shrunken ranges that loses least where inputs are large: it minimises Σ_j E[x_j²] (w_j − ŵ_j)². Inputs
-are rounded to 8 bits a token, so that a product is one of integers. Both are ours; the idea is near Prox, arXiv
-2607.27591.
+A weight is one of 2^b levels ±½, ±1½, ... times the scale of its group of weights of a row. A scale is the one of a few
+shrunken ranges that loses least where inputs are large: it minimises Σ_j E[x_j²] (w_j − ŵ_j)². Inputs are rounded to 8
+bits a token, so that a product is one of integers. Both are ours; the idea is near Prox, arXiv 2607.27591.
 
-Levels are packed in bit planes: bit p of eight neighbours is one byte of plane p.
+Levels are packed in fields: a level of 4 bits is one field, of 3 bits a field of its low 2 and one of its high bit.
+Of eight neighbours, fields of f bits fill f bytes: neighbour j stands in byte j mod f, from bit f · (j div f) up. Four
+neighbours so lie in the same bits of four bytes, ready for products of bytes. A row is all of the first field, then
+all of the second.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from countdown.ops.proxy_format import GROUP
+from countdown.ops.proxy_format import FIELDS, group_of, padded
 
 # Shares of a group's range that are tried for its scale.
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -30,17 +32,17 @@ class ProxyMatrix:
     """One matrix in few bits.
 
     Args:
-        planes: uint8 `[bits, h, d_padded / 8]`.
+        levels: uint8 `[h, bits * d_padded / 8]`.
         scales: float16 `[h, groups]`; d_padded / groups is the size of a group.
     """
 
-    planes: Tensor
+    levels: Tensor
     scales: Tensor
 
     @property
     def nbytes(self) -> int:
-        """Bytes of planes and scales."""
-        return self.planes.nbytes + self.scales.nbytes
+        """Bytes of levels and scales."""
+        return self.levels.nbytes + self.scales.nbytes
 
 
 @torch.no_grad()
@@ -56,12 +58,10 @@ def quantise(weight: Tensor, importance: Tensor, bits: int) -> ProxyMatrix:
         bits: 3 or 4.
     """
     d = weight.shape[1]
-    groups = _ceil(d, GROUP)
-    size = _ceil(_ceil(d, groups), 8) * 8
-    cost = F.pad(importance.to(weight.device, torch.float32), (0, groups * size - d)).view(1, groups, size)
+    cost = F.pad(importance.to(weight.device, torch.float32), (0, padded(d, bits) - d)).view(1, -1, group_of(d, bits))
     parts = [_quantise(rows, cost, bits) for rows in weight.split(_ROWS)]
-    planes, scales = zip(*parts, strict=True)
-    return ProxyMatrix(torch.cat(planes, dim=1), torch.cat(scales))
+    levels, scales = zip(*parts, strict=True)
+    return ProxyMatrix(torch.cat(levels), torch.cat(scales))
 
 
 def _quantise(rows: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -77,10 +77,28 @@ def _quantise(rows: Tensor, cost: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         lost = (error * cost).sum(dim=-1)
         better = lost < best
         best, scales = torch.where(better, lost, best), torch.where(better, tried, scales)
-    levels = (_levels(values, scales, half) + half).to(torch.uint8).view(len(rows), -1, 8)
-    places = torch.arange(8, dtype=torch.uint8, device=rows.device)
-    planes = [((levels >> plane & 1) << places).sum(dim=-1).to(torch.uint8) for plane in range(bits)]
-    return torch.stack(planes), scales
+    levels = (_levels(values, scales, half) + half).to(torch.uint8)
+    return _pack(levels.view(len(rows), -1), bits), scales
+
+
+def _pack(levels: Tensor, bits: int) -> Tensor:
+    parts, below = [], 0
+    for field in FIELDS[bits]:
+        values = (levels >> below) & (2**field - 1)
+        places = torch.arange(0, 8, field, dtype=torch.uint8, device=levels.device)[:, None]
+        parts.append((values.view(len(levels), -1, 8 // field, field) << places).sum(dim=2).to(torch.uint8).flatten(1))
+        below += field
+    return torch.cat(parts, dim=1)
+
+
+def _unpack(packed: Tensor, width: int, bits: int) -> Tensor:
+    levels, below = torch.zeros(len(packed), width, dtype=torch.uint8, device=packed.device), 0
+    for field, part in zip(FIELDS[bits], packed.split([f * width // 8 for f in FIELDS[bits]], dim=1), strict=True):
+        places = torch.arange(0, 8, field, dtype=torch.uint8, device=packed.device)[:, None]
+        values = (part.view(len(packed), -1, 1, field) >> places) & (2**field - 1)
+        levels |= values.flatten(1) << below
+        below += field
+    return levels
 
 
 def _levels(values: Tensor, scales: Tensor, half: int) -> Tensor:
@@ -89,16 +107,17 @@ def _levels(values: Tensor, scales: Tensor, half: int) -> Tensor:
     return (steps - 0.5).round().clamp(-half, half - 1)
 
 
-def dequantise(planes: Tensor, scales: Tensor, d: int) -> Tensor:
+def dequantise(levels: Tensor, scales: Tensor, d: int) -> Tensor:
     """Return the weights of a `ProxyMatrix`, float32 `[h, d]`."""
-    bits, h, width = planes.shape
-    places = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    levels = torch.zeros(h, width, 8, dtype=torch.uint8, device=planes.device)
-    for plane in range(bits):
-        levels |= (planes[plane][..., None] >> places & 1) << plane
-    steps = levels.view(h, scales.shape[1], -1).float() - (2 ** (bits - 1) - 0.5)
-    weights: Tensor = (steps * scales.float()[..., None]).view(h, -1)[:, :d]
+    bits = bits_of(levels, d)
+    steps = _unpack(levels, padded(d, bits), bits).view(*scales.shape, -1).float() - (2 ** (bits - 1) - 0.5)
+    weights: Tensor = (steps * scales.float()[..., None]).flatten(1)[:, :d]
     return weights
+
+
+def bits_of(levels: Tensor, d: int) -> int:
+    """Return the bits of the levels of rows of d weights."""
+    return next((bits for bits in FIELDS if levels.shape[1] * 8 == bits * padded(d, bits)), 0)
 
 
 def factors(
@@ -108,13 +127,13 @@ def factors(
 
     Args:
         x: `[..., d]`.
-        proxy: Planes and scales of gate, planes and scales of up.
+        proxy: Levels and scales of gate, levels and scales of up.
         biases: Of gate and up.
         act: The activation.
     """
-    gate_planes, gate_scales, up_planes, up_scales = proxy
+    gate_levels, gate_scales, up_levels, up_scales = proxy
     rounded = round_tokens(x)
-    gate, up = dequantise(gate_planes, gate_scales, x.shape[-1]), dequantise(up_planes, up_scales, x.shape[-1])
+    gate, up = dequantise(gate_levels, gate_scales, x.shape[-1]), dequantise(up_levels, up_scales, x.shape[-1])
     gate_bias, up_bias = (None if bias is None else bias.float() for bias in biases[:2])
     return act(F.linear(rounded, gate, gate_bias)), F.linear(rounded, up, up_bias)
 
@@ -122,9 +141,7 @@ def factors(
 def round_tokens(x: Tensor) -> Tensor:
     """Return x with each token rounded to 255 even steps between ± its largest entry, float32."""
     x = x.float()
-    step = x.abs().amax(dim=-1, keepdim=True) / 127
-    return torch.where(step > 0, (x / step).round() * step, x)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    # Bounded, for entries so small that the quotient is infinite; times, for kernels to round alike.
+    per_step = torch.where(largest > 0, (127 / largest).clamp(max=3e38), 0)
+    return (x * per_step).round() * (largest / 127)

@@ -10,7 +10,7 @@ Letters: T tokens in a call (all leading dimensions of x taken together), d hidd
 | weight, bias | [d_out, d], [d_out] or None | of a linear |
 | per_neuron, per_channel | [h] or [d], float32 | decision threshold: τ_i; decision topk: weights m_i |
 | counters | [2], int64 | incremented by T and by the active terms summed over the T tokens |
-| proxy | planes and scales of gate, and of up (see `proxy`) | what indicator `proxy` is computed from; else None |
+| proxy | levels and scales of gate, and of up (see `proxy`) | what indicator `proxy` is computed from; else None |
 | active | [..., h], bool | the active set of each token |
 | decision | `threshold` | term i is inactive iff indicator ≤ τ_i, so a NaN stays active |
 |          | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
+from countdown.ops.proxy_format import BITS, group_of, padded
 
 LIBRARY = torch.library.Library("countdown", "DEF")
 
@@ -132,18 +133,20 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
     _require((proxy is not None) == wanted, f"proxy is {'not ' if wanted else ''}given, and indicator is '{indicator}'")
     if proxy is None:
         return
-    _require(len(proxy) == 4, f"proxy has {len(proxy)} tensors, expected planes and scales of gate and of up")
+    _require(len(proxy) == 4, f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
     h, d = weights[0].shape
-    for planes, scales in (proxy[:2], proxy[2:]):
-        fits = planes.dim() == 3 and scales.dim() == 2 and planes.shape[1] == len(scales) == h
-        fits = fits and planes.dtype == torch.uint8 and scales.dtype == torch.float16
-        fits = fits and planes.shape[2] * 8 >= d and 0 < scales.shape[1] <= planes.shape[2]
-        fits = fits and planes.shape[2] % scales.shape[1] == 0
+    for levels, scales in (proxy[:2], proxy[2:]):
+        shapes = [_proxy_shapes(h, d, bits) for bits in BITS]
         _require(
-            fits,
-            f"proxy is {planes.dtype} {tuple(planes.shape)} and {scales.dtype} {tuple(scales.shape)}, which does not "
+            (levels.shape, scales.shape) in shapes and (levels.dtype, scales.dtype) == (torch.uint8, torch.float16),
+            f"proxy is {levels.dtype} {tuple(levels.shape)} and {scales.dtype} {tuple(scales.shape)}, which does not "
             f"fit W_gate {(h, d)}",
         )
+
+
+def _proxy_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    width = padded(d, bits)
+    return (h, bits * width // 8), (h, width // group_of(d, bits))
 
 
 def check_counters(counters: Tensor) -> None:

@@ -53,6 +53,12 @@ def load_rows(w, i, stride, c, mask):
 
 
 @triton.jit
+def is_above(v, threshold):
+    # NaN compares false, and is above every threshold.
+    return ~(tl.abs(v) <= threshold)
+
+
+@triton.jit
 def load_bias(b, i, mask, HAS: tl.constexpr):
     v = tl.zeros(i.shape, tl.float32)
     if HAS:
@@ -74,3 +80,42 @@ def is_inside(c, d: tl.constexpr, D: tl.constexpr):
 def pick(v, k, o):
     # v[o] of a vector in registers, k = 0, 1, ...
     return tl.sum(tl.where(k[None, :] == o[:, None], v[None, :], 0), 1)
+
+
+@triton.jit
+def keep_active(index, n, i, active, k):
+    # Appends the active of i to the first n of a list in registers, k = 0, 1, ...
+    one = active.to(tl.int32)
+    position = n + tl.cumsum(one, 0) - one
+    to = active[:, None] & (position[:, None] == k[None, :])
+    index += tl.sum(tl.where(to, i[:, None], 0), 0)
+    return index, n + tl.sum(one, 0)
+
+
+@triton.jit
+def count(counters, once, tokens, active):
+    # Integers: the sum is the same in whatever order programs add.
+    tl.atomic_add(counters, tokens.to(tl.int64), mask=once, sem="relaxed")
+    tl.atomic_add(counters + 1, active.to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def gather_and_sum(
+    xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
+    ACT: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, GATHER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Σ over the first n neurons of a list in registers, float32 [D], for one token xv [D]."""
+    y = tl.zeros([D], tl.float32)
+    for start in tl.range(0, n, GATHER, num_stages=STAGES):
+        o = start + tl.arange(0, GATHER)
+        here = o < n
+        i = pick(index, k, o)
+        mask = here[:, None] & inside[None, :]
+        wu = load_rows(up, i, up_stride, c, mask)
+        wg = load_rows(gate, i, gate_stride, c, mask)
+        column = load_rows(down, i, down_stride, c, mask)
+        u = tl.sum(wu * xv[None, :], 1) + load_bias(up_bias, i, here, BIAS)
+        g = tl.sum(wg * xv[None, :], 1) + load_bias(gate_bias, i, here, BIAS)
+        s = tl.where(here, activate(g, ACT) * u, 0.0)
+        y += tl.sum(column * s[:, None], 0)
+    return y

@@ -14,20 +14,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from countdown.ops.triton.kernel_parts import activate, begin, dot, is_inside, load_bias, load_rows, pick, rounded
+from countdown.ops.triton.kernel_parts import (
+    activate,
+    begin,
+    count,
+    dot,
+    gather_and_sum,
+    is_above,
+    is_inside,
+    load_bias,
+    load_rows,
+    pick,
+    rounded,
+)
 
 
 @triton.jit
 def _is_active(v, z, threshold):
-    # Of an input that is not finite, no projection z is: every neuron is active then. NaN compares false.
-    return ~((tl.abs(v) <= threshold) & (tl.abs(z) < float("inf")))
-
-
-@triton.jit
-def count(counters, once, tokens, active):
-    # Integers: the sum is the same in whatever order programs add.
-    tl.atomic_add(counters, tokens.to(tl.int64), mask=once, sem="relaxed")
-    tl.atomic_add(counters + 1, active.to(tl.int64), sem="relaxed")
+    # Of an input that is not finite, no projection z is: every neuron is active then.
+    return is_above(v, threshold) | ~(tl.abs(z) < float("inf"))
 
 
 @triton.jit
@@ -71,6 +76,7 @@ def decide_and_sum(
         value += tl.sum(tl.where(to, v[:, None], 0.0), 0)
         n += tl.sum(one, 0)
 
+    count(counters, p == 0, tl.full([], 1, tl.int64), n)
     y = tl.zeros([D], tl.float32)
     for start in tl.range(0, n, GATHER, num_stages=GATHER_STAGES):
         o = start + tl.arange(0, GATHER)
@@ -85,7 +91,6 @@ def decide_and_sum(
         s = tl.where(here, v * pick(value, k, o), 0.0)
         y += tl.sum(column * s[:, None], 0)
     tl.store(partial + p * d + c, y, mask=inside, eviction_policy="evict_last")
-    count(counters, p == 0, tl.full([], 1, tl.int64), n)
 
 
 @triton.jit
@@ -109,19 +114,10 @@ def sum_listed(
     index = tl.load(listed + p + k * programs, mask=p + k * programs < h, other=0)
     n = (tl.load(count) - p + programs - 1) // programs
     xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    y = tl.zeros([D], tl.float32)
-    for start in tl.range(0, n, GATHER, num_stages=GATHER_STAGES):
-        o = start + tl.arange(0, GATHER)
-        here = o < n
-        i = pick(index, k, o)
-        mask = here[:, None] & inside[None, :]
-        wu = load_rows(up, i, up_stride, c, mask)
-        wg = load_rows(gate, i, gate_stride, c, mask)
-        column = load_rows(down, i, down_stride, c, mask)
-        u = tl.sum(wu * xv[None, :], 1) + load_bias(up_bias, i, here, BIAS)
-        g = tl.sum(wg * xv[None, :], 1) + load_bias(gate_bias, i, here, BIAS)
-        s = tl.where(here, activate(g, ACT) * u, 0.0)
-        y += tl.sum(column * s[:, None], 0)
+    y = gather_and_sum(
+        xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
+        ACT, BIAS, D, GATHER, GATHER_STAGES,
+    )  # fmt: skip
     tl.store(partial + p * d + c, y, mask=inside, eviction_policy="evict_last")
 
 

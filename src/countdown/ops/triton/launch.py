@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from countdown.ops.proxy_format import group_of, padded
+
 # More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
 GATHER_TOKENS = 8
 # Tokens are padded to the side of a matrix instruction.
@@ -31,15 +33,17 @@ class Hardware:
         multiprocessors: How many the device has.
         shared: Bytes of shared memory that a program can have.
         dependent_launch: Whether a kernel may start before the one before it ends.
+        dot4: Whether there is an instruction for four products of bytes.
     """
 
     multiprocessors: int
     shared: int
     dependent_launch: bool
+    dot4: bool
 
 
 # Where kernels run without a device, in Triton's interpreter: few programs, as each is run in Python.
-INTERPRETED = Hardware(multiprocessors=2, shared=64 * 1024, dependent_launch=False)
+INTERPRETED = Hardware(multiprocessors=2, shared=64 * 1024, dependent_launch=False, dot4=False)
 
 
 @cache
@@ -50,7 +54,8 @@ def hardware(device: torch.device) -> Hardware:
     found = torch.cuda.get_device_properties(device)
     # ROCm has one limit, CUDA a larger one that a kernel must ask for, as Triton does.
     shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
-    return Hardware(found.multi_processor_count, shared, bool(torch.version.cuda) and found.major >= 9)
+    cuda = bool(torch.version.cuda)
+    return Hardware(found.multi_processor_count, shared, cuda and found.major >= 9, cuda and found.major >= 7)
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,26 @@ def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return on_device
 
 
+def has(biases: list[Tensor | None]) -> bool:
+    return biases[0] is not None or biases[1] is not None
+
+
+def given(first: Tensor | None, other: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the biases of gate and up: x, never read, where neither is there; zeros where only the other is."""
+    if first is None and other is None:
+        return x, x
+    some = first if first is not None else other
+    assert some is not None
+    zeros = torch.zeros_like(some) if first is None or other is None else some
+    return (zeros if first is None else first), (zeros if other is None else other)
+
+
 def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
     """Return the launch of `decide_and_sum`, where about `expected` neurons are active."""
     width, row = _row(d, itemsize)
     rows = _clamp(32 * _KB // row, 1, 16)
-    blocks = _ceil(_ceil(h, rows), 2 * found.multiprocessors)
-    mine = blocks * rows
-    # No more programs than it takes for none to have more blocks.
-    programs = _ceil(h, mine)
+    programs = min(2 * found.multiprocessors, _ceil(h, rows))
+    mine = _ceil(_ceil(h, rows), programs) * rows
     gather = _clamp(min(16 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
     constants = {
         "D": width,
@@ -119,6 +136,46 @@ def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
         "GATHER_STAGES": _stages(3 * gather * row, 4, min(found.shared, 108 * _KB)),
     }
     return Launch((programs,), constants, _warps(width))
+
+
+def proxy_decision(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
+    """Return the launch of `decide_by_proxy_and_sum`, where about `expected` neurons are active."""
+    packed = _packed(d)
+    size = 8 * packed["W"]  # a row of both matrices
+    rows = _clamp(32 * _KB // size, 1, 16)
+    programs = min(2 * found.multiprocessors, _ceil(h, rows))
+    mine = _ceil(_ceil(h, rows), programs) * rows
+    width, row = _row(d, itemsize)
+    gather = _clamp(min(8 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
+    constants = {
+        **packed,
+        "DOT4": found.dot4,
+        "D": width,
+        "ROWS": rows,
+        "GATHER": gather,
+        "MINE": _power(mine),
+        "STAGES": _stages(rows * size, 3, found.shared // 2),
+        "GATHER_STAGES": _stages(3 * gather * row, 3, found.shared // 2),
+    }
+    return Launch((programs,), constants, _warps(width))
+
+
+def proxy_selection(d: int, h: int, found: Hardware) -> Launch:
+    """Return the launch of `select_by_proxy`."""
+    packed = _packed(d)
+    rows = _clamp(2 * _KB // packed["W"], 1, 16)
+    return Launch((_ceil(h, rows),), {**packed, "DOT4": found.dot4, "ROWS": rows}, 4)
+
+
+def quantisation(d: int, tokens: int, found: Hardware) -> Launch:
+    """Return the launch of `quantise_tokens`."""
+    return Launch((tokens,), {**_packed(d), "DOT4": found.dot4}, 8)
+
+
+def _packed(d: int) -> dict[str, int]:
+    """Return the words of a row of a proxy of 4 bits, the power of two they fit, and the words of a group."""
+    words = padded(d, 4) // 8
+    return {"WORDS": words, "W": _power(words), "GROUP": group_of(d, 4) // 8}
 
 
 def projection(d: int, heights: list[int], itemsize: int, found: Hardware) -> Launch:

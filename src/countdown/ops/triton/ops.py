@@ -9,9 +9,11 @@ from torch import Tensor
 
 from countdown.errors import ConfigError
 from countdown.ops import reference
+from countdown.ops.indicators import PROXY
+from countdown.ops.proxy import bits_of
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
-from countdown.ops.triton import kernels, launch
+from countdown.ops.triton import kernels, launch, proxy_ops
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 # By indicator, whether the gate decides.
@@ -39,12 +41,19 @@ def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True
     return None
 
 
-def refuses_decision(decision: str, indicator: str) -> str | None:
-    """Return why no kernel decides like this, None if one does."""
+def refuses_decision(decision: str, indicator: str, bits: int | None) -> str | None:
+    """Return why no kernel decides like this, None if one does.
+
+    Args:
+        decision, indicator: See `schema`.
+        bits: Of the proxy, None without one.
+    """
     if decision != "threshold":
         return f"decision '{decision}' needs a sort, which no kernel does"
-    if indicator not in INDICATORS:
-        return f"it has no kernel for indicator '{indicator}', only: {', '.join(INDICATORS)}"
+    if bits not in (None, 4):
+        return f"it has no kernel for proxies of {bits} bits, only of 4"
+    if bits is None and indicator not in INDICATORS:
+        return f"it has no kernel for indicator '{indicator}', only: {', '.join((*INDICATORS, PROXY.name))}"
     return None
 
 
@@ -69,7 +78,7 @@ def sparse_ffn(
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     tokens = x.shape[:-1].numel()
-    reason = refuses_decision(decision, indicator) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, _bits(x, proxy)) or refuses_ffn(weights, activation)
     if reason and requested() == "triton":
         raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute this FFN: {reason}.")
     if reason or _too_many(tokens):
@@ -79,7 +88,9 @@ def sparse_ffn(
             weight_format=weight_format,
         )  # fmt: skip
     flat, biases, per_neuron = _flat(x), _dense(biases), per_neuron.contiguous()
-    if tokens == 1:
+    if proxy is not None:
+        y = _decide_by_proxy(flat, weights, biases, proxy, per_neuron, counters, activation, drop)
+    elif tokens == 1:
         y = _decide_one(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     else:
         y = _decide_many(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation)
@@ -105,7 +116,8 @@ def select(
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
-    if _too_many(tokens) or refuses_decision(decision, indicator) or refuses_ffn(weights, activation):
+    reason = refuses_decision(decision, indicator, _bits(x, proxy)) or refuses_ffn(weights, activation)
+    if reason or _too_many(tokens):
         return reference.select(
             x, weights, biases, per_neuron,
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
@@ -113,8 +125,12 @@ def select(
         )  # fmt: skip
     active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
     thresholds = per_neuron.contiguous()
-    gate_first = INDICATORS[indicator]
-    _coefficients(_flat(x), weights, _dense(biases), thresholds, active, None, gate_first, activation, "select")
+    biases = _dense(biases)
+    if proxy is not None:
+        proxy_ops.select(_flat(x), proxy, biases, thresholds, active.view(-1, h), None, activation)
+    else:
+        gate_first = INDICATORS[indicator]
+        _coefficients(_flat(x), weights, biases, thresholds, active, None, gate_first, activation, "select")
     return active
 
 
@@ -163,9 +179,9 @@ def listed_ffn(
     config = launch.listed(d, h, x.element_size(), found)
     partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
     kernels.sum_listed[config.grid](
-        x, gate, up, down, *_given(biases[0], biases[1], x), indices, count, partial,
+        x, gate, up, down, *launch.given(biases[0], biases[1], x), indices, count, partial,
         h, gate.stride(0), up.stride(0), down.stride(1), d,
-        ACT=activation, BIAS=_has(biases), **config.options(found),
+        ACT=activation, BIAS=launch.has(biases), **config.options(found),
     )  # fmt: skip
     return _reduce(x, partial, biases[2])
 
@@ -186,11 +202,31 @@ def _decide_one(
     config = launch.decide(d, h, x.element_size(), h - drop, found)
     partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
     kernels.decide_and_sum[config.grid](
-        x, first, other, weights[2], *_given(first_bias, other_bias, x), per_neuron, partial, counters,
+        x, first, other, weights[2], *launch.given(first_bias, other_bias, x), per_neuron, partial, counters,
         h, first.stride(0), other.stride(0), weights[2].stride(1), d,
-        GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
+        GATE_FIRST=gate_first, ACT=activation, BIAS=launch.has(biases), **config.options(found),
     )  # fmt: skip
     return _reduce(x, partial, biases[2])
+
+
+def _decide_by_proxy(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    proxy: list[Tensor],
+    per_neuron: Tensor,
+    counters: Tensor,
+    activation: str,
+    drop: int,
+) -> Tensor:
+    tokens, h = len(x), len(per_neuron)
+    if tokens == 1:
+        partial = proxy_ops.partial_sums(x, weights, proxy, biases, per_neuron, counters, h - drop, activation)
+        return _reduce(x, partial, biases[2])
+    active = torch.empty(tokens, h, dtype=torch.bool, device=x.device)
+    proxy_ops.select(x, proxy, biases, per_neuron, active, counters, activation)
+    found = _coefficients(x, weights, biases, None, active, None, False, activation, "given")
+    return _sum_columns(x, *found, weights, biases)
 
 
 def _decide_many(
@@ -226,11 +262,11 @@ def _coefficients(
     needs = x.new_empty(h, dtype=torch.int8)
     # An argument that the mode does not use is never touched; some pointer must stand for it.
     kernels.coefficients[config.grid](
-        x, first, other, *_given(first_bias, other_bias, x),
+        x, first, other, *launch.given(first_bias, other_bias, x),
         x if per_neuron is None else per_neuron, needs if active is None else active.view(torch.int8),
         s, needs, needs if counters is None else counters,
         len(x), d, h, x.stride(0), first.stride(0), other.stride(0),
-        MODE=mode, GATE_FIRST=gate_first, ACT=activation, BIAS=_has(biases), **config.options(found),
+        MODE=mode, GATE_FIRST=gate_first, ACT=activation, BIAS=launch.has(biases), **config.options(found),
     )  # fmt: skip
     return s, needs
 
@@ -264,6 +300,10 @@ def _reduce(x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _bits(x: Tensor, proxy: list[Tensor] | None) -> int | None:
+    return None if proxy is None else bits_of(proxy[0], x.shape[-1])
+
+
 def _too_many(tokens: int) -> bool:
     """Return whether so many tokens are for the reference: too many to gather for, none, or asked for."""
     return not 1 <= tokens <= launch.GATHER_TOKENS or requested() == "reference"
@@ -282,17 +322,3 @@ def _dense(biases: list[Tensor | None]) -> list[Tensor | None]:
 
 def _ordered(pair: list[V], gate_first: bool) -> tuple[V, V]:
     return (pair[0], pair[1]) if gate_first else (pair[1], pair[0])
-
-
-def _has(biases: list[Tensor | None]) -> bool:
-    return biases[0] is not None or biases[1] is not None
-
-
-def _given(first: Tensor | None, other: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the biases of gate and up: x, never read, where neither is there; zeros where only the other is."""
-    if first is None and other is None:
-        return x, x
-    some = first if first is not None else other
-    assert some is not None
-    zeros = torch.zeros_like(some) if first is None or other is None else some
-    return (zeros if first is None else first), (zeros if other is None else other)

@@ -1,0 +1,92 @@
+"""The kernels that decide by a proxy: in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_cases as cases
+import oracle
+from countdown.errors import ConfigError
+from countdown.ops import reference
+from countdown.ops.triton import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOW = {"decision": "threshold", "drop": 0, "indicator": "proxy", "activation": "silu"}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_against_float64(activation, share, tokens):
+    cases.check_proxy(tokens, 37, 91, torch.float32, DEVICE, activation=activation, share=share)
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("d", "h", "form"),
+    [(1, 1, "split"), (16, 8, "interleaved"), (64, 256, "fused"), (129, 67, "split"), (100, 33, "interleaved")],
+)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_shapes_dtypes_and_forms(tokens, d, h, form, dtype):
+    cases.check_proxy(
+        tokens, d, h, dtype, DEVICE, activation="silu", share=0.6, bias=form != "fused", form=form, seed=d + h
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, tokens):
+    weights, biases = cases.ffn(40, 29, torch.float32, DEVICE, bias=True)
+    proxy, x = cases.proxy_of(weights), cases.inputs(tokens, 40, torch.float32, DEVICE, 1)
+    thresholds = torch.full((29,), 0.2, device=DEVICE)
+    how = HOW | {"activation": activation, "proxy": proxy}
+    clean = ops.select(x, weights, biases, thresholds, **how)
+    x[-1, 5] = bad
+    counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    active = ops.select(x, weights, biases, thresholds, **how)
+    assert active[-1].all()
+    assert torch.equal(active[:-1], clean[:-1])
+    assert not y[-1].isfinite().any()
+    assert y[:-1].isfinite().all()
+    assert counters.tolist() == [tokens, int(active.sum())]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_token_of_zeros_and_none_active(tokens):
+    weights, biases = cases.ffn(21, 50, torch.float32, DEVICE, bias=True)
+    proxy, counters = cases.proxy_of(weights), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    thresholds = torch.full((50,), torch.inf, device=DEVICE)
+    with cases.poisoned():
+        y = ops.sparse_ffn(
+            torch.zeros(tokens, 21, device=DEVICE), weights, biases, thresholds, counters, **HOW, proxy=proxy
+        )
+    assert torch.equal(y, biases[2].expand(tokens, -1))
+    assert counters.tolist() == [tokens, 0]
+
+
+def test_inputs_are_rounded_as_in_the_reference():
+    # Halves between two steps, and both ends of the range.
+    x = torch.tensor([[127.0, -127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 3.49]], device=DEVICE)
+    weights, biases = cases.ffn(8, 400, torch.float32, DEVICE)
+    proxy = cases.proxy_of(weights)
+    a, u = oracle.proxy_factors(x.cpu(), cases.on_cpu(proxy), [None] * 3, "silu")
+    for value in (a * u).abs()[0].sort().values[-40::8].tolist():
+        thresholds = torch.full((400,), value * (1 - 1e-4), device=DEVICE)
+        active = ops.select(x, weights, biases, thresholds, **HOW, proxy=proxy)
+        assert torch.equal(active.cpu(), (a * u).abs() > value * (1 - 1e-4))
+
+
+def test_proxies_of_3_bits_are_left_to_the_reference(monkeypatch):
+    weights, biases = cases.ffn(32, 20, torch.float32, DEVICE)
+    proxy, x = cases.proxy_of(weights, bits=3), cases.inputs(1, 32, torch.float32, DEVICE, 1)
+    thresholds, counters = torch.full((20,), 0.2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    expected = reference.sparse_ffn(x, weights, biases, thresholds, counters, **HOW, proxy=proxy)
+    assert torch.equal(ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW, proxy=proxy), expected)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
+    with pytest.raises(ConfigError, match="no kernel for proxies of 3 bits, only of 4"):
+        ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW, proxy=proxy)
