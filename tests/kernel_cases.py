@@ -119,7 +119,8 @@ def check_proxy(
     x = inputs(tokens, d, dtype, device, seed)
     proxy = proxy_of(weights)
     cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
-    a, u = oracle.proxy_factors(x.cpu(), on_cpu(proxy), cpu_biases, activation)
+    unpack = proxies.dequantise if d * h > 10**6 else None
+    a, u = oracle.proxy_factors(x.cpu(), on_cpu(proxy), cpu_biases, activation, unpack)
     thresholds = clear_thresholds(a * u, share)
     expected_active = ~((a * u).abs() <= thresholds.double())
     how = {"decision": "threshold", "drop": int(share * h), "indicator": "proxy", "activation": activation}

@@ -72,14 +72,20 @@ def proxy_weights(packed: Tensor, scales: Tensor, d: int, bits: int = 4) -> Tens
 
 
 def proxy_factors(
-    x: Tensor, proxy: list[Tensor], biases: list[Tensor | None], activation: str
+    x: Tensor, proxy: list[Tensor], biases: list[Tensor | None], activation: str, unpack=None
 ) -> tuple[Tensor, Tensor]:
-    """Return what a proxy takes a and u for, float64 [T, h], for x [T, d]: each token rounded to 255 steps."""
-    step = x.double().abs().amax(dim=-1, keepdim=True) / 127
-    rounded = torch.where(step > 0, (x.double() / step).round() * step, 0)
+    """Return what a proxy takes a and u for, float64 [T, h], for x [T, d]: each token rounded to 255 steps.
+
+    unpack(levels, scales, d) gives the weights where `proxy_weights` takes too long.
+    """
+    largest = x.float().abs().amax(dim=-1, keepdim=True)
+    # Half the largest lies between two steps: which one it becomes is decided in float32.
+    steps = (x.float() * torch.where(largest > 0, (127 / largest).clamp(max=3e38), 0)).round()
+    rounded = steps.double() * largest.double() / 127
     d = x.shape[-1]
     bits = next(b for b in (3, 4) if proxy[0].shape[1] * 8 == b * padded(d, b))
-    weights = [proxy_weights(*pair, d, bits) for pair in (proxy[:2], proxy[2:])]
+    unpack = unpack or (lambda *pair: proxy_weights(*pair, bits))
+    weights = [unpack(*pair, d).double() for pair in (proxy[:2], proxy[2:])]
     return projections(rounded, [*weights, weights[0]], biases, activation)
 
 

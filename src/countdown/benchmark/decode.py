@@ -100,7 +100,7 @@ def run(
     *,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record of the dense model, then one of each sparse one, all measured in the same loop.
+    """Yield a record of the dense model, one of each sparse one in the same loop, and one of generate if asked for.
 
     Args:
         model: A dense model on a CUDA device; left dense.
@@ -132,9 +132,6 @@ def run(
     }
     say("measuring dense")
     dense = _arm(model, ids, benchmark)
-    if benchmark.generate:
-        say("measuring Hugging Face's generate")
-        dense["generate_tokens_per_s"] = _generate(model, ids, benchmark.new_tokens)
     yield common | {"run": "dense"} | _compared(dense, dense, size.total / common["bandwidth"])
     some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
     for what in whats:
@@ -149,6 +146,9 @@ def run(
         sparse["weights_read"] = sum(shares.get(f.name, 1.0) * f.size for f in ffns) / sum(f.size for f in ffns)
         floor = (size.other + sparse["weights_read"] * size.own) / common["bandwidth"]
         yield common | {"run": "sparse"} | profile.recipe.record() | _compared(sparse, dense, floor)
+    if benchmark.generate:
+        say("measuring Hugging Face's generate")
+        yield common | {"run": "generate", "tokens_per_s": _generate(model, ids, benchmark.new_tokens)}
 
 
 def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:

@@ -148,15 +148,16 @@ def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None
     header = ["", "tokens/s", "× dense", "of floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms"]
     rows = []
     for r in records:
+        if r["run"] == "generate":
+            rows.append(("Hugging Face generate", f"{r['tokens_per_s']:.1f}", *[""] * 7))
+            continue
         parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
         speeds = (f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}", f"{r['floor_share']:.0%}")
-        rows.append((r["run"], *speeds, *parts, f"{r['prefill_ms']:.1f}"))
+        rows.append((r.get("method", r["run"]), *speeds, *parts, f"{r['prefill_ms']:.1f}"))
     print_table(out, header, rows)
     for r in records:
-        if "generate_tokens_per_s" in r:
-            out.print(f"Hugging Face generate, static cache, {r['run']}: {r['generate_tokens_per_s']:.1f} tokens/s")
-    sparse = records[-1]
-    out.print(f"realised sparsity {sparse['realised_sparsity']:.1%}, backend {sparse['backend']}")
+        if r["run"] == "sparse":
+            out.print(f"{r['method']}: realised sparsity {r['realised_sparsity']:.1%}, backend {r['backend']}")
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
