@@ -35,6 +35,20 @@ def _products(a, b, acc, DOT4: tl.constexpr):
 
 
 @triton.jit
+def _in_low_bits(v, ASM: tl.constexpr):
+    # Adding 1.5 · 2²³ rounds to an integer, halves to even, which then stands in the low bits. As assembly, so that the
+    # product v and the sum do not become one instruction, which would round once.
+    if ASM:
+        bits = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; add.rn.f32 t, $1, 0f4B400000; mov.b32 $0, t; }", "=r,f", [v],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        bits = (v + 12582912.0).to(tl.int32, bitcast=True)
+    return bits
+
+
+@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
@@ -53,9 +67,7 @@ def _quantised(x, d, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr):
     xv = tl.load(x + c, mask=c < d, other=0.0).to(tl.float32)
     largest = tl.reduce(tl.reshape(tl.abs(xv), [W * 8]), 0, _larger)
     q = xv * tl.where(largest > 0, tl.minimum(tl.div_rn(127.0, largest), 3e38), 0.0)
-    # Adding 1.5 · 2²³ rounds to an integer, halves to even, which stands in the low bits. Selecting keeps the product
-    # and the sum from becoming one instruction, which would round once.
-    q = (tl.where(tl.abs(q) < 128, q, 0.0) + 12582912.0).to(tl.int32, bitcast=True)
+    q = _in_low_bits(tl.where(tl.abs(q) < 128, q, 0.0), DOT4)
     low, high = tl.split(tl.sum((q & 255) << (8 * j)[None, None, :], 2))
     ones = tl.full([W], 0x01010101, tl.int32)
     total = _products(ones, high, _products(ones, low, tl.zeros([W], tl.int32), DOT4), DOT4)
