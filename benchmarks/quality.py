@@ -9,6 +9,8 @@ is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt.
     allocation  uniform against global, and against global by the local output error alone
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
+    shipped     proxies of 4 bits against the exact coefficient: without --dither, where weights lie on a grid
+    survivors   proxies whose survivors are exact against those whose survivors are the proxy's
 
 --dither moves the weights of gate and up off the grid that GGUF files leave them on, by a uniform step of up to half of
 its own either way: a proxy of few bits would fit that grid by luck. The dithered model is then the dense one.
@@ -25,8 +27,10 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.calibration.calibrate import ERROR_STRIDE, calibrate, calibration_sequences
@@ -36,6 +40,9 @@ from countdown.evaluation.evaluate import evaluate
 from countdown.methods import Method, method, method_class, method_names
 from countdown.models.find import find_ffns, find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
+from countdown.modules import SparseFFN
+from countdown.ops.activations import ACTIVATIONS
+from countdown.ops.proxy import factors
 from countdown.profile import Profile
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_, status
@@ -171,15 +178,46 @@ def _proxy(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
     configs = [
         method("d-countdown", sparsity=0.7),
         method("d-proxy", bits=4, sparsity=0.7),
-        method("d-proxy", bits=3, sparsity=0.7),
         method("m-countdown", weighting="rms", sparsity=0.7),
+        method("m-countdown", weighting="none", sparsity=0.7),
         method("cats", weighting="rms", sparsity=0.7),
+        method("d-proxy", bits=3, sparsity=0.7),
     ]
     for config in configs:
-        profile = bench.calibrated(config)
-        for sparsity in PROXY_SPARSITIES:
-            for decision in ("threshold", "topk") if config.name.startswith("d-") else ("threshold",):
-                yield bench.measured(profile.with_settings(sparsity=sparsity, decision=decision))
+        yield from _every_sparsity(bench, config)
+
+
+def _shipped(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in ("d-countdown", "d-proxy"):
+        yield from _every_sparsity(bench, method(name, sparsity=0.7))
+
+
+def _every_sparsity(bench: Bench, config: Method) -> Iterator[dict[str, Any]]:
+    profile = bench.calibrated(config)
+    for sparsity in PROXY_SPARSITIES:
+        for decision in ("threshold", "topk") if config.name.startswith("d-") else ("threshold",):
+            yield bench.measured(profile.with_settings(sparsity=sparsity, decision=decision))
+
+
+def _survivors(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same active sets, their coefficients computed exactly or taken from the proxy that chose them."""
+    for bits in (4, 3):
+        profile = bench.calibrated(method("d-proxy", bits=bits, sparsity=0.7))
+        for sparsity in (0.0, 0.5, 0.7, 0.9):
+            settings = profile.with_settings(sparsity=sparsity, decision="topk")
+            yield bench.measured(settings, survivors="exact")
+            with patch.object(SparseFFN, "sparse", _by_proxy):
+                yield bench.measured(settings, survivors="proxy")
+
+
+def _by_proxy(module: SparseFFN, x: Tensor) -> Tensor:
+    """A sparse FFN whose survivors have the proxy's coefficients; counts as the op does."""
+    _, biases = zip(*(rows.of(module) for rows in module.projections), strict=True)
+    active = module.active(x)
+    a, u = factors(x, module.proxy or [], list(biases), ACTIVATIONS[module.activation])
+    module.counters += torch.tensor([x[..., 0].numel(), int(active.sum())])
+    weight, bias = module.projections[2].of(module)
+    return F.linear(torch.where(active, a * u, 0).to(x.dtype), weight, bias)
 
 
 @torch.no_grad()
@@ -194,7 +232,14 @@ def _dither(model: nn.Module) -> None:
     model.to(torch.bfloat16)
 
 
-SWEEPS = {"methods": _methods, "allocation": _allocation, "texts": _texts, "proxy": _proxy}
+SWEEPS = {
+    "methods": _methods,
+    "allocation": _allocation,
+    "texts": _texts,
+    "proxy": _proxy,
+    "shipped": _shipped,
+    "survivors": _survivors,
+}
 
 
 def _arguments() -> argparse.Namespace:
