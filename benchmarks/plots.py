@@ -1,51 +1,136 @@
-"""Draws docs/images/front.svg: perplexity against weights read, from benchmarks/results/quality-smollm2.json."""
+"""Draws the pictures of docs/images from benchmarks/results/*.json."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
-from tables import load
+from documents import load
+from speed import FUSED
 
 matplotlib.use("svg")
 from matplotlib import pyplot
 
-LINES = {
-    ("m-countdown", "none", "threshold"): ("m-countdown", "#2a78d6", "--"),
-    ("m-countdown", "rms", "threshold"): ("m-countdown, weighting rms", "#2a78d6", "-"),
-    ("cats", "none", "threshold"): ("cats", "#d9730d", "--"),
-    ("cats", "rms", "threshold"): ("cats, weighting rms", "#d9730d", "-"),
+BLUE, ORANGE, GREEN = "#2a78d6", "#d9730d", "#2c9a5b"
+FRONT = {
+    ("m-countdown", "none"): ("m-countdown", BLUE, "--"),
+    ("m-countdown", "rms"): ("m-countdown, weighting rms", BLUE, "-"),
+    ("cats", "none"): ("cats", ORANGE, "--"),
+    ("cats", "rms"): ("cats, weighting rms", ORANGE, "-"),
+}
+PROXY = {
+    ("d-proxy", "none", 4): ("d-proxy, 4 bits", GREEN, "-"),
+    ("d-proxy", "none", 3): ("d-proxy, 3 bits", GREEN, "--"),
+    ("m-countdown", "rms", None): ("m-countdown, weighting rms", BLUE, "-"),
+    ("m-countdown", "none", None): ("m-countdown", BLUE, "--"),
+    ("cats", "rms", None): ("cats, weighting rms", ORANGE, "-"),
+}
+SPEED = {
+    "given": ("active set known", ORANGE),
+    "d-proxy": ("d-proxy, 4 bits", GREEN),
+    "m-countdown": ("m-countdown", BLUE),
 }
 INK = "#70757d"  # legible on GitHub's light and dark pages
 
 
 def main() -> None:
-    """Write the picture."""
-    records = load("quality-smollm2")["records"]
+    """Write the pictures."""
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "countdown", "font.size": 11})
     for setting in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
         matplotlib.rcParams[setting] = INK
-    figure, axes = pyplot.subplots(figsize=(7.5, 4))
-    axes.spines[["top", "right"]].set_visible(False)
-    for key, (label, colour, style) in LINES.items():
+    front()
+    speed()
+    proxy()
+
+
+def front() -> None:
+    """Draw perplexity against weights read."""
+    records = load("quality-smollm2")["records"]
+    figure, axes = _axes()
+    for (name, weighting), (label, colour, style) in FRONT.items():
         points = sorted(
             (r["weights_read"], r["perplexity"])
             for r in records
-            if (r["method"], r["weighting"], r["decision"]) == key and r["sparsity"] <= 0.7
+            if (r["method"], r["weighting"], r["decision"]) == (name, weighting, "threshold") and r["sparsity"] <= 0.7
         )
         axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
-    dense = records[0]["dense_perplexity"]
-    axes.axhline(dense, color=INK, linestyle=":", linewidth=1)
-    axes.annotate("dense", (0.01, dense - 1), xycoords=("axes fraction", "data"), va="top")
+    _dense_line(axes, records)
     axes.set_xlabel("share of the FFN's weights read (50%, 60% and 70% of neurons skipped)")
     axes.set_ylabel("perplexity, WikiText-2")
     axes.set_ylim(bottom=30)
     axes.legend(frameon=False)
+    _write(figure, "front")
+
+
+def speed() -> None:
+    """Draw speed-up against sparsity, with the floor of each method."""
+    records = [r for r in load("gpu-ffn-h200")["records"] if r["sparsity"] < 1]
+    dense = records[0]["dense_times_us"][FUSED]
+    figure, axes = _axes()
+    for name, (label, colour) in SPEED.items():
+        mine = sorted((r for r in records if r["method"] == name), key=lambda r: r["sparsity"])
+        at = [r["sparsity"] for r in mine]
+        axes.plot(at, [dense / r["time_us"] for r in mine], marker="o", color=colour, label=label)
+        axes.plot(at, [dense / r["floor_us"] for r in mine], "--", color=colour, linewidth=1)
+    axes.plot([], [], "--", color=INK, linewidth=1, label="floor: bytes at copy bandwidth")
+    axes.axhline(1, color=INK, linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+    axes.set_yticks([1, 2, 3, 5, 10], labels=["1", "2", "3", "5", "10"])
+    axes.minorticks_off()
+    axes.set_xticks([0, 0.5, 0.7, 0.8, 0.9], labels=["0%", "50%", "70%", "80%", "90%"])
+    axes.set_xlabel("neurons skipped")
+    axes.set_ylabel("× dense cuBLAS, one FFN")
+    axes.legend(frameon=False)
+    _write(figure, "speed")
+
+
+def proxy() -> None:
+    """Draw perplexity against weights read of d-proxy and of methods without a proxy, for both models."""
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axes, (name, title) in zip(both, (("smollm2", "SmolLM2-135M"), ("gemma3", "Gemma-3-270M")), strict=True):
+        records = [r for r in load(f"quality-proxy-{name}")["records"] if r["decision"] == "threshold"]
+        dense = records[0]["dense_perplexity"]
+        for (method, weighting, bits), (label, colour, style) in PROXY.items():
+            points = sorted(
+                (r["weights_read"], r["perplexity"])
+                for r in records
+                if (r["method"], r["weighting"], r.get("bits")) == (method, weighting, bits)
+            )
+            axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        _dense_line(axes, records)
+        axes.set_yscale("log")
+        axes.set_ylim(0.92 * dense, 10 * dense)
+        ticks = [round(dense * factor) for factor in (1, 1.5, 2, 3, 5, 10)]
+        axes.set_yticks(ticks, labels=[str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"{title}, dithered")
+        axes.set_xlabel("share of the FFN's weights read")
+    both[0].set_ylabel("perplexity, WikiText-2")
+    both[1].legend(frameon=False)
+    _write(figure, "proxy")
+
+
+def _axes() -> tuple[Any, Any]:
+    figure, axes = pyplot.subplots(figsize=(7.5, 4))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _dense_line(axes: Any, records: Sequence[dict[str, Any]]) -> None:
+    dense = records[0]["dense_perplexity"]
+    axes.axhline(dense, color=INK, linestyle=":", linewidth=1)
+    axes.annotate("dense", (0.01, dense * 0.985), xycoords=("axes fraction", "data"), va="top")
+
+
+def _write(figure: Any, name: str) -> None:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-    target = Path(__file__).parent.parent / "docs" / "images" / "front.svg"
+    target = Path(__file__).parent.parent / "docs" / "images" / f"{name}.svg"
     target.write_text("\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n", encoding="utf-8")
 
 

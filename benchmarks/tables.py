@@ -8,15 +8,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import speed
+from documents import load, row
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- (?:table|count): (\S+) -->\n?).*?(<!-- /(?:table|count) -->)", re.DOTALL)
 
@@ -33,12 +34,6 @@ def main() -> None:
                 page.write_text(filled, encoding="utf-8")
     if stale and "--check" in sys.argv:
         sys.exit(f"tables out of date in {', '.join(stale)}: run make docs")
-
-
-def load(name: str) -> dict[str, Any]:
-    """Return a results file."""
-    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return document
 
 
 def source(name: str, document: dict[str, Any]) -> str:
@@ -229,11 +224,6 @@ def cell(record: dict[str, Any]) -> str:
     return shown if record["decision"] == "topk" else f"{shown} ({100 * record['realised_sparsity']:.1f}%)"
 
 
-def row(cells: list[str]) -> str:
-    """Return a Markdown table row."""
-    return "| " + " | ".join(cells) + " |"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "quality-smollm2": lambda: quality("quality-smollm2"),
     "quality-gemma3": lambda: quality("quality-gemma3"),
@@ -243,6 +233,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
+    "gpu-ffn": lambda: speed.ffn("gpu-ffn-h200", "quality-proxy-gemma3"),
+    "gpu-headline": lambda: speed.headline("gpu-ffn-h200", "gpu-decode-h200"),
+    "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
+    "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
+    "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "census": lambda: census("census"),

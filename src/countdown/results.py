@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,22 @@ def meta(command: str | None = None, **more: Any) -> dict[str, Any]:
     return {
         **more,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command or " ".join(["countdown", *sys.argv[1:]]),
+        "command": command or shlex.join(["countdown", *_measuring(sys.argv[1:])]),
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def _measuring(arguments: list[str]) -> list[str]:
+    """Return the arguments without those that say where results go and what to call them."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("--json", "--commit"):
+            next(rest, None)
+        elif not argument.startswith(("--json=", "--commit=")):
+            kept.append(argument)
+    return kept
 
 
 def hardware() -> dict[str, Any]:

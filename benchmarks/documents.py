@@ -1,0 +1,26 @@
+"""Reads results files, and writes Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a results file."""
+    document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def row(cells: list[str]) -> str:
+    """Return a Markdown table row."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """Return a Markdown table, `left` of its columns aligned to the left."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(row(cells) for cells in (head, rule, *rows)) + "\n"

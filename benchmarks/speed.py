@@ -1,0 +1,124 @@
+"""Tables of speed, for `tables.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from documents import load, table
+
+FUSED = "cuBLAS, gate and up fused"
+METHODS = ("given", "m-countdown", "cats", "d-proxy")
+# Where a method's quality is looked up: weighting and bits.
+QUALITY = {"m-countdown": ("rms", None), "cats": ("rms", None), "d-proxy": ("none", 4)}
+
+
+def ffn(name: str, quality: str) -> str:
+    """Return µs, × cuBLAS and share of the floor by method and sparsity, and the perplexity beside."""
+    document = load(name)
+    records = {(r["method"], r["sparsity"]): r for r in document["records"]}
+    sparsities = sorted({key[1] for key in records if key[1] < 1})
+    perplexities = {
+        (r["method"], r["sparsity"]): r["perplexity"]
+        for r in load(quality)["records"]
+        if QUALITY.get(r["method"]) == (r["weighting"], r.get("bits")) and r["decision"] == "threshold"
+    }
+    first = document["records"][0]
+    dense = load(quality)["records"][0]["dense_perplexity"]
+    rows = [["dense", "perplexity", f"{dense:.1f}", *[""] * (len(sparsities) - 1)]]
+    for method in METHODS:
+        found = [records[method, sparsity] for sparsity in sparsities]
+        rows.append([f"`{method}`", "µs", *(f"{r['time_us']:.1f}" for r in found)])
+        rows.append(["", "× dense", *(f"**{r['speedup_to_fused_cublas']:.2f}**" for r in found)])
+        rows.append(["", "floor, ×", *(f"{first['dense_times_us'][FUSED] / r['floor_us']:.2f}" for r in found)])
+        if method != "given":
+            known = [perplexities.get((method, sparsity)) for sparsity in sparsities]
+            rows.append(["", "perplexity", *("" if found is None else f"{found:.1f}" for found in known)])
+    variants = ", ".join(f"{label} {us:.1f} µs" for label, us in first["dense_times_us"].items())
+    alone = {method: records[method, 1.0]["time_us"] for method in METHODS}
+    note = (
+        f"\n{_shape(first)}, one token. Dense: {variants}; × is against cuBLAS with gate and up fused. Deciding "
+        f"alone, nothing active: `m-countdown` {alone['m-countdown']:.1f} µs, `d-proxy` {alone['d-proxy']:.1f} µs; an "
+        f"empty given set {alone['given']:.1f} µs. Perplexity: what that sparsity costs a small model, Gemma-3-270M "
+        f"dithered, weighting rms for `m-countdown` and `cats` (`benchmarks/results/{quality}.json`).\n"
+    )
+    return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
+
+
+def headline(ffns: str, decoding: str) -> str:
+    """Return in a sentence what 80% brings."""
+    at = {r["method"]: r for r in load(ffns)["records"] if r["sparsity"] == 0.8}
+    runs = {r.get("method", r["run"]): r["tokens_per_s"] for r in load(decoding)["records"]}
+    m, proxy = (at[name]["speedup_to_fused_cublas"] for name in ("m-countdown", "d-proxy"))
+    return (
+        f"On one H200 in bf16, with 80% of neurons skipped, an FFN of Llama-3.1-8B's size runs {m:.1f} (`m-countdown`) "
+        f"and {proxy:.1f} (`d-proxy`) times as fast as cuBLAS; the whole model of that shape decodes at "
+        f"{runs['m-countdown']:.0f} and {runs['d-proxy']:.0f} tokens/s, the dense one at {runs['dense']:.0f} in the "
+        f"same loop and at {runs['generate']:.0f} in Hugging Face's `generate`."
+    )
+
+
+def shapes(name: str) -> str:
+    """Return × dense and share of the floor by shape."""
+    document = load(name)
+    records = {(r["d"], r["h"], r["method"], r["sparsity"]): r for r in document["records"]}
+    sparsities = sorted({key[3] for key in records})
+    columns = [(method, s) for method in METHODS if method != "cats" for s in sparsities]
+    rows = []
+    for d, h in dict.fromkeys(key[:2] for key in records):
+        found = [records[d, h, *column] for column in columns]
+        cells = [f"{r['speedup']:.2f} ({r['floor_share']:.0%})" for r in found]
+        rows.append([f"{d} × {h}", f"{found[0]['dense_time_us']:.1f}", *cells])
+    head = ["d × h", "dense µs", *(f"`{method}` {s:.0%}" for method, s in columns)]
+    note = "\n× the faster of cuBLAS with gate and up fused or split, one token; in brackets, share of the floor.\n"
+    return table(head, rows) + note + _source(name, document)
+
+
+def tokens(name: str) -> str:
+    """Return µs and share of the floor by number of tokens."""
+    document = load(name)
+    records = {(r["method"], r["sparsity"], r["tokens"]): r for r in document["records"]}
+    counts = sorted({key[2] for key in records})
+    rows = []
+    for method, sparsity in dict.fromkeys(key[:2] for key in records):
+        found = [records[method, sparsity, count] for count in counts]
+        cells = [f"{r['time_us']:.0f} ({r['union']:.0%} needed, {r['floor_share']:.0%})" for r in found]
+        rows.append([f"`{method}`", f"{sparsity:.0%}", *cells])
+    dense = [next(r["dense_time_us"] for r in records.values() if r["tokens"] == count) for count in counts]
+    rows.insert(0, ["dense", "", *(f"{us:.0f}" for us in dense)])
+    note = "\nµs; in brackets, the neurons that some token needs, and the share of the floor.\n"
+    return table(["", "sparsity", *(f"{n} tokens" for n in counts)], rows, left=2) + note + _source(name, document)
+
+
+def decode(name: str) -> str:
+    """Return tokens/s, and where a token's time goes, by run."""
+    document = load(name)
+    rows = []
+    for r in document["records"]:
+        if r["run"] == "generate":
+            rows.append(["Hugging Face generate, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
+            continue
+        label = "dense" if r["run"] == "dense" else f"`{r['method']}` at {r['sparsity']:.0%}"
+        parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
+        floor = f"{1e6 / r['floor_us']:.0f} ({r['floor_share']:.0%})"
+        prefill = f"{r['prefill_ms']:.1f} ({r['prefill_ratio']:.3f})"
+        rows.append([label, f"**{r['tokens_per_s']:.1f}**", f"{r['speedup']:.2f}", floor, *parts, prefill])
+    first = document["records"][0]
+    head = ["", "tokens/s", "× dense", "floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms (×)"]
+    note = (
+        f"\n{first['model']}, random weights, {first['layers']} layers, vocabulary {first['vocab']:,}, batch 1, "
+        f"context {first['context']}, {first['new_tokens']} tokens timed.\n"
+    )
+    return table(head, [cells[: len(head)] for cells in rows]) + note + _source(name, document)
+
+
+def _shape(record: dict[str, Any]) -> str:
+    return f"d {record['d']}, h {record['h']}"
+
+
+def _source(name: str, document: dict[str, Any]) -> str:
+    meta, first = document["meta"], document["records"][0]
+    return (
+        f"{meta['hardware']['gpu']}, {first['dtype']}, copy bandwidth {first['bandwidth'] / 1e12:.2f} TB/s, torch "
+        f"{meta['versions']['torch']}, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
+        f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+    )
