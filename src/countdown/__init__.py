@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TextError,
         UnsupportedModelError,
     )
+    from countdown.evaluation.choice import choose
     from countdown.evaluation.evaluate import evaluate
     from countdown.methods import method, method_names
     from countdown.models.loading import load_tokenizer
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
+    "choose": "countdown.evaluation.choice",
     "load_text": "countdown.calibration.text",
     "load_tokenizer": "countdown.models.loading",
     "ConfigError": "countdown.errors",
@@ -68,6 +70,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "choose",
     "evaluate",
     "export",
     "from_pretrained",

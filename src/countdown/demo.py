@@ -25,9 +25,9 @@ SPARSITIES = (0.3, 0.5, 0.7)
 METHODS = (
     method("m-countdown"),
     method("m-countdown", weighting="rms"),
-    method("d-countdown"),
+    method("d-proxy"),
 )
-SHOWN = 1  # which of METHODS generates the sample, and is saved
+SHOWN = 2  # which of METHODS generates the sample, and is saved
 SHOWN_SPARSITY = 0.5
 TOKENS = 16384
 EVALUATED_WINDOWS = 6

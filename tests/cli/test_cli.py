@@ -176,8 +176,22 @@ def test_a_recipe_is_a_method_by_another_name(model_folder, tmp_path):
     assert "m-countdown × rms, threshold at 0.1\n*.self_attn.*: teal, threshold at 0.1\n" in again.stdout
 
 
+def test_without_a_method_one_is_picked_and_the_reason_said(model_folder, tmp_path):
+    made = run("calibrate", model_folder, "-o", "p", "--sparsity", "0.6", "--tokens", "1536", "-q", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == "p\n"
+    picked, instead, _ = made.stderr.splitlines()
+    assert picked.startswith("picked ")
+    assert "threshold at 0.6: KL 0." in picked
+    assert instead.startswith("instead of ")
+    assert instead.count(": KL ") == 2
+    (entry,) = json.loads((tmp_path / "p" / "profile.json").read_text())["entries"]
+    assert entry["method"]["name"] in picked
+    assert entry["method"]["sparsity"] == 0.6
+
+
 def test_global_allocation_gives_each_module_its_own_target(model_folder, tmp_path):
-    settings = ["--weighting", "rms", "--sparsity", "0.7", "--allocation", "global"]
+    settings = ["--method", "m-countdown", "--weighting", "rms", "--sparsity", "0.7", "--allocation", "global"]
     made = run("calibrate", model_folder, "-o", "p", *settings, "--tokens", "4096", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
@@ -203,7 +217,7 @@ def test_an_exported_folder_runs_sparse_by_its_name_alone(made, model_folder, tm
 def test_several_texts_share_the_tokens(model_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("some text of mine. " * 100)
     texts = ["--text", "python-docs", "--text", "mine.txt"]
-    made = run("calibrate", model_folder, "-o", "p", *texts, "--tokens", "2048", cwd=tmp_path)
+    made = run("calibrate", model_folder, "-o", "p", "--method", "cats", *texts, "--tokens", "2048", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     calibration = json.loads((tmp_path / "p" / "profile.json").read_text())["calibration"]
     assert [seen["source"] for seen in calibration["texts"]] == ["python-docs", "mine.txt"]
@@ -222,7 +236,7 @@ def test_generate_keeps_stdout_for_json(made, model_folder):
 def test_evaluating_on_the_calibration_text_is_refused(model_folder, tmp_path):
     (tmp_path / "mine.txt").write_text("some text of mine. " * 100)
     common = ["--text", "mine.txt"]
-    made = run("calibrate", model_folder, "-o", "p", *common, "--tokens", "1024", cwd=tmp_path)
+    made = run("calibrate", model_folder, "-o", "p", "--method", "cats", *common, "--tokens", "1024", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     result = run("evaluate", model_folder, "--profile", "p", *common, "--windows", "1", cwd=tmp_path)
     assert result.returncode == 2
@@ -230,7 +244,8 @@ def test_evaluating_on_the_calibration_text_is_refused(model_folder, tmp_path):
 
 
 def test_ctrl_c_while_calibrating_leaves_nothing(model_folder, tmp_path):
-    command = [sys.executable, "-m", "countdown", "calibrate", model_folder, "-o", "p", "--tokens", "65536"]
+    command = [sys.executable, "-m", "countdown", "calibrate", model_folder, "-o", "p", "--method", "cats"]
+    command += ["--tokens", "65536"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         for line in process.stderr:
             if line.startswith("calibrating"):
@@ -281,7 +296,13 @@ MISTAKES = {
     "recipe": (["calibrate", "{model}", "--method", "wrong.yaml"], "Did you mean 'sparsity'"),
     "no such recipe": (["calibrate", "{model}", "--method", "nope.yaml"], "recipe nope.yaml cannot be read"),
     "pattern": (["calibrate", "{model}", "--method", "nowhere.json"], "takes no module of the model"),
-    "allocation": (["calibrate", "{model}", "--allocation", "globl"], "Did you mean 'global'"),
+    "allocation": (["calibrate", "{model}", "--method", "cats", "--allocation", "globl"], "Did you mean 'global'"),
+    "picked": (["calibrate", "{model}", "--bits", "4"], "--bits is picked by --method auto"),
+    "too little to pick by": (["calibrate", "{model}", "-o", "new", "--tokens", "1024"], "takes 3 sequences of text"),
+    "two wishes": (["calibrate", "{model}", "--sparsity", "0.5", "--max-loss", "0.1"], "one follows from the other"),
+    "no loss": (["calibrate", "{model}", "--max-loss", "0"], "expected more than 0"),
+    "loss of a method": (["calibrate", "{model}", "--method", "cats", "--max-loss", "0.1"], "belongs to --method auto"),
+    "auto elsewhere": (["evaluate", "{model}", "--method", "auto"], "--method auto belongs to countdown calibrate"),
     "not allocated": (["evaluate", "{model}", "--profile", "p", "--allocation", "global"], "calibrate again with it"),
     "export taken": (["export", "{model}", "--profile", "p", "-o", "p"], "p exists already"),
     "export nothing": (["export", "{model}", "--profile", "nope", "-o", "new"], "nope is not a profile"),
@@ -322,12 +343,13 @@ def test_debug_shows_the_traceback(tmp_path):
 
 
 def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
-    result = spawn("calibrate", model_folder, "-o", "q", "--tokens", "1024", cwd=tmp_path)
+    mine = ["--method", "m-countdown", "--tokens", "1024"]
+    result = spawn("calibrate", model_folder, "-o", "q", *mine, cwd=tmp_path)
     assert result.stdout == "q\n"
     assert "calibrating, thresholds of m-countdown: done\n" in result.stderr
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stderr
-    quiet = run("calibrate", model_folder, "-o", "r", "--tokens", "1024", "-q", cwd=tmp_path)
+    quiet = run("calibrate", model_folder, "-o", "r", *mine, "-q", cwd=tmp_path)
     assert "calibrating" not in quiet.stderr
 
 

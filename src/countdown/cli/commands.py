@@ -13,7 +13,7 @@ from countdown.cli import benchmark, printing
 from countdown.cli import options as o
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
-from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
+from countdown.methods import method, method_class, method_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from countdown.profile import Profile
     from countdown.recipe import Recipe
 
+AUTO = "auto"
 # Enough tokens for shares that are stable to a point.
 DIAGNOSED_WINDOWS = 2
 
@@ -99,8 +100,9 @@ def inspect(
 def calibrate(
     model: o.Model,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
-    method_name: Annotated[str, typer.Option("--method", help=o.METHOD_HELP)] = DEFAULT_METHOD,
+    method_name: Annotated[str, typer.Option("--method", help=f"{o.METHOD_HELP} auto: try them and pick.")] = AUTO,
     sparsity: o.Sparsity = None,
+    max_loss: Annotated[float | None, typer.Option(help="Instead of --sparsity: let perplexity rise so far.")] = None,
     decision: o.Decision = None,
     weighting: o.Weighting = None,
     allocation: o.Allocation = None,
@@ -120,22 +122,27 @@ def calibrate(
 ) -> None:
     """Estimate what a method needs from a text and write it as a profile."""
     from countdown.calibration.calibrate import calibration_sequences
+    from countdown.evaluation.choice import trial_sequences
     from countdown.models.loading import Source, load_tokenizer
     from countdown.profile import check_free
 
-    config = _recipe(method_name, _given(sparsity, decision, weighting, allocation, bits))
+    settings = _given(sparsity, decision, weighting, allocation, bits)
+    config = None if method_name == AUTO else _recipe(method_name, settings)
+    _check_wishes(method_name, settings, max_loss)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
     texts = _texts(text or ["python-docs"], text_dir)
     tokenizer = load_tokenizer(source)
-    calibration_sequences(tokenizer, texts, tokens)  # what is wrong with it shows before the model loads
+    # What is wrong with it shows before the model loads.
+    (trial_sequences if config is None else calibration_sequences)(tokenizer, texts, tokens)
     loaded = _load(source, dtype, device, seed)
-    profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
+    if config is None:
+        profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, source)
+    else:
+        profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
     profile.save(path, overwrite=overwrite)
-    printing.err.print(
-        f"profile of {config} written; run: countdown generate {model} --profile {path} 'Hello'", markup=False
-    )
+    printing.say(f"profile of {profile.recipe} written; run: countdown generate {model} --profile {path} 'Hello'")
     typer.echo(str(path))
 
 
@@ -338,9 +345,40 @@ def _recipe(name: str, settings: dict[str, Any]) -> Recipe:
     """Return the recipe in the file of this name, or of the method of this name."""
     from countdown.recipe import SUFFIXES, Recipe
 
+    if name == AUTO:
+        raise ConfigError("--method auto belongs to countdown calibrate; give its --profile here.")
     if Path(name).suffix in SUFFIXES:
         return Recipe.load(name).with_settings(**settings)
     return Recipe.of(method(name, **settings))
+
+
+def _check_wishes(name: str, settings: dict[str, Any], max_loss: float | None) -> None:
+    """Refuse settings that are picked, and wishes for what is not."""
+    from countdown.evaluation.choice import check_wishes
+
+    if name != AUTO:
+        if max_loss is not None:
+            raise ConfigError("--max-loss belongs to --method auto, which finds the sparsity for it.")
+        return
+    if picked := [f"--{setting}" for setting in settings if setting != "sparsity"]:
+        raise ConfigError(f"{picked[0]} is picked by --method auto; give it with a --method of your own.")
+    check_wishes(settings.get("sparsity"), max_loss)
+
+
+def _picked(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Text],
+    settings: dict[str, Any],
+    max_loss: float | None,
+    tokens: int,
+    source: Source,
+) -> Profile:
+    from countdown.evaluation.choice import choose
+
+    choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, tokens=tokens, progress=o.show_progress())
+    printing.say(choice.reason)
+    return _named(choice.profile, source)
 
 
 def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], source: Source) -> Profile | Recipe | None:
@@ -409,7 +447,10 @@ def _calibrate(
 ) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    profile = calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress())
+    return _named(calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress()), source)
+
+
+def _named(profile: Profile, source: Source) -> Profile:
     # transformers names a GGUF model after its folder.
     return replace(profile, base_model=profile.base_model | {"name": source.label})
 

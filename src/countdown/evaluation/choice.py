@@ -1,0 +1,209 @@
+"""Picks a method for a model: calibrates a few on part of a text and judges them on the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from countdown.calibration.calibrate import Texts, calibrate, calibration_sequences
+from countdown.config import CALIBRATION_TOKENS
+from countdown.errors import ConfigError
+from countdown.evaluation.evaluate import evaluate
+from countdown.methods import Method, method, method_class, method_names
+from countdown.models.find import find_ffns
+from countdown.profile import Profile
+from countdown.sparsify import restore_, sparsify_
+
+# Tokens of a trial, of which every third sequence judges and the others calibrate.
+TRIAL_TOKENS = 6144
+JUDGING = 3
+# A method that reads less is preferred while its KL is at most this many times the least.
+WORSE = 1.25
+# What reads more than this share just to decide bounds what others can reach; it is no choice.
+MOST_TO_DECIDE = 0.5
+# Where a largest loss is looked for.
+LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method and what it cost on held-out text.
+
+    Args:
+        config: Method, weighting, allocation and sparsity.
+        kl: Mean KL(dense ‖ sparse), in nats.
+        loss: Rise of perplexity, as a share of the dense model's.
+        weights_read: Share of the FFNs' weight bytes read at that sparsity.
+    """
+
+    config: Method
+    kl: float
+    loss: float
+    weights_read: float
+
+    def __str__(self) -> str:
+        return f"{self.config.label} at {self.config.sparsity:g}: KL {self.kl:.4f}, reads {self.weights_read:.0%}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was picked, and against what.
+
+    Args:
+        profile: Of the picked method, calibrated on all the text.
+        chosen: Its trial.
+        others: Those that were not picked.
+    """
+
+    profile: Profile
+    chosen: Trial
+    others: list[Trial]
+
+    @property
+    def reason(self) -> str:
+        """Two lines that say why."""
+        one = self.chosen
+        best: dict[str, Trial] = {}
+        for trial in sorted(self.others, key=lambda trial: trial.kl):
+            best.setdefault(trial.config.name, trial)
+        others = "; ".join(str(trial) for name, trial in best.items() if name != one.config.name)
+        return (
+            f"picked {one.config}: KL {one.kl:.4f} and perplexity {one.loss:+.1%} on text held out of calibration, "
+            f"reads {one.weights_read:.0%} of the FFNs' weights\ninstead of {others or 'nothing else'}"
+        )
+
+
+def choose(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Texts,
+    *,
+    sparsity: float | None = None,
+    max_loss: float | None = None,
+    tokens: int = CALIBRATION_TOKENS,
+    progress: bool = True,
+) -> Choice:
+    """Pick method, weighting and allocation, and calibrate them.
+
+    Every method for FFNs that decides by threshold on half of the weights or less is tried; of the best, its other
+    weightings and global allocation. At a wanted sparsity, the best reads the fewest weights of those whose KL is at
+    most `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
+
+    Args:
+        model, tokenizer, texts, tokens, progress: As for `calibrate`.
+        sparsity: Wanted share of inactive neurons. [that of methods]
+        max_loss: Instead, the largest wanted rise of perplexity, 0.02 for 2%.
+
+    Raises:
+        ConfigError: Both wishes, a loss that no method keeps, or too little text to hold any out.
+        CountdownError: As `calibrate`.
+    """
+    check_wishes(sparsity, max_loss)
+    sequences = trial_sequences(tokenizer, texts, tokens)
+    held_out = _batch(sequences[::JUDGING])
+    seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
+    itemsize = find_ffns(model)[0].matrices[0].itemsize
+
+    def trial(config: Method) -> Trial:
+        profile = calibrate(model, tokenizer, seen, config, progress=progress)
+
+        def judge(at: float) -> Trial:
+            return _judged(model, profile.with_settings(sparsity=at), held_out, itemsize, progress)
+
+        return judge(config.sparsity) if max_loss is None else _highest(judge, max_loss)
+
+    wanted = {} if sparsity is None else {"sparsity": sparsity}
+    trials = [trial(config) for config in _candidates(wanted)]
+    best = _best(trials, max_loss)
+    own = best.config
+    others: list[dict[str, str]] = [{"weighting": name} for name in own.weightings if name != own.weighting]
+    for change in [*others, {"allocation": "global"}]:
+        trials.append(trial(replace(best.config, **change)))  # type: ignore[arg-type]
+        if _better(trials[-1], best, max_loss):
+            best = trials[-1]
+    profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, progress=progress)
+    return Choice(profile, best, [other for other in trials if other is not best])
+
+
+def trial_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
+    """Return the sequences that trials read, each int64 `[length]`, or raise what is wrong with the text."""
+    sequences = calibration_sequences(tokenizer, texts, min(tokens, TRIAL_TOKENS))
+    if len(sequences) < JUDGING:
+        raise ConfigError(
+            f"picking a method takes {JUDGING} sequences of text or more, and there are {len(sequences)}: give more "
+            "tokens, or name a method."
+        )
+    return sequences
+
+
+def check_wishes(sparsity: float | None, max_loss: float | None) -> None:
+    """Raise ConfigError unless at most one of them is wished for, and can be had."""
+    if sparsity is not None:
+        _candidates({"sparsity": sparsity})
+    if sparsity is not None and max_loss is not None:
+        raise ConfigError("give a sparsity or a largest loss, not both: one follows from the other.")
+    if max_loss is not None and not max_loss > 0:
+        raise ConfigError(f"the largest loss is {max_loss}, expected more than 0 (0.02 lets perplexity rise by 2%).")
+
+
+def _candidates(wanted: Mapping[str, Any]) -> list[Method]:
+    """Return the methods to try, weighted as most do best."""
+    classes = {name: method_class(name) for name in method_names()}
+    usual = {name: "rms" if "rms" in cls.weightings else "none" for name, cls in classes.items()}
+    fitting = [name for name, cls in classes.items() if cls.kind == "ffn" and "threshold" in cls.decisions]
+    found = [method(name, weighting=usual[name], decision="threshold", **wanted) for name in fitting]
+    return [config for config in found if config.weights_read(0.0) <= MOST_TO_DECIDE]
+
+
+def _judged(model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], itemsize: int, progress: bool) -> Trial:
+    sparsify_(model, profile)
+    try:
+        found = evaluate(model, held_out, progress=progress)
+    finally:
+        restore_(model)
+    config = profile.entries[0].method
+    loss = found.perplexity / found.dense_perplexity - 1
+    return Trial(config, found.kl, loss, config.weights_read(1 - config.sparsity, itemsize))
+
+
+def _highest(judge: Callable[[float], Trial], max_loss: float) -> Trial:
+    """Return the trial of the highest of `LEVELS` whose loss is small enough, or of the lowest."""
+    low, high, best = 0, len(LEVELS), judge(LEVELS[0])
+    while best.loss <= max_loss and high - low > 1:
+        middle = (low + high) // 2
+        found = judge(LEVELS[middle])
+        low, high, best = (middle, high, found) if found.loss <= max_loss else (low, middle, best)
+    return best
+
+
+def _best(trials: Sequence[Trial], max_loss: float | None) -> Trial:
+    if max_loss is None:
+        least = min(trial.kl for trial in trials)
+        good = [trial for trial in trials if trial.kl <= WORSE * least]
+    else:
+        good = [trial for trial in trials if trial.loss <= max_loss]
+        if not good:
+            nearest = min(trials, key=lambda trial: trial.loss)
+            raise ConfigError(
+                f"no method keeps perplexity within {max_loss:+.1%}: {nearest.config.label} at "
+                f"{nearest.config.sparsity:g} costs {nearest.loss:+.1%} already; allow more."
+            )
+    return min(good, key=lambda trial: (trial.weights_read, trial.kl))
+
+
+def _better(trial: Trial, best: Trial, max_loss: float | None) -> bool:
+    """Return whether a change of the best method is better: it reads as much, or keeps the loss."""
+    if max_loss is None:
+        return trial.kl < best.kl
+    return trial.loss <= max_loss and (trial.weights_read, trial.kl) < (best.weights_read, best.kl)
+
+
+def _batch(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return sequences as tokenizers return them, padded on the right."""
+    mask = [torch.ones_like(sequence) for sequence in sequences]
+    padded = [torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in (sequences, mask)]
+    return dict(zip(("input_ids", "attention_mask"), padded, strict=True))
