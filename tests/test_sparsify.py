@@ -13,10 +13,12 @@ import countdown
 import oracle
 from conftest import FAMILIES, llama
 from countdown import modules
+from countdown.cost import proxy_bytes
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
-from countdown.models.find import find_sites
+from countdown.models.find import find_ffns, find_sites
 from countdown.modules import SparseSite, sparse_sites
+from countdown.ops import proxy as proxies
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -183,6 +185,24 @@ def test_loaded_weights_get_a_proxy_of_their_own(assign, llama_model, tokenizer,
     assert torch.equal(logits(llama_model), logits(anew))
 
 
+@pytest.mark.parametrize("error", [MemoryError("no"), RuntimeError("CUDA out of memory. Tried to allocate")])
+def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(proxies, "quantise", fail)
+    size = proxy_bytes(find_ffns(model), method("d-proxy"))
+    message = f"memory ran out while making proxies, which take {size / 1e9:.2f} GB beside the weights"
+    with pytest.raises(ConfigError, match=message):
+        countdown.sparsify_(model, profile)
+    assert not sparse_sites(model)
+    with pytest.raises(ConfigError, match=message):
+        countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
+
+
 def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text):
     profile = calibrated(llama_model, tokenizer, text, name="d-proxy", sparsity=0.6)
     countdown.sparsify_(llama_model, profile, apply_to="all")
@@ -196,6 +216,7 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text)
         torch.testing.assert_close(compiled(IDS).logits, expected)
     torch._dynamo.reset()  # or the next test would find what was compiled here
     bytes_ = sum(site.proxy_bytes for site in countdown.status(llama_model))
+    assert bytes_ == proxy_bytes(find_ffns(countdown.restore_(copy.deepcopy(llama_model))), method("d-proxy"))
     assert bytes_ == 3 * 2 * 53 * (4 * 32 // 8 + 2)  # rows of 24 weights in one group of 32
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from countdown.methods import Method
-from countdown.models.sites import Site
+from countdown.models.sites import GatedFFN, Site
+from countdown.ops.proxy_format import proxy_bytes as of_ffn
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,13 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     # A tied head is the embedding itself, and counts once.
     total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())
     return TokenBytes(own, total - own - (embedding.nbytes if untied else 0), sites[0].matrices[0].itemsize)
+
+
+def proxy_bytes(sites: Sequence[Site], method: type[Method] | Method) -> int:
+    """Return the bytes that a method keeps beside the weights of these sites, those of its kind."""
+    bits = (method() if isinstance(method, type) else method).proxy_bits
+    ffns = [site for site in sites if isinstance(site, GatedFFN)] if bits else []
+    return sum(of_ffn(ffn.h, ffn.d, bits) for ffn in ffns)
 
 
 def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceiling:

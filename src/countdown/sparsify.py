@@ -12,12 +12,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from countdown.config import check_choice
+from countdown.cost import proxy_bytes
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.folders import unwritable, whole_folder
 from countdown.models.find import find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
+from countdown.ops.proxy import memory_for
 from countdown.ops.request import VARIABLE, requested
 from countdown.profile import Profile, Selector
 from countdown.progress import track
@@ -245,10 +247,13 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     chosen = profile.selectors(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    modules = {
-        name: sparse_module(by_name[name], found.method, found.per_term, apply_to=apply_to, importance=found.importance)
-        for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
-    }
+    with memory_for(sum(proxy_bytes([by_name[name]], found.method) for name, found in chosen.items())):
+        modules = {
+            name: sparse_module(
+                by_name[name], found.method, found.per_term, apply_to=apply_to, importance=found.importance
+            )
+            for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
+        }
     for name, module in modules.items():
         reason = module.planned_refusal
         if requested() == "triton" and reason is not None:

@@ -17,6 +17,7 @@ from countdown.calibration.sensitivity import chord, kl_slopes
 from countdown.calibration.statistics import Assignment, Moments, second_moments, sketch_sparse
 from countdown.calibration.text import WINDOW, Text, unpadded, windows
 from countdown.config import CALIBRATION_TOKENS
+from countdown.cost import proxy_bytes
 from countdown.errors import ConfigError, TextError
 from countdown.methods import Method
 from countdown.models.find import find_sites
@@ -24,6 +25,7 @@ from countdown.models.fingerprint import structure, weight_sample
 from countdown.models.loading import check_context
 from countdown.models.sites import GatedFFN, Site, check_untouched
 from countdown.modules import check_dense
+from countdown.ops.proxy import memory_for
 from countdown.profile import Entry, Profile, Statistics, allocated, threshold_at
 from countdown.progress import track
 from countdown.recipe import Recipe, match
@@ -169,7 +171,8 @@ def _weighted(
     """Return the assignments with the weights of their indicators, and their proxies."""
     any_moments = any(entry.method.moments() for entry in assigned)
     moments = second_moments(model, assigned, sequences, progress=progress) if any_moments else {}
-    return [_with_proxy(_with_weights(entry, moments.get(entry.site.name, {})), moments) for entry in assigned]
+    with memory_for(sum(proxy_bytes([entry.site], entry.method) for entry in assigned)):
+        return [_with_proxy(_with_weights(entry, moments.get(entry.site.name, {})), moments) for entry in assigned]
 
 
 def _with_weights(entry: Assignment, moments: Mapping[str, Tensor]) -> Assignment:

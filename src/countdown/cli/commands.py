@@ -55,7 +55,7 @@ def inspect(
     debug: o.Debug = False,
 ) -> None:
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
-    from countdown.cost import ceiling, token_bytes
+    from countdown.cost import ceiling, proxy_bytes, token_bytes
     from countdown.models.find import find_ffns, find_sites
     from countdown.models.loading import Source, load_skeleton
 
@@ -65,6 +65,7 @@ def inspect(
     classes = [method_class(name) for name in method_names()]
     read = {kind: token_bytes(skeleton, find_sites(skeleton, [kind])) for kind in {cls.kind for cls in classes}}
     ceilings = [ceiling(read[cls.kind], cls, sparsity) for cls in classes for sparsity in (0.5, 0.7, 0.8, 0.9)]
+    beside = {cls.name: extra for cls in classes if (extra := proxy_bytes(ffns, cls))}
     facts = {
         "model_class": type(skeleton).__name__,
         "ffns": [
@@ -73,6 +74,7 @@ def inspect(
         ],
         "ffn_share_of_token_bytes": bytes_.own / bytes_.total,
         "ceilings": [asdict(row) for row in ceilings],
+        "proxy_bytes": beside,
     }
     printing.emit(json, facts)
     out = printing.table_console(json)
@@ -94,6 +96,8 @@ def inspect(
     ]
     printing.print_table(out, ["method", "sparsity", "weights read", "ceiling of its modules", "of the token"], rows)
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
+    for name, extra in beside.items():
+        out.print(f"{name} keeps {extra / 1e6:.1f} MB of proxies beside the weights.")
 
 
 @app.command()
@@ -122,7 +126,9 @@ def calibrate(
 ) -> None:
     """Estimate what a method needs from a text and write it as a profile."""
     from countdown.calibration.calibrate import calibration_sequences
+    from countdown.cost import proxy_bytes
     from countdown.evaluation.choice import trial_sequences
+    from countdown.models.find import find_sites
     from countdown.models.loading import Source, load_tokenizer
     from countdown.profile import check_free
 
@@ -142,6 +148,9 @@ def calibrate(
     else:
         profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
     profile.save(path, overwrite=overwrite)
+    sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
+    if extra := sum(proxy_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
+        printing.say(f"when it runs, proxies take {extra / 1e6:.1f} MB beside the weights")
     printing.say(f"profile of {profile.recipe} written; run: countdown generate {model} --profile {path} 'Hello'")
     typer.echo(str(path))
 

@@ -12,13 +12,15 @@ all of the second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from countdown.errors import ConfigError
 from countdown.ops.proxy_format import FIELDS, group_of, padded
 
 # Shares of a group's range that are tried for its scale.
@@ -43,6 +45,24 @@ class ProxyMatrix:
     def nbytes(self) -> int:
         """Bytes of levels and scales."""
         return self.levels.nbytes + self.scales.nbytes
+
+
+@contextmanager
+def memory_for(total: int) -> Iterator[None]:
+    """Within the context proxies are made, of so many bytes in all.
+
+    Raises:
+        ConfigError: Memory runs out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # what torch raises, of a CPU and of a GPU
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"memory ran out while making proxies, which take {total / 1e9:.2f} GB beside the weights: free some, or "
+            "take a method without a proxy."
+        ) from error
 
 
 @torch.no_grad()

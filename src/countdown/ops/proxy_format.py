@@ -20,3 +20,9 @@ def padded(d: int, bits: int) -> int:
     """Return d rounded up to whole groups."""
     size = group_of(d, bits)
     return -(-d // size) * size
+
+
+def proxy_bytes(h: int, d: int, bits: int) -> int:
+    """Return the bytes of the proxies of gate and up, each `[h, d]`."""
+    width = padded(d, bits)
+    return 2 * h * (bits * width // 8 + 2 * (width // group_of(d, bits)))
