@@ -158,17 +158,25 @@ class SparseFFN(SparseSite):
     kind = GatedFFN.kind
 
     def __init__(
-        self, site: GatedFFN, method: Method, per_term: Tensor, *, apply_to: str, importance: Tensor | None = None
+        self,
+        site: GatedFFN,
+        method: Method,
+        per_term: Tensor,
+        *,
+        apply_to: str,
+        importance: Tensor | None = None,
+        proxy: list[Tensor] | None = None,
     ) -> None:
         super().__init__(site, method, per_term, apply_to=apply_to)
         self.importance = importance
-        self.proxy: list[Tensor] | None = None
+        self.proxy = proxy and [part.to(site.device) for part in proxy]
         if method.proxy_bits and importance is None:
             raise ProfileError(f"the profile has no importance of the inputs of {site.name}; calibrate again.")
         self._modules = site.module._modules
         self.projections = (site.gate, site.up, site.down)
         self.activation = site.activation
-        self.make_proxy()
+        if self.proxy is None:
+            self.make_proxy()
 
     @property
     def refusal(self) -> str | None:
@@ -294,20 +302,18 @@ def _store(linear: nn.Module, weight: Tensor) -> None:
 _SPARSE: dict[str, type[SparseSite]] = {cls.kind: cls for cls in (SparseFFN, SparseLinear)}
 
 
-def sparse_module(
-    site: Site, method: Method, per_term: Tensor, *, apply_to: str, importance: Tensor | None = None
-) -> SparseSite:
+def sparse_module(site: Site, method: Method, per_term: Tensor, *, apply_to: str, **proxy: Any) -> SparseSite:
     """Return the module that runs in place of `site`.
 
     Args:
         site, method, per_term, apply_to: As for `SparseSite`.
-        importance: Mean squares of an FFN's inputs, float32 `[d]`, for a method with a proxy.
+        proxy: For a method with a proxy: `importance`, mean squares of an FFN's inputs, float32 `[d]`, and `proxy`, the
+            proxy if it is made already.
 
     Raises:
-        ProfileError: A method with a proxy has none.
+        ProfileError: A method with a proxy has no importance.
     """
-    more = {"importance": importance} if method.proxy_bits else {}
-    return _SPARSE[site.kind](site, method, per_term, apply_to=apply_to, **more)
+    return _SPARSE[site.kind](site, method, per_term, apply_to=apply_to, **(proxy if method.proxy_bits else {}))
 
 
 # Called with a site, its input, and the factors of its terms, each [..., terms]; returns the active set, None for all.

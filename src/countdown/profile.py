@@ -2,6 +2,7 @@
 
 profile.json          what was calibrated, on what, with which settings; the fingerprint's structure
 profile.safetensors   weights, threshold and error curves of every site; the fingerprint's sampled weights
+proxy.safetensors     proxies, where they are stored (`with_proxies`)
 """
 
 from __future__ import annotations
@@ -19,14 +20,20 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from countdown import stored_proxies
 from countdown.allocation import allocate
 from countdown.config import check_fields
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.folders import unwritable, whole_folder
 from countdown.methods import Method, parse_method
+from countdown.models.find import find_sites
 from countdown.models.fingerprint import SAMPLES, structure, weights_agree
-from countdown.models.sites import Site
+from countdown.models.sites import GatedFFN, Site
+from countdown.ops.proxy import memory_for
+from countdown.ops.proxy_format import proxy_bytes
 from countdown.recipe import Recipe, RecipeEntry, match
+from countdown.stored_proxies import StoredProxies
+from countdown.wrappers import base_model
 
 FORMAT = "countdown-profile"
 # What a file that is not what it says can raise while it is read.
@@ -37,6 +44,7 @@ VERSION = 1
 # A curve has a point for each thousandth of sparsity.
 POINTS = 1000
 FILES = _JSON, _TENSORS = "profile.json", "profile.safetensors"
+PROXIES = stored_proxies.FILE
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,13 @@ class Selector:
         method: The method, its sparsity the module's own share of what is allocated.
         per_term: Thresholds or weights, float32 `[terms]`; see `ops.schema`.
         importance: For a method with a proxy; see `Statistics`.
+        proxy: The proxy, where it is stored; see `ops.schema`.
     """
 
     method: Method
     per_term: Tensor
     importance: Tensor | None = None
+    proxy: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Profile:
         samples: By site, weights sampled from the base model, float32 `[matrices, n]`.
         calibration: Text, tokens, dtype and versions: what is needed to repeat it.
         entries: Methods by module pattern, as in a recipe.
+        proxies: Proxies that are stored with it, if any.
     """
 
     base_model: dict[str, Any]
@@ -105,6 +116,29 @@ class Profile:
     samples: dict[str, Tensor]
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
+    proxies: StoredProxies | None = field(default=None, repr=False)
+
+    def with_proxies(self, model: nn.Module) -> Profile:
+        """Return a profile that holds the proxies of this model, and stores them when it is saved.
+
+        Raises:
+            ConfigError: No method has a proxy, or memory runs out.
+            ProfileError: The profile belongs to another model.
+        """
+        base = base_model(model)
+        sites = find_sites(base, self.kinds)
+        self.check(base, sites)
+        by_name = {site.name: site for site in sites}
+        sources = {
+            name: (ffn, found.importance, entry.method.proxy_bits)
+            for entry in self.entries
+            for name, found in entry.sites.items()
+            if isinstance(ffn := by_name.get(name), GatedFFN) and found.importance is not None
+        }
+        if not sources:
+            raise ConfigError("no method of this profile has a proxy to store.")
+        with memory_for(sum(proxy_bytes(ffn.h, ffn.d, bits) for ffn, _, bits in sources.values())):
+            return replace(self, proxies=StoredProxies.make(sources))
 
     def with_settings(self, **settings: Any) -> Profile:
         """Return a profile with other settings of its methods, as far as its statistics allow.
@@ -142,13 +176,21 @@ class Profile:
             ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
         """
         sizes = {site.name: site.size for site in sites}
+        by_name = {site.name: site for site in sites}
         chosen = {}
         for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
             for name, sparsity in allocated(entry, sizes).items():
                 method = replace(entry.method, sparsity=sparsity)
                 found = entry.sites[name]
-                chosen[name] = Selector(method, _per_term(name, method, found, self._terms(name)), found.importance)
+                per_term = _per_term(name, method, found, self._terms(name))
+                proxy = self._stored(by_name[name], found.importance, method.proxy_bits)
+                chosen[name] = Selector(method, per_term, found.importance, proxy)
         return chosen
+
+    def _stored(self, site: Site, importance: Tensor | None, bits: int) -> list[Tensor] | None:
+        if self.proxies is None or importance is None or not isinstance(site, GatedFFN):
+            return None
+        return self.proxies.of(site, importance, bits)
 
     def _terms(self, name: str) -> int:
         shape = self.structure["sites"][name]
@@ -194,7 +236,9 @@ class Profile:
                 header = json.dumps(self._header(), indent=2, ensure_ascii=False)
                 (new / _JSON).write_text(header + "\n", encoding="utf-8")
                 (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-        except OSError as error:
+                if self.proxies:
+                    self.proxies.save(new / PROXIES)
+        except (OSError, SafetensorError) as error:
             raise ProfileError(f"profile {path} cannot be written: {error}.") from error
         return path
 
@@ -212,7 +256,8 @@ class Profile:
         try:
             header = json.loads((path / _JSON).read_text(encoding="utf-8"))
             tensors = load_file(path / _TENSORS)
-            return cls._parse(header, tensors)
+            proxies = StoredProxies.load(path / PROXIES) if (path / PROXIES).is_file() else None
+            return replace(cls._parse(header, tensors), proxies=proxies)
         except _UNREADABLE as error:
             if isinstance(error, ConfigError):
                 raise
@@ -277,7 +322,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if path.exists():
         if not overwrite:
             raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
-        if not path.is_dir() or {inside.name for inside in path.iterdir()} != {_JSON, _TENSORS}:
+        if not path.is_dir() or {inside.name for inside in path.iterdir()} - {PROXIES} != {_JSON, _TENSORS}:
             raise ProfileError(
                 f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
             )

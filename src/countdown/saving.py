@@ -13,7 +13,7 @@ from torch import nn
 
 from countdown.errors import ConfigError, ProfileError
 from countdown.models.loading import Source, explained
-from countdown.profile import FILES, Profile, check_free
+from countdown.profile import FILES, PROXIES, Profile, check_free
 
 SUBFOLDER = "countdown"
 _PROFILE = "_countdown_profile"
@@ -49,6 +49,7 @@ def own_profile(source: Source) -> Profile | None:
         return None
     if len(paths) < len(FILES):
         raise ProfileError(f"the profile of {source.name} is not whole: it has only {Path(paths[0]).name}.")
+    _from_hub(source, f"{SUBFOLDER}/{PROXIES}")
     return Profile.load(Path(paths[0]).parent)
 
 

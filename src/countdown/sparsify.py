@@ -140,6 +140,7 @@ def export(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    include_proxy: bool = False,
 ) -> Path:
     """Write a folder with a dense base model, its tokenizer and a profile: whole, or not at all.
 
@@ -150,9 +151,11 @@ def export(
         profile: A profile that fits it, or the folder of one.
         path: The folder to make; it must not exist.
         dtype, revision, trust_remote_code: See `from_pretrained`.
+        include_proxy: Store the proxies as well: loading is quicker, the folder larger.
 
     Raises:
-        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken.
+        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken, or there is
+            no proxy to include.
     """
     path = Path(path)
     if path.exists():
@@ -166,7 +169,7 @@ def export(
     sites = find_sites(loaded, profile.kinds)
     profile.check(loaded, sites)
     profile.selectors(sites)
-    keep_profile(loaded, profile)
+    keep_profile(loaded, profile.with_proxies(loaded) if include_proxy else profile)
     try:
         with whole_folder(path) as new:
             loaded.save_pretrained(new)
@@ -250,7 +253,12 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     with memory_for(sum(proxy_bytes([by_name[name]], found.method) for name, found in chosen.items())):
         modules = {
             name: sparse_module(
-                by_name[name], found.method, found.per_term, apply_to=apply_to, importance=found.importance
+                by_name[name],
+                found.method,
+                found.per_term,
+                apply_to=apply_to,
+                importance=found.importance,
+                proxy=found.proxy,
             )
             for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
         }
@@ -270,7 +278,8 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
 
 def _slow(chosen: Mapping[str, Selector], sites: Mapping[str, Site]) -> bool:
     """Return whether making the modules takes seconds."""
-    return sum(sites[name].size for name, found in chosen.items() if found.method.proxy_bits) > SLOW_WEIGHTS
+    made = [name for name, found in chosen.items() if found.method.proxy_bits and found.proxy is None]
+    return sum(sites[name].size for name in made) > SLOW_WEIGHTS
 
 
 def _site_status(name: str, module: SparseSite) -> SiteStatus:

@@ -100,7 +100,12 @@ def test_calibrate_then_evaluate(made, model_folder):
 
 def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
     options = ["--method", "d-proxy", "--bits", "3", "--sparsity", "0.5", "--tokens", "1024", "-o", "p"]
-    assert run("calibrate", model_folder, *options, cwd=tmp_path).returncode == 0
+    calibrated = run("calibrate", model_folder, *options, "--include-proxy", cwd=tmp_path)
+    assert calibrated.returncode == 0
+    assert "when it runs, proxies take 0.0 MB beside the weights" in calibrated.stderr
+    assert (tmp_path / "p" / "proxy.safetensors").is_file()
+    assert run("export", model_folder, "--profile", "p", "-o", "m", "--include-proxy", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "m" / "countdown" / "proxy.safetensors").is_file()
     result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (record,) = json.loads(result.stdout)["records"]
@@ -180,7 +185,7 @@ def test_without_a_method_one_is_picked_and_the_reason_said(model_folder, tmp_pa
     made = run("calibrate", model_folder, "-o", "p", "--sparsity", "0.6", "--tokens", "1536", "-q", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     assert made.stdout == "p\n"
-    picked, instead, _ = made.stderr.splitlines()
+    picked, instead, *_ = made.stderr.splitlines()
     assert picked.startswith("picked ")
     assert "threshold at 0.6: KL 0." in picked
     assert instead.startswith("instead of ")
@@ -300,6 +305,10 @@ MISTAKES = {
     "picked": (["calibrate", "{model}", "--bits", "4"], "--bits is picked by --method auto"),
     "too little to pick by": (["calibrate", "{model}", "-o", "new", "--tokens", "1024"], "takes 3 sequences of text"),
     "two wishes": (["calibrate", "{model}", "--sparsity", "0.5", "--max-loss", "0.1"], "one follows from the other"),
+    "no proxy": (
+        ["calibrate", "{model}", "--method", "cats", "--include-proxy"],
+        "--include-proxy needs a method with a proxy, and cats has none",
+    ),
     "no loss": (["calibrate", "{model}", "--max-loss", "0"], "expected more than 0"),
     "loss of a method": (["calibrate", "{model}", "--method", "cats", "--max-loss", "0.1"], "belongs to --method auto"),
     "auto elsewhere": (["evaluate", "{model}", "--method", "auto"], "--method auto belongs to countdown calibrate"),

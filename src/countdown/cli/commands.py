@@ -114,6 +114,7 @@ def calibrate(
     text: Annotated[list[str] | None, typer.Option("--text", help=o.TEXTS_HELP)] = None,
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
+    include_proxy: o.IncludeProxy = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -135,6 +136,8 @@ def calibrate(
     settings = _given(sparsity, decision, weighting, allocation, bits)
     config = None if method_name == AUTO else _recipe(method_name, settings)
     _check_wishes(method_name, settings, max_loss)
+    if include_proxy and config and not any(entry.method.proxy_bits for entry in config.entries):
+        raise ConfigError(f"--include-proxy needs a method with a proxy, and {method_name} has none.")
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
@@ -147,6 +150,8 @@ def calibrate(
         profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, source)
     else:
         profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
+    if include_proxy and any(entry.method.proxy_bits for entry in profile.entries):
+        profile = profile.with_proxies(loaded)
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(proxy_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
@@ -286,6 +291,7 @@ def export(
     model: o.Model,
     profile: Annotated[Path, typer.Option("--profile", help="A profile made by calibrate.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
+    include_proxy: o.IncludeProxy = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.Trust = False,
@@ -296,7 +302,10 @@ def export(
     """Write a folder with the dense model, its tokenizer and a profile: one name to load, sparse or dense."""
     from countdown.sparsify import export as write
 
-    path = write(model, profile, output, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    path = write(
+        model, profile, output,
+        dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_proxy=include_proxy,
+    )  # fmt: skip
     printing.say(f"written; run: countdown generate {path} 'Hello'")
     typer.echo(str(path))
 

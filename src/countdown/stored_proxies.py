@@ -1,0 +1,80 @@
+"""Proxies that are stored beside a profile, so that loading a model maps them into memory instead of making them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from countdown.errors import ProfileError
+from countdown.models.sites import GatedFFN
+
+FILE = "proxy.safetensors"
+PARTS = ("gate_levels", "gate_scales", "up_levels", "up_scales")
+# Rows of each matrix that the hash of an FFN covers.
+HASHED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class StoredProxies:
+    """Proxies by FFN, and what they were made from.
+
+    Args:
+        tensors: Levels and scales of gate and of up; see `ops.proxy`.
+        hashes: See `source_hash`.
+    """
+
+    tensors: Mapping[str, list[Tensor]]
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def make(cls, sources: Mapping[str, tuple[GatedFFN, Tensor, int]]) -> StoredProxies:
+        """Make the proxies of FFNs, by name, from their importance and bits."""
+        tensors = {name: [t.cpu() for t in ffn.proxy(found, bits)] for name, (ffn, found, bits) in sources.items()}
+        return cls(tensors, {name: source_hash(*source) for name, source in sources.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> StoredProxies:
+        """Map a file into memory. What can be wrong with it is as with any safetensors file."""
+        with safe_open(path, "pt") as file:
+            hashes: dict[str, str] = json.loads(file.metadata()["hashes"])
+            return cls({name: [file.get_tensor(f"{name}/{part}") for part in PARTS] for name in hashes}, hashes)
+
+    def save(self, path: Path) -> None:
+        """Write the file."""
+        flat = {
+            f"{name}/{part}": t for name, found in self.tensors.items() for part, t in zip(PARTS, found, strict=True)
+        }
+        save_file(
+            {name: tensor.contiguous() for name, tensor in flat.items()}, path, {"hashes": json.dumps(self.hashes)}
+        )
+
+    def of(self, ffn: GatedFFN, importance: Tensor, bits: int) -> list[Tensor]:
+        """Return the proxy of an FFN.
+
+        Raises:
+            ProfileError: There is none, or it was made from something else.
+        """
+        if self.hashes.get(ffn.name) != source_hash(ffn, importance, bits):
+            raise ProfileError(
+                f"the stored proxy of {ffn.name} was made from other weights or another calibration; delete {FILE} in "
+                "the profile's folder to make proxies anew."
+            )
+        return self.tensors[ffn.name]
+
+
+def source_hash(ffn: GatedFFN, importance: Tensor, bits: int) -> str:
+    """Return a hash of what a proxy is made from: rows spread over gate and up, as float32, importance, and bits."""
+    found = hashlib.sha256(f"{bits} {ffn.h} {ffn.d}".encode())
+    for matrix in ffn.matrices[:2]:
+        rows = torch.linspace(0, ffn.h - 1, HASHED_ROWS, device=matrix.device).long()
+        found.update(matrix.detach()[rows].float().cpu().numpy().tobytes())
+    found.update(importance.float().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,106 @@
+"""Proxies that are stored with a profile: they are used, they fit, or they are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import countdown
+from conftest import llama
+from countdown.errors import ConfigError, ProfileError
+from countdown.methods import method
+from countdown.modules import sparse_sites
+from countdown.ops import proxy as proxies
+from countdown.profile import Profile
+from countdown.stored_proxies import FILE
+
+IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
+
+
+@pytest.fixture
+def profile(llama_model, tokenizer, text):
+    config = method("d-proxy", sparsity=0.6)
+    return countdown.calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+
+
+@pytest.fixture
+def stored(llama_model, profile, tmp_path):
+    return profile.with_proxies(llama_model).save(tmp_path / "p")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def test_stored_proxies_are_used_and_give_the_same(llama_model, profile, stored, monkeypatch):
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    expected = logits(llama_model)
+    made = {name: module.proxy for name, module in sparse_sites(llama_model).items()}
+    countdown.restore_(llama_model)
+    monkeypatch.setattr(proxies, "quantise", None)  # nothing is made
+    countdown.sparsify_(llama_model, Profile.load(stored).with_settings(sparsity=0.6), apply_to="all")
+    for name, module in sparse_sites(llama_model).items():
+        assert all(torch.equal(one, other) for one, other in zip(made[name], module.proxy, strict=True))
+    assert torch.equal(logits(llama_model), expected)
+
+
+def test_other_weights_make_other_proxies(llama_model, stored):
+    countdown.sparsify_(llama_model, Profile.load(stored))
+    module, *_ = sparse_sites(llama_model).values()
+    before = [part.clone() for part in module.proxy]
+    other = {key: -2 * value for key, value in llama_model.state_dict().items()}
+    llama_model.load_state_dict(other)
+    assert not torch.equal(before[0], module.proxy[0])
+
+
+def test_proxies_of_other_weights_are_refused(llama_model, stored):
+    with torch.no_grad():
+        llama_model.model.layers[1].mlp.up_proj.weight[5] += 1e-3
+    with pytest.raises(ProfileError, match=rf"stored proxy of model.layers.1.mlp was made from other weights.*{FILE}"):
+        countdown.sparsify_(llama_model, Profile.load(stored))
+    assert not sparse_sites(llama_model)
+    (stored / FILE).unlink()
+    countdown.sparsify_(llama_model, Profile.load(stored))
+    assert sparse_sites(llama_model)
+
+
+def test_proxies_of_another_calibration_are_refused(llama_model, tokenizer, stored, tmp_path):
+    other = countdown.calibrate(
+        llama_model, tokenizer, "another text. " * 500, method("d-proxy"), tokens=512, progress=False
+    ).save(tmp_path / "other")
+    (stored / FILE).rename(other / FILE)
+    with pytest.raises(ProfileError, match="was made from other weights or another calibration"):
+        countdown.sparsify_(llama_model, Profile.load(other))
+
+
+def test_a_damaged_file_is_refused(stored):
+    (stored / FILE).write_bytes((stored / FILE).read_bytes()[:100])
+    with pytest.raises(ProfileError, match="is damaged"):
+        Profile.load(stored)
+
+
+def test_a_profile_with_proxies_may_be_overwritten(profile, stored):
+    profile.save(stored, overwrite=True)
+    assert not (stored / FILE).exists()
+
+
+def test_without_a_proxy_there_is_none_to_store(llama_model, tokenizer, text):
+    dense = countdown.calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
+    with pytest.raises(ConfigError, match="no method of this profile has a proxy"):
+        dense.with_proxies(llama_model)
+
+
+def test_saving_a_sparsified_model_keeps_its_proxies(llama_model, stored, tmp_path, monkeypatch):
+    countdown.sparsify_(llama_model, Profile.load(stored), apply_to="all")
+    expected = logits(llama_model)
+    llama_model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "countdown" / FILE).is_file()
+    monkeypatch.setattr(proxies, "quantise", None)
+    loaded = countdown.from_pretrained(str(tmp_path / "model"), apply_to="all")
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_another_model_is_refused(profile):
+    with pytest.raises(ProfileError, match="belongs to another model"):
+        profile.with_proxies(llama(intermediate_size=40))
