@@ -100,7 +100,8 @@ def proxy() -> None:
                 for r in records
                 if (r["method"], r["weighting"], r.get("bits")) == (method, weighting, bits)
             )
-            axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
         axes.spines[["top", "right"]].set_visible(False)
         _dense_line(axes, records)
         axes.set_yscale("log")
@@ -111,7 +112,7 @@ def proxy() -> None:
         axes.set_title(f"{title}, dithered")
         axes.set_xlabel("share of the FFN's weights read")
     both[0].set_ylabel("perplexity, WikiText-2")
-    both[1].legend(frameon=False)
+    both[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _write(figure, "proxy")
 
 

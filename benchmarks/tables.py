@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import proxy_tables
 import speed
 from documents import load, row
 
@@ -240,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
+    "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
+    "survivors": lambda: proxy_tables.survivors(("gemma3",)),
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),

@@ -12,12 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import dense_kernels, kernels, launch
+from countdown.ops.triton import dense_kernels, kernels, launch, proxy_kernels
 
 POINTERS = {
-    "per_neuron": "*fp32", "partial": "*fp32", "count": "*i32", "listed": "*i32",
+    "per_neuron": "*fp32", "partial": "*fp32", "listed_count": "*i32", "listed": "*i32",
     "active_set": "*i8", "needs": "*i8", "counters": "*i64", "mask": "*i1",
-    "largest": "*fp32", "total": "*fp32", "scale": "fp32",
+    "largest": "*fp32", "total": "*fp32", "scale": "fp32", "words": "*i32", "sums": "*fp32", "steps": "*fp32",
+    "gate_levels": "*i32", "up_levels": "*i32", "gate_scales": "*fp16", "up_scales": "*fp16",
 }  # fmt: skip
 WEIGHTS = {
     "x", "first", "other", "down", "gate", "up", "s", "y", "q", "keys", "values",
@@ -29,7 +30,9 @@ def main() -> None:
     """Print `{kernel, dtype and shape: bytes}`."""
     backend, _, arch = sys.argv[1].partition(":")
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
-    found = launch.Hardware(multiprocessors=100, shared=int(sys.argv[2]), dependent_launch=False)
+    found = launch.Hardware(
+        multiprocessors=100, shared=int(sys.argv[2]), dependent_launch=False, dot4=backend == "cuda"
+    )
     shared = {}
     for d, h in ((576, 1536), (4096, 14336)):
         for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
@@ -43,6 +46,11 @@ def main() -> None:
                 (kernels.sum_columns, columns, {}),
                 (dense_kernels.project_one, launch.projection(h, [d, d], itemsize, found), {"BIAS": True, "d": h}),
                 (dense_kernels.attend_block, launch.attention(700, 4, d // 32), {"QUERIES": 4, "MASK": True}),
+                (dense_kernels.attend_all, launch.combination(11, launch.attention(700, 4, d // 32)), {"QUERIES": 4}),
+                (proxy_kernels.quantise_tokens, launch.quantisation(d, 8, found), {}),
+                (proxy_kernels.select_by_proxy, launch.proxy_selection(d, h, found), {"ACT": "silu", "BIAS": True}
+                 | {"COUNT": True}),
+                (proxy_kernels.decide_by_proxy_and_sum, launch.proxy_decision(d, h, itemsize, h // 5, found), form),
                 (kernels.reduce, launch.reduction(d, 200, 8), {"BIAS": True}),
             ):  # fmt: skip
                 size = compiled(kernel, {**config.constants, "PDL": False, **more}, dtype, config.warps, target)

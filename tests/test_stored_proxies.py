@@ -1,4 +1,4 @@
-"""Proxies that are stored with a profile: they are used, they fit, or they are refused."""
+"""Proxies that are stored with a profile: they are used where they fit, and made anew where they do not."""
 
 from __future__ import annotations
 
@@ -54,23 +54,40 @@ def test_other_weights_make_other_proxies(llama_model, stored):
     assert not torch.equal(before[0], module.proxy[0])
 
 
-def test_proxies_of_other_weights_are_refused(llama_model, stored):
+def test_proxies_of_other_weights_are_made_anew(llama_model, profile, stored):
     with torch.no_grad():
         llama_model.model.layers[1].mlp.up_proj.weight[5] += 1e-3
-    with pytest.raises(ProfileError, match=rf"stored proxy of model.layers.1.mlp was made from other weights.*{FILE}"):
-        countdown.sparsify_(llama_model, Profile.load(stored))
-    assert not sparse_sites(llama_model)
-    (stored / FILE).unlink()
+    with pytest.warns(countdown.ProfileWarning, match="stored proxies do not fit these weights") as caught:
+        countdown.sparsify_(llama_model, Profile.load(stored), apply_to="all")
+    assert len(caught) == 1
+    found = logits(llama_model)
+    countdown.restore_(llama_model)
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    assert torch.equal(logits(llama_model), found)
+
+
+def test_proxies_of_another_shape_are_made_anew(llama_model, profile, stored):
+    loaded = Profile.load(stored)
+    name, (levels, *rest) = next(iter(loaded.proxies.tensors.items()))
+    loaded.proxies.tensors[name] = [levels[:, :-1], *rest]
+    with pytest.warns(countdown.ProfileWarning, match="stored proxies do not fit"):
+        countdown.sparsify_(llama_model, loaded, apply_to="all")
+    assert logits(llama_model).isfinite().all()
+
+
+def test_a_saved_model_of_another_dtype_loads(llama_model, stored, tmp_path):
     countdown.sparsify_(llama_model, Profile.load(stored))
-    assert sparse_sites(llama_model)
+    llama_model.bfloat16().save_pretrained(tmp_path / "model")
+    with pytest.warns(countdown.ProfileWarning, match="stored proxies do not fit"):
+        assert sparse_sites(countdown.from_pretrained(str(tmp_path / "model")))
 
 
-def test_proxies_of_another_calibration_are_refused(llama_model, tokenizer, stored, tmp_path):
+def test_proxies_of_another_calibration_are_made_anew(llama_model, tokenizer, stored, tmp_path):
     other = countdown.calibrate(
         llama_model, tokenizer, "another text. " * 500, method("d-proxy"), tokens=512, progress=False
     ).save(tmp_path / "other")
     (stored / FILE).rename(other / FILE)
-    with pytest.raises(ProfileError, match="was made from other weights or another calibration"):
+    with pytest.warns(countdown.ProfileWarning, match="stored proxies do not fit"):
         countdown.sparsify_(llama_model, Profile.load(other))
 
 

@@ -141,9 +141,10 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 @contextmanager
 def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
     """Within the context, linears of one token, a group a launch, and its attention run in our kernels."""
-    attention = model.config._attn_implementation
+    switched = model.config._attn_implementation == "sdpa"
+    before = _attention_of(model.config)
     try:
-        if attention == "sdpa":
+        if switched:
             model.set_attn_implementation(_register_attention())
         for linears in groups:
             for linear, forward in zip(linears, _projections(linears), strict=True):
@@ -152,14 +153,27 @@ def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
     finally:
         for linear in (linear for linears in groups for linear in linears):
             vars(linear).pop("forward", None)
-        model.set_attn_implementation(attention)
+        if switched:
+            model.set_attn_implementation(before)
+
+
+def _attention_of(config: Any) -> dict[str, str]:
+    """Return what attends, by part of a model; "" is the whole."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    return {"": config._attn_implementation} | {name: part._attn_implementation for name, part in parts.items()}
 
 
 def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
     """Return the linears that a step runs, those in a row that read the very same input together."""
     seen: list[tuple[nn.Linear, Tensor]] = []
     bare = [module for module in model.modules() if _bare(module)]
-    hooks = [linear.register_forward_pre_hook(lambda linear, args: seen.append((linear, args[0]))) for linear in bare]
+
+    def keep(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # Some linears run over the whole cache, as those of latent attention.
+        if args[0].numel() == linear.in_features:
+            seen.append((linear, args[0]))  # type: ignore[arg-type]
+
+    hooks = [linear.register_forward_pre_hook(keep) for linear in bare]
     try:
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
@@ -223,6 +237,10 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """One query attending to all keys; see `attend_one`."""
+    if key.shape != value.shape:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)  # type: ignore[no-any-return]
     mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out: Tensor = torch.ops.countdown.attend_one(query, key, value, mask, scale)

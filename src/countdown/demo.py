@@ -31,6 +31,10 @@ SHOWN = 2  # which of METHODS generates the sample, and is saved
 SHOWN_SPARSITY = 0.5
 TOKENS = 16384
 EVALUATED_WINDOWS = 6
+CAVEAT = (
+    "d-proxy decides by a 4-bit copy of the layer. This model comes from a 4-bit file, whose grid such a copy fits by "
+    "luck; on models that were not quantised before it costs more (docs/proxy.md)."
+)
 PROMPT = "Explain in three sentences why the sky is blue."
 NEW_TOKENS = 64
 
@@ -55,6 +59,7 @@ class Demo:
         shown: The method that wrote `sparse`.
         dense, sparse: The answers.
         profile: Of the method that wrote `sparse`.
+        caveat: What must be said beside the numbers.
     """
 
     model: str
@@ -66,6 +71,7 @@ class Demo:
     dense: Generation
     sparse: Generation
     profile: Profile
+    caveat: str = CAVEAT
 
 
 def find_model() -> Path:

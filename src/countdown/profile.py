@@ -124,7 +124,10 @@ class Profile:
         Raises:
             ConfigError: No method has a proxy, or memory runs out.
             ProfileError: The profile belongs to another model.
+            UnsupportedModelError: The model has none of the profile's modules.
         """
+        if not self.has_proxy:
+            raise ConfigError("no method of this profile has a proxy to store.")
         base = base_model(model)
         sites = find_sites(base, self.kinds)
         self.check(base, sites)
@@ -135,10 +138,13 @@ class Profile:
             for name, found in entry.sites.items()
             if isinstance(ffn := by_name.get(name), GatedFFN) and found.importance is not None
         }
-        if not sources:
-            raise ConfigError("no method of this profile has a proxy to store.")
         with memory_for(sum(proxy_bytes(ffn.h, ffn.d, bits) for ffn, _, bits in sources.values())):
             return replace(self, proxies=StoredProxies.make(sources))
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether one of its methods decides by a proxy."""
+        return any(entry.method.proxy_bits for entry in self.entries)
 
     def with_settings(self, **settings: Any) -> Profile:
         """Return a profile with other settings of its methods, as far as its statistics allow.
@@ -185,6 +191,13 @@ class Profile:
                 per_term = _per_term(name, method, found, self._terms(name))
                 proxy = self._stored(by_name[name], found.importance, method.proxy_bits)
                 chosen[name] = Selector(method, per_term, found.importance, proxy)
+        if self.proxies and any(found.importance is not None and found.proxy is None for found in chosen.values()):
+            warnings.warn(
+                "stored proxies do not fit these weights and this calibration, so proxies are made anew; store them "
+                "again (with_proxies, --include-proxy) to load as quickly as before.",
+                ProfileWarning,
+                stacklevel=4,
+            )
         return chosen
 
     def _stored(self, site: Site, importance: Tensor | None, bits: int) -> list[Tensor] | None:

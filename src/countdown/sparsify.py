@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -151,7 +151,7 @@ def export(
         profile: A profile that fits it, or the folder of one.
         path: The folder to make; it must not exist.
         dtype, revision, trust_remote_code: See `from_pretrained`.
-        include_proxy: Store the proxies as well: loading is quicker, the folder larger.
+        include_proxy: Store proxies, made of these weights, as well: loading is quicker, the folder larger.
 
     Raises:
         ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken, or there is
@@ -164,6 +164,9 @@ def export(
         raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+    if include_proxy and not profile.has_proxy:
+        raise ConfigError("include_proxy: no method of this profile has a proxy to store.")
+    profile = replace(profile, proxies=None)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
     sites = find_sites(loaded, profile.kinds)

@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from countdown.errors import ProfileError
 from countdown.models.sites import GatedFFN
+from countdown.ops.proxy_format import group_of, padded
 
 FILE = "proxy.safetensors"
 PARTS = ("gate_levels", "gate_scales", "up_levels", "up_scales")
+# Of packing and quantiser: another makes other proxies of the same weights.
+FORMAT = 1
 # Rows of each matrix that the hash of an FFN covers.
 HASHED_ROWS = 64
 
@@ -56,23 +58,21 @@ class StoredProxies:
             {name: tensor.contiguous() for name, tensor in flat.items()}, path, {"hashes": json.dumps(self.hashes)}
         )
 
-    def of(self, ffn: GatedFFN, importance: Tensor, bits: int) -> list[Tensor]:
-        """Return the proxy of an FFN.
-
-        Raises:
-            ProfileError: There is none, or it was made from something else.
-        """
-        if self.hashes.get(ffn.name) != source_hash(ffn, importance, bits):
-            raise ProfileError(
-                f"the stored proxy of {ffn.name} was made from other weights or another calibration; delete {FILE} in "
-                "the profile's folder to make proxies anew."
-            )
-        return self.tensors[ffn.name]
+    def of(self, ffn: GatedFFN, importance: Tensor, bits: int) -> list[Tensor] | None:
+        """Return the proxy of an FFN, None where there is none, or one of something else."""
+        found = self.tensors.get(ffn.name)
+        if found is None or self.hashes[ffn.name] != source_hash(ffn, importance, bits):
+            return None
+        width = padded(ffn.d, bits)
+        shapes = [(ffn.h, bits * width // 8), (ffn.h, width // group_of(ffn.d, bits))] * 2
+        dtypes = [torch.uint8, torch.float16] * 2
+        fits = [t.shape == shape and t.dtype == dtype for t, shape, dtype in zip(found, shapes, dtypes, strict=True)]
+        return found if all(fits) else None
 
 
 def source_hash(ffn: GatedFFN, importance: Tensor, bits: int) -> str:
-    """Return a hash of what a proxy is made from: rows spread over gate and up, as float32, importance, and bits."""
-    found = hashlib.sha256(f"{bits} {ffn.h} {ffn.d}".encode())
+    """Return a hash of what a proxy is made from: rows spread over gate and up, as float32, and importance."""
+    found = hashlib.sha256(f"{FORMAT} {bits} {ffn.h} {ffn.d}".encode())
     for matrix in ffn.matrices[:2]:
         rows = torch.linspace(0, ffn.h - 1, HASHED_ROWS, device=matrix.device).long()
         found.update(matrix.detach()[rows].float().cpu().numpy().tobytes())

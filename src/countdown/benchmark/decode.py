@@ -19,7 +19,7 @@ from countdown.decoding import DecodeLoop, largest
 from countdown.errors import ConfigError
 from countdown.methods import Method
 from countdown.models.find import find_ffns
-from countdown.models.loading import DTYPES
+from countdown.models.loading import DTYPES, check_context
 from countdown.models.sites import GatedFFN
 from countdown.modules import sparse_sites
 from countdown.ops.activations import ACTIVATIONS
@@ -112,10 +112,8 @@ def run(
         ConfigError, UnsupportedModelError, ProfileError: See `DecodeLoop` and `sparsify_`.
     """
     device = require_cuda()
-    for what in whats:
-        kinds = [what.kind] if isinstance(what, Method) else what.kinds
-        if kinds != [GatedFFN.kind]:
-            raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
+    check_whats(whats)
+    check_context(model, benchmark.context + 2 * benchmark.new_tokens)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator).to(device)
@@ -149,6 +147,14 @@ def run(
     if benchmark.generate:
         say("measuring Hugging Face's generate")
         yield common | {"run": "generate", "tokens_per_s": _generate(model, ids, benchmark.new_tokens)}
+
+
+def check_whats(whats: Sequence[Method | Profile]) -> None:
+    """Raise ConfigError unless these apply to FFNs alone."""
+    for what in whats:
+        kinds = [what.kind] if isinstance(what, Method) else what.kinds
+        if kinds != [GatedFFN.kind]:
+            raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
 
 
 def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:

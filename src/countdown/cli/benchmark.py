@@ -101,7 +101,7 @@ def decode(
     debug: o.Debug = False,
 ) -> None:
     """A whole model, dense and sparse in the same captured loop: tokens/s, and where a token's time goes."""
-    from countdown.benchmark.decode import DecodeBenchmark, random_model, run
+    from countdown.benchmark.decode import DecodeBenchmark, check_whats, random_model, run
     from countdown.benchmark.timing import require_cuda
     from countdown.results import meta
 
@@ -115,6 +115,7 @@ def decode(
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
         settings = {} if sparsity is None else {"sparsity": sparsity}
         whats: list[Any] = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
+        check_whats(whats)
         loaded, name = random_model(shape, dtype="bfloat16" if dtype == "auto" else dtype), shape
     else:
         if methods:

@@ -150,8 +150,10 @@ def calibrate(
         profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, source)
     else:
         profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
-    if include_proxy and any(entry.method.proxy_bits for entry in profile.entries):
+    if include_proxy and profile.has_proxy:
         profile = profile.with_proxies(loaded)
+    elif include_proxy:
+        printing.say("no proxy is stored: what was picked has none")
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(proxy_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):

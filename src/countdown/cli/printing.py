@@ -90,6 +90,7 @@ def print_demo(demo: Demo) -> None:
     for row in demo.rows:
         rows.append((row.method.label, f"{row.method.sparsity:.0%}", *evaluation_cells(row.evaluation)))
     print_table(out, header, rows)
+    out.print(demo.caveat, markup=False)
     for name, run in (("dense", demo.dense), (str(demo.shown), demo.sparse)):
         speed = f", {run.tokens_per_s:.1f} tokens/s" if run.tokens_per_s else ""
         out.print(f"\n{name}{speed}:", markup=False, style="bold")

@@ -130,14 +130,21 @@ def choose(
 
 
 def trial_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
-    """Return the sequences that trials read, each int64 `[length]`, or raise what is wrong with the text."""
+    """Return the sequences that trials read, each int64 `[length]`.
+
+    Raises:
+        ConfigError, TextError: Too little text for trials, or for the calibration of so many tokens that follows.
+    """
+    calibration_sequences(tokenizer, texts, tokens)
     sequences = calibration_sequences(tokenizer, texts, min(tokens, TRIAL_TOKENS))
     if len(sequences) < JUDGING:
         raise ConfigError(
             f"picking a method takes {JUDGING} sequences of text or more, and there are {len(sequences)}: give more "
             "tokens, or name a method."
         )
-    return sequences
+    # Several texts take turns: in another order, some of each is held out.
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    return [sequences[place] for place in order.tolist()]
 
 
 def check_wishes(sparsity: float | None, max_loss: float | None) -> None:

@@ -56,8 +56,10 @@ def memory_for(total: int) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # what torch raises, of a CPU and of a GPU
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # Of a CPU torch raises a RuntimeError that says so.
+        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not total or not out:
             raise
         raise ConfigError(
             f"memory ran out while making proxies, which take {total / 1e9:.2f} GB beside the weights: free some, or "
@@ -136,7 +138,7 @@ def dequantise(levels: Tensor, scales: Tensor, d: int) -> Tensor:
 
 
 def bits_of(levels: Tensor, d: int) -> int:
-    """Return the bits of the levels of rows of d weights."""
+    """Return the bits of the levels of rows of d weights, 0 where no packing fits."""
     return next((bits for bits in FIELDS if levels.shape[1] * 8 == bits * padded(d, bits)), 0)
 
 

@@ -91,10 +91,19 @@ def attend_all(
     e = tl.arange(0, N)
     place = (query // QUERIES * blocks + s) * R + query % QUERIES
     begin(PDL)
-    most = tl.load(largest + place, mask=s < blocks, other=float("-inf"))
-    factor = tl.where(most > float("-inf"), tl.exp(most - tl.max(most, 0)), 0.0)
-    weight = tl.load(total + place, mask=s < blocks, other=0.0)
-    here = (s < blocks)[:, None] & (e < size)[None, :]
-    out = tl.load(partial + place[:, None] * size + e[None, :], mask=here, other=0.0)
-    out = tl.sum(tl.where(factor[:, None] > 0, out * factor[:, None], 0.0), 0) / tl.sum(weight * factor, 0)
-    tl.store(y + query * size + e, out.to(y.dtype.element_ty), mask=e < size)
+    most = float("-inf")
+    weight = 0.0
+    out = tl.zeros([N], tl.float32)
+    for first in range(0, blocks, S):
+        there = first + s < blocks
+        at = place + first * R
+        some = tl.load(largest + at, mask=there, other=float("-inf"))
+        higher = tl.maximum(most, tl.max(some, 0))
+        # Blocks, and what came before, that hide every key have no weight.
+        factor = tl.where(some > float("-inf"), tl.exp(some - higher), 0.0)
+        before = tl.where(most > float("-inf"), tl.exp(most - higher), 0.0)
+        v = tl.load(partial + at[:, None] * size + e[None, :], mask=there[:, None] & (e < size)[None, :], other=0.0)
+        out = out * before + tl.sum(tl.where(factor[:, None] > 0, v * factor[:, None], 0.0), 0)
+        weight = weight * before + tl.sum(tl.load(total + at, mask=there, other=0.0) * factor, 0)
+        most = higher
+    tl.store(y + query * size + e, (out / weight).to(y.dtype.element_ty), mask=e < size)

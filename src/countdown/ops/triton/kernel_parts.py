@@ -84,12 +84,12 @@ def pick(v, k, o):
 
 @triton.jit
 def keep_active(index, n, i, active, k):
-    # Appends the active of i to the first n of a list in registers, k = 0, 1, ...
+    # Appends the active of i to the first n of a list in registers, k = 0, 1, ...; also says which went where.
     one = active.to(tl.int32)
     position = n + tl.cumsum(one, 0) - one
     to = active[:, None] & (position[:, None] == k[None, :])
     index += tl.sum(tl.where(to, i[:, None], 0), 0)
-    return index, n + tl.sum(one, 0)
+    return index, n + tl.sum(one, 0), to
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from countdown.ops.triton.kernel_parts import (
     gather_and_sum,
     is_above,
     is_inside,
+    keep_active,
     load_bias,
     load_rows,
     pick,
@@ -69,12 +70,8 @@ def decide_and_sum(
         if GATE_FIRST:
             v = rounded(activate(v, ACT), x)
         active = here & _is_active(v, z, tl.load(per_neuron + i, mask=here, other=0.0))
-        one = active.to(tl.int32)
-        position = n + tl.cumsum(one, 0) - one
-        to = active[:, None] & (position[:, None] == k[None, :])
-        index += tl.sum(tl.where(to, i[:, None], 0), 0)
+        index, n, to = keep_active(index, n, i, active, k)
         value += tl.sum(tl.where(to, v[:, None], 0.0), 0)
-        n += tl.sum(one, 0)
 
     count(counters, p == 0, tl.full([], 1, tl.int64), n)
     y = tl.zeros([D], tl.float32)
@@ -95,14 +92,14 @@ def decide_and_sum(
 
 @triton.jit
 def sum_listed(
-    x, gate, up, down, gate_bias, up_bias, listed, count, partial,
+    x, gate, up, down, gate_bias, up_bias, listed, listed_count, partial,
     h, gate_stride, up_stride, down_stride, d: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr,
     D: tl.constexpr, GATHER: tl.constexpr, MINE: tl.constexpr, GATHER_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: Σ over listed neurons, of which program p takes every P-th.
 
-    x [d], listed [h] int32 of which the first `count[0]` hold → partial [P, d] float32.
+    x [d], listed [h] int32 of which the first `listed_count[0]` hold → partial [P, d] float32.
     """
     p = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -112,7 +109,7 @@ def sum_listed(
     begin(PDL)
     # Not masked by the count, so that both loads are under way at once.
     index = tl.load(listed + p + k * programs, mask=p + k * programs < h, other=0)
-    n = (tl.load(count) - p + programs - 1) // programs
+    n = (tl.load(listed_count) - p + programs - 1) // programs
     xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
     y = gather_and_sum(
         xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
@@ -122,8 +119,8 @@ def sum_listed(
 
 
 @triton.jit
-def list_active(active, listed, count, h, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """active [h] → listed [h] int32, its neurons in order, and count [1]. One program."""
+def list_active(active, listed, listed_count, h, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """active [h] → listed [h] int32, its neurons in order, and listed_count [1]. One program."""
     begin(PDL)
     n = 0
     for start in range(0, h, BLOCK):
@@ -131,7 +128,7 @@ def list_active(active, listed, count, h, BLOCK: tl.constexpr, PDL: tl.constexpr
         one = (tl.load(active + i, mask=i < h, other=0) != 0).to(tl.int32)
         tl.store(listed + n + tl.cumsum(one, 0) - one, i, mask=one != 0)
         n += tl.sum(one, 0)
-    tl.store(count, n)
+    tl.store(listed_count, n)
 
 
 @triton.jit

@@ -197,7 +197,7 @@ def attention(length: int, queries: int, size: int) -> Launch:
 
 def combination(blocks: int, block: Launch) -> Launch:
     """Return the launch of `attend_all` after so many programs of `attend_block`."""
-    constants = {"R": block.constants["R"], "N": block.constants["N"], "S": _power(blocks)}
+    constants = {"R": block.constants["R"], "N": block.constants["N"], "S": _clamp(_power(blocks), 1, 32)}
     return Launch((1,), constants, 4)
 
 

@@ -194,7 +194,7 @@ def decide_by_proxy_and_sum(
             i, here, low, high, total, step, word, ACT, WORDS, W, GROUP, DOT4,
         )  # fmt: skip
         active = here & is_above(s, tl.load(per_neuron + i, mask=here, other=0.0))
-        index, n = keep_active(index, n, i, active, k)
+        index, n, _ = keep_active(index, n, i, active, k)
     count(counters, p == 0, tl.full([], 1, tl.int64), n)
     y = gather_and_sum(
         xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
