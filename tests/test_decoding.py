@@ -59,6 +59,24 @@ def test_sparse_it_writes_what_generate_writes(loop, tokenizer, text):
     assert {site.tokens for site in countdown.status(model)} == {11}
 
 
+def test_latent_attention_keeps_what_does_not_fit_our_kernels(loop):
+    from transformers import YoutuConfig, YoutuForCausalLM
+
+    torch.manual_seed(4)
+    # Values narrower than keys, and a linear that runs over the whole cache.
+    config = YoutuConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12,
+        vocab_size=259, max_position_embeddings=256, initializer_range=0.5,
+    )  # fmt: skip
+    model = YoutuForCausalLM(config).eval()
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    assert len(set(expected.tolist())) > 2
+    started = loop(model, IDS, new_tokens=8)
+    assert torch.equal(started.run(8), expected)
+    assert not any("kv_b_proj" in name for name, m in model.named_modules() if [m] in started.linears)
+
+
 def test_the_model_is_left_as_it_was(loop):
     model = llama()
     before = model.config._attn_implementation
