@@ -44,16 +44,25 @@ def ffn(name: str, quality: str) -> str:
     return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
 
 
-def headline(ffns: str, decoding: str) -> str:
-    """Return in a sentence what 80% brings."""
+def headline(ffns: str, decoding: str, quality: str) -> str:
+    """Return in a few sentences what 80% brings, and what it costs a small model."""
     at = {r["method"]: r for r in load(ffns)["records"] if r["sparsity"] == 0.8}
     runs = {r.get("method", r["run"]): r["tokens_per_s"] for r in load(decoding)["records"]}
+    dense = load(quality)["records"][0]["dense_perplexity"]
+    cost = {
+        r["method"]: r["perplexity"]
+        for r in load(quality)["records"]
+        if (r["weighting"], r.get("bits")) == QUALITY.get(r["method"])
+        and (r["decision"], r["sparsity"]) == ("threshold", 0.8)
+    }
     m, proxy = (at[name]["speedup_to_fused_cublas"] for name in ("m-countdown", "d-proxy"))
     return (
         f"On one H200 in bf16, with 80% of neurons skipped, an FFN of Llama-3.1-8B's size runs {m:.1f} (`m-countdown`) "
         f"and {proxy:.1f} (`d-proxy`) times as fast as cuBLAS; the whole model of that shape decodes at "
         f"{runs['m-countdown']:.0f} and {runs['d-proxy']:.0f} tokens/s, the dense one at {runs['dense']:.0f} in the "
-        f"same loop and at {runs['generate']:.0f} in Hugging Face's `generate`."
+        f"same loop and at {runs['generate']:.0f} in Hugging Face's `generate`. What that costs is another matter: "
+        f"perplexity of Gemma-3-270M rises from {dense:.1f} to {cost['d-proxy']:.1f} with `d-proxy`, to "
+        f"{cost['m-countdown']:.1f} with weighted `m-countdown`."
     )
 
 

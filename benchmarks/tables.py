@@ -235,7 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
     "gpu-ffn": lambda: speed.ffn("gpu-ffn-h200", "quality-proxy-gemma3"),
-    "gpu-headline": lambda: speed.headline("gpu-ffn-h200", "gpu-decode-h200"),
+    "gpu-headline": lambda: speed.headline("gpu-ffn-h200", "gpu-decode-h200", "quality-proxy-gemma3"),
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
