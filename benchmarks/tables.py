@@ -242,7 +242,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
-    "survivors": lambda: proxy_tables.survivors(("gemma3",)),
+    "survivors": lambda: proxy_tables.survivors(("smollm2", "gemma3")),
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),
