@@ -93,6 +93,7 @@ def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def has(biases: list[Tensor | None]) -> bool:
+    """Return whether gate or up has a bias."""
     return biases[0] is not None or biases[1] is not None
 
 
@@ -110,8 +111,7 @@ def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Lau
     """Return the launch of `decide_and_sum`, where about `expected` neurons are active."""
     width, row = _row(d, itemsize)
     rows = _clamp(32 * _KB // row, 1, 16)
-    programs = min(2 * found.multiprocessors, _ceil(h, rows))
-    mine = _ceil(_ceil(h, rows), programs) * rows
+    programs, mine = _shared_out(h, rows, found)
     gather = _clamp(min(16 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
     constants = {
         "D": width,
@@ -143,8 +143,7 @@ def proxy_decision(d: int, h: int, itemsize: int, expected: int, found: Hardware
     packed = _packed(d)
     size = 8 * packed["W"]  # a row of both matrices
     rows = _clamp(32 * _KB // size, 1, 16)
-    programs = min(2 * found.multiprocessors, _ceil(h, rows))
-    mine = _ceil(_ceil(h, rows), programs) * rows
+    programs, mine = _shared_out(h, rows, found)
     width, row = _row(d, itemsize)
     gather = _clamp(min(8 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
     constants = {
@@ -170,6 +169,12 @@ def proxy_selection(d: int, h: int, found: Hardware) -> Launch:
 def quantisation(d: int, tokens: int, found: Hardware) -> Launch:
     """Return the launch of `quantise_tokens`."""
     return Launch((tokens,), {**_packed(d), "DOT4": found.dot4}, 8)
+
+
+def _shared_out(h: int, rows: int, found: Hardware) -> tuple[int, int]:
+    """Return how many programs share h rows in blocks, and the most rows that one has."""
+    programs = min(2 * found.multiprocessors, _ceil(h, rows))
+    return programs, _ceil(_ceil(h, rows), programs) * rows
 
 
 def _packed(d: int) -> dict[str, int]:
