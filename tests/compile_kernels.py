@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import dense_kernels, kernels, launch, proxy_kernels
+from countdown.ops.triton import dense_kernels, kernels, launch, pair_kernels, proxy_kernels
 
 POINTERS = {
     "per_neuron": "*fp32", "partial": "*fp32", "listed_count": "*i32", "listed": "*i32",
@@ -22,7 +22,7 @@ POINTERS = {
 }  # fmt: skip
 WEIGHTS = {
     "x", "first", "other", "down", "gate", "up", "s", "y", "q", "keys", "values",
-    "down_bias", "first_bias", "other_bias", "gate_bias", "up_bias", "w0", "w1", "w2", "b0", "b1", "b2",
+    "known", "down_bias", "first_bias", "other_bias", "gate_bias", "up_bias", "w0", "w1", "w2", "b0", "b1", "b2",
 }  # fmt: skip
 
 
@@ -48,9 +48,12 @@ def main() -> None:
                 (dense_kernels.attend_block, launch.attention(700, 4, d // 32), {"QUERIES": 4, "MASK": True}),
                 (dense_kernels.attend_all, launch.combination(11, launch.attention(700, 4, d // 32)), {"QUERIES": 4}),
                 (proxy_kernels.quantise_tokens, launch.quantisation(d, 8, found), {}),
-                (proxy_kernels.select_by_proxy, launch.proxy_selection(d, h, found), {"ACT": "silu", "BIAS": True}
+                (proxy_kernels.select_by_proxy, launch.proxy_selection(d, h, 8, found), {"ACT": "silu", "BIAS": True}
                  | {"COUNT": True}),
                 (proxy_kernels.decide_by_proxy_and_sum, launch.proxy_decision(d, h, itemsize, h // 5, found), form),
+                (pair_kernels.decide_and_sum_pair, launch.pair(d, h, itemsize, h // 3, found), form
+                 | {"GATE_FIRST": False, "GIVEN": False}),
+                (pair_kernels.decide_by_proxy_and_sum_pair, launch.pair_by_proxy(d, h, itemsize, h // 3, found), form),
                 (kernels.reduce, launch.reduction(d, 200, 8), {"BIAS": True}),
             ):  # fmt: skip
                 size = compiled(kernel, {**config.constants, "PDL": False, **more}, dtype, config.warps, target)

@@ -16,7 +16,7 @@ from countdown.ops.triton import dense_ops
 def main() -> None:
     """Run them."""
     for d, h in ((1, 1), (37, 91), (300, 515)):
-        for tokens in (1, 5):
+        for tokens in (1, 2, 5):
             for dtype in (torch.bfloat16, torch.float32):
                 cases.check_sparse(
                     tokens, d, h, dtype, "cuda", indicator="gate", activation="gelu", share=0.5, bias=True

@@ -42,7 +42,7 @@ def test_proxies_against_float64(shape, dtype, tokens):
     cases.check_proxy(tokens, *shape, dtype, "cuda", activation="gelu_tanh", share=0.7, bias=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("by", ["up", "proxy"])
 @pytest.mark.parametrize(
     "shape",
@@ -67,14 +67,14 @@ def test_activations(form, activation, dtype):
         )
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("share", [0.0, 0.999, 1.0])
 def test_all_one_and_none_active(share, tokens):
     cases.check_sparse(tokens, 576, 1536, torch.float32, "cuda", indicator="up", activation="silu", share=share)
 
 
 @pytest.mark.parametrize("by", ["up", "proxy"])
-@pytest.mark.parametrize("tokens", [1, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
 def test_the_same_bits_every_time(tokens, by):
     weights, biases = cases.ffn(1024, 4096, torch.bfloat16, "cuda")
     how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}
@@ -89,7 +89,7 @@ def test_the_same_bits_every_time(tokens, by):
     assert counters.tolist() == [21 * tokens, 21 * int(active.sum())]
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_opcheck(tokens):
     weights, biases = cases.ffn(32, 50, torch.float32, "cuda", bias=True)
     x, per_neuron = torch.randn(tokens, 32, device="cuda"), torch.full((50,), 0.5, device="cuda")
@@ -101,7 +101,7 @@ def test_opcheck(tokens):
 
 
 @pytest.mark.parametrize("by", ["up", "proxy"])
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_graph_replay_follows_changing_active_sets(tokens, by):
     weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda")
     how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}

@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = {"decision": "threshold", "drop": 0, "indicator": "proxy", "activation": "silu"}
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 def test_against_float64(activation, share, tokens):
@@ -36,7 +36,7 @@ def test_shapes_dtypes_and_forms(tokens, d, h, form, dtype):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, tokens):
@@ -56,7 +56,7 @@ def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, tokens):
     assert counters.tolist() == [tokens, int(active.sum())]
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_a_token_of_zeros_and_none_active(tokens):
     weights, biases = cases.ffn(21, 50, torch.float32, DEVICE, bias=True)
     proxy, counters = cases.proxy_of(weights), torch.zeros(2, dtype=torch.int64, device=DEVICE)

@@ -21,7 +21,7 @@ from countdown.ops.triton import launch, ops
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("indicator", ["up", "gate"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -40,7 +40,7 @@ def test_shapes_dtypes_and_forms(form, tokens, shape, dtype):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_none_and_one_active(tokens):
     weights, biases = cases.ffn(21, 50, torch.float32, DEVICE, bias=True)
     x = cases.inputs(tokens, 21, torch.float32, DEVICE, 0)
@@ -65,7 +65,7 @@ def test_none_and_one_active(tokens):
 @pytest.mark.parametrize("indicator", ["up", "gate"])
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, indicator):
     weights, biases = cases.ffn(13, 29, torch.float32, DEVICE)
     x = cases.inputs(tokens, 13, torch.float32, DEVICE, 1)
@@ -151,8 +151,20 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
 def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
     d, h = shape
     found = launch.Hardware(multiprocessors, shared=100 * 1024, dependent_launch=False, dot4=False)
-    for expected in (0, h // 10, h):
-        config = launch.decide(d, h, itemsize, expected, found)
+    deciding = [
+        config
+        for expected in (0, h // 10, h)
+        for config in (
+            launch.decide(d, h, itemsize, expected, found),
+            launch.proxy_decision(d, h, itemsize, expected, found),
+            launch.pair(d, h, itemsize, expected, found),
+            launch.pair(d, h, itemsize, expected, found, given=True),
+            launch.pair_by_proxy(d, h, itemsize, expected, found),
+        )
+        if config is not None  # too wide for two tokens
+    ]
+    assert len(deciding) == (15 if d <= launch.PAIR_WIDTH else 6)
+    for config in deciding:
         blocks = -(-h // config.constants["ROWS"])
         most = -(-blocks // config.grid[0]) * config.constants["ROWS"]
         assert config.constants["MINE"] >= most
@@ -204,5 +216,5 @@ def test_compiled_kernels_fit_the_shared_memory_of_small_devices(target):
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
     shared = json.loads(run.stdout)
-    assert len(shared) == 44
+    assert len(shared) == 52
     assert {name: size for name, size in shared.items() if size > LIMITS[target]} == {}

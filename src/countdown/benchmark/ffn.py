@@ -248,8 +248,10 @@ class _Deciding:
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
         if sparsity in (0, 1):
             return torch.full((self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device)
-        value = self._value(layer).flatten()
-        return value.kthvalue(max(1, int(sparsity * value.numel()))).values.expand(self.layers.h).contiguous()
+        value, drop = self._value(layer).flatten(), max(1, int(sparsity * self.layers.h * len(self.x)))
+        # Between two values: at one of them, rounding would decide.
+        below, above = value.kthvalue(drop).values, value.kthvalue(min(drop + 1, value.numel())).values
+        return ((below + above) / 2).expand(self.layers.h).contiguous()
 
     def _value(self, layer: int) -> Tensor:
         act = ACTIVATIONS[self.layers.benchmark.activation]

@@ -77,6 +77,12 @@ def is_inside(c, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def exists(t: tl.constexpr, tokens):
+    # Not `t < tokens`, which is no tensor in Triton's interpreter.
+    return tl.full([1], t, tl.int32) < tokens
+
+
+@triton.jit
 def pick(v, k, o):
     # v[o] of a vector in registers, k = 0, 1, ...
     return tl.sum(tl.where(k[None, :] == o[:, None], v[None, :], 0), 1)

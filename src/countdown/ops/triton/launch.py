@@ -20,6 +20,8 @@ from countdown.ops.proxy_format import group_of, padded
 
 # More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
 GATHER_TOKENS = 8
+# Rows up to this width are summed for two tokens at once in registers; more tokens go through matrix instructions.
+PAIR_WIDTH = 4096
 # Tokens are padded to the side of a matrix instruction.
 TILE_TOKENS = 16
 _KB = 1024
@@ -159,11 +161,55 @@ def proxy_decision(d: int, h: int, itemsize: int, expected: int, found: Hardware
     return Launch((programs,), constants, _warps(width))
 
 
-def proxy_selection(d: int, h: int, found: Hardware) -> Launch:
+def pair(d: int, h: int, itemsize: int, expected: int, found: Hardware, *, given: bool = False) -> Launch | None:
+    """Return the launch of `decide_and_sum_pair`, where about `expected` neurons are active for either token.
+
+    None where registers do not hold two tokens of this width.
+    """
+    width, row = _row(d, itemsize)
+    if width > PAIR_WIDTH:
+        return None
+    rows = 16 if given else _clamp(16 * _KB // row, 1, 16)
+    return Launch(*_pair(width, row, h, rows, rows * (2 if given else row), expected, found), 4)
+
+
+def pair_by_proxy(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch | None:
+    """Return the launch of `decide_by_proxy_and_sum_pair`; see `pair`."""
+    width, row = _row(d, itemsize)
+    if width > PAIR_WIDTH:
+        return None
+    packed = _packed(d)
+    size = 8 * packed["W"]  # a row of both matrices
+    rows = _clamp(32 * _KB // size, 1, 16)
+    grid, constants = _pair(width, row, h, rows, rows * size, expected, found)
+    return Launch(grid, {**constants, **packed, "DOT4": found.dot4}, 4)
+
+
+def _pair(
+    width: int, row: int, h: int, rows: int, size: int, expected: int, found: Hardware
+) -> tuple[tuple[int], dict[str, int]]:
+    programs, mine = _shared_out(h, rows, found)
+    gather = _clamp(min(8 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
+    constants = {
+        "D": width,
+        "ROWS": rows,
+        "GATHER": gather,
+        "MINE": _power(mine),
+        "STAGES": _stages(size, 4, found.shared // 2),
+        "GATHER_STAGES": _stages(3 * gather * row, 4, found.shared // 2),
+    }
+    return (programs,), constants
+
+
+def proxy_selection(d: int, h: int, tokens: int, found: Hardware) -> Launch:
     """Return the launch of `select_by_proxy`."""
     packed = _packed(d)
-    rows = _clamp(2 * _KB // packed["W"], 1, 16)
-    return Launch((_ceil(h, rows),), {**packed, "DOT4": found.dot4, "ROWS": rows}, 4)
+    size = 8 * packed["W"]  # a row of both matrices
+    rows = _clamp(32 * _KB // size, 1, 16)
+    programs, _ = _shared_out(h, rows, found)
+    stages = _stages(rows * size, 3, found.shared // 2)
+    constants = {**packed, "T": _power(tokens), "DOT4": found.dot4, "ROWS": rows, "STAGES": stages}
+    return Launch((programs,), constants, 4)
 
 
 def quantisation(d: int, tokens: int, found: Hardware) -> Launch:
@@ -208,8 +254,8 @@ def combination(blocks: int, block: Launch) -> Launch:
 
 def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     """Return the launch of `coefficients`."""
-    rows = 32
-    block = _clamp(_power(d), 16, 512 // itemsize)
+    rows = 64 if h >= 64 * found.multiprocessors else 32
+    block = _clamp(_power(d), 16, 256 // itemsize)
     stages = _stages((rows + TILE_TOKENS) * block * itemsize, 4, found.shared)
     constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": stages}
     return Launch((_ceil(h, rows),), constants, 4)
@@ -218,11 +264,11 @@ def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
 def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int]:
     """Return the launch of `sum_columns`, and how many neurons each program sums."""
     width = _clamp(_power(d), 16, 1024 // itemsize)
-    rows = 32 if itemsize == 2 else 16
+    rows = 16
     tiles = _ceil(d, width)
     groups = min(_ceil(h, rows), max(1, 4 * found.multiprocessors // tiles))
     each = _ceil(_ceil(h, rows), groups) * rows
-    stages = _stages(rows * (width + 2 * TILE_TOKENS) * itemsize, 4, found.shared)
+    stages = _stages(rows * (width + 2 * TILE_TOKENS) * itemsize, 3, found.shared)
     # In float32, whose products are no matrix instructions, Triton 3.6 pipelined the loop wrongly.
     constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages if itemsize == 2 else 1}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
@@ -240,7 +286,8 @@ def _row(d: int, itemsize: int) -> tuple[int, int]:
 
 
 def _warps(width: int) -> int:
-    return _clamp(_power(width) // 1024, 1, 16) if width > 4096 else 4
+    # As few as registers allow: a sum over a row waits for all warps, and two programs must fit a multiprocessor.
+    return _clamp(width // (2 * _KB), 4, 16)
 
 
 def _stages(size: int, most: int, room: int) -> int:

@@ -13,7 +13,7 @@ from countdown.ops.indicators import PROXY
 from countdown.ops.proxy import bits_of
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
-from countdown.ops.triton import kernels, launch, proxy_ops
+from countdown.ops.triton import kernels, launch, pair_ops, proxy_ops
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 # By indicator, whether the gate decides.
@@ -93,7 +93,7 @@ def sparse_ffn(
     elif tokens == 1:
         y = _decide_one(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     else:
-        y = _decide_many(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation)
+        y = _decide_many(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     return y.view(x.shape)
 
 
@@ -158,8 +158,7 @@ def given_ffn(
         flags = active.contiguous().view(torch.int8)
         kernels.list_active[(1,)](flags, indices, count, h, **options)
         return listed_ffn(flat, weights, biases, indices, count, activation=activation).view(x.shape)
-    found = _coefficients(flat, weights, biases, None, active.contiguous(), None, False, activation, "given")
-    return _sum_columns(flat, *found, weights, biases).view(x.shape)
+    return _given(flat, weights, biases, active.contiguous().view(tokens, h), activation).view(x.shape)
 
 
 def listed_ffn(
@@ -223,10 +222,15 @@ def _decide_by_proxy(
     if tokens == 1:
         partial = proxy_ops.partial_sums(x, weights, proxy, biases, per_neuron, counters, h - drop, activation)
         return _reduce(x, partial, biases[2])
+    config = launch.pair_by_proxy(x.shape[1], h, x.element_size(), h - drop, launch.hardware(x.device))
+    if tokens == 2 and config is not None:
+        partial = pair_ops.partial_sums_by_proxy(
+            x, weights, proxy, biases, per_neuron, counters, activation=activation, config=config
+        )
+        return _reduce(x, partial, biases[2])
     active = torch.empty(tokens, h, dtype=torch.bool, device=x.device)
     proxy_ops.select(x, proxy, biases, per_neuron, active, counters, activation)
-    found = _coefficients(x, weights, biases, None, active, None, False, activation, "given")
-    return _sum_columns(x, *found, weights, biases)
+    return _given(x, weights, biases, active, activation)
 
 
 def _decide_many(
@@ -237,9 +241,34 @@ def _decide_many(
     counters: Tensor,
     gate_first: bool,
     activation: str,
+    drop: int,
 ) -> Tensor:
+    if (config := _pair(x, weights, drop)) is not None:
+        partial = pair_ops.partial_sums(
+            x, weights, biases, per_neuron, None, counters, gate_first=gate_first, activation=activation, config=config
+        )
+        return _reduce(x, partial, biases[2])
     found = _coefficients(x, weights, biases, per_neuron, None, counters, gate_first, activation, "decide")
     return _sum_columns(x, *found, weights, biases)
+
+
+def _given(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], active: Tensor, activation: str) -> Tensor:
+    """Return y `[T, d]` of several tokens with their active sets `[T, h]`."""
+    if (config := _pair(x, weights, 0, given=True)) is not None:
+        partial = pair_ops.partial_sums(
+            x, weights, biases, None, active, None, gate_first=False, activation=activation, config=config
+        )
+        return _reduce(x, partial, biases[2])
+    found = _coefficients(x, weights, biases, None, active, None, False, activation, "given")
+    return _sum_columns(x, *found, weights, biases)
+
+
+def _pair(x: Tensor, weights: list[Tensor], drop: int, *, given: bool = False) -> launch.Launch | None:
+    """Return the launch for two tokens, None for more and where registers do not hold them."""
+    h, d = weights[0].shape
+    if len(x) != 2:
+        return None
+    return launch.pair(d, h, x.element_size(), h - drop, launch.hardware(x.device), given=given)
 
 
 def _coefficients(

@@ -13,6 +13,7 @@ from countdown.ops.triton.kernel_parts import (
     activate,
     begin,
     count,
+    exists,
     gather_and_sum,
     is_above,
     is_inside,
@@ -54,7 +55,7 @@ def _larger(a, b):
 
 
 @triton.jit
-def _quantised(x, d, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr):
+def quantised(x, d, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr):
     """A token in 255 even steps between ± its largest entry, as `proxy.round_tokens`.
 
     x [d] → words [W] int32 of entries 8w to 8w + 3, words [W] of entries 8w + 4 to 8w + 7, 7.5 Σ of the entries of each
@@ -80,12 +81,12 @@ def quantise_tokens(
     x, words, sums, steps, d, x_stride,
     WORDS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [T, d] → words [T, 2, WORDS] int32, sums [T, groups] float32, steps [T]: `_quantised`, a program a token."""
+    """x [T, d] → words [T, 2, WORDS] int32, sums [T, groups] float32, steps [T]: `quantised`, a program a token."""
     t = tl.program_id(0)
     w = tl.arange(0, W)
     g = tl.arange(0, W // GROUP)
     begin(PDL)
-    low, high, total, step = _quantised(x + t * x_stride, d, W, GROUP, DOT4)
+    low, high, total, step = quantised(x + t * x_stride, d, W, GROUP, DOT4)
     tl.store(words + t * 2 * WORDS + w, low, mask=w < WORDS)
     tl.store(words + (t * 2 + 1) * WORDS + w, high, mask=w < WORDS)
     tl.store(sums + t * (WORDS // GROUP) + g, total, mask=g < WORDS // GROUP)
@@ -93,12 +94,10 @@ def quantise_tokens(
 
 
 @triton.jit
-def _products_of_rows(
-    levels, scales, i, here, low, high, sums, word,
-    WORDS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr,
+def load_proxy(
+    levels, scales, i, here, word, WORDS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
-    """Rows i of the proxy's W x by group, float32 [rows, groups], in steps of the token."""
-    R: tl.constexpr = i.shape[0]
+    """Rows i of a proxy: words of levels [rows, W] int32 and scales [rows, groups] float32."""
     G: tl.constexpr = W // GROUP
     g = tl.arange(0, G)
     mask = here[:, None] & is_inside(word, WORDS, W)[None, :]
@@ -107,20 +106,25 @@ def _products_of_rows(
         scales + i[:, None] * (WORDS // GROUP) + g[None, :],
         mask=here[:, None] & is_inside(g, WORDS // GROUP, G)[None, :], other=0.0, eviction_policy="evict_first",
     )  # fmt: skip
-    acc = _products(v & 0x0F0F0F0F, tl.broadcast_to(low[None, :], [R, W]), tl.zeros([R, W], tl.int32), DOT4)
-    acc = _products((v >> 4) & 0x0F0F0F0F, tl.broadcast_to(high[None, :], [R, W]), acc, DOT4)
-    total = tl.sum(tl.reshape(acc, [R, G, GROUP]), 2)
-    return (total.to(tl.float32) - sums[None, :]) * scale.to(tl.float32)
+    return v, scale.to(tl.float32)
 
 
 @triton.jit
-def _coefficient(
-    gate_levels, gate_scales, up_levels, up_scales, gb, ub, i, here, low, high, sums, step, word, ACT: tl.constexpr,
-    WORDS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr,
-):  # fmt: skip
-    """ŝ of rows i for one token, float32 [rows]."""
-    g = _products_of_rows(gate_levels, gate_scales, i, here, low, high, sums, word, WORDS, W, GROUP, DOT4)
-    u = _products_of_rows(up_levels, up_scales, i, here, low, high, sums, word, WORDS, W, GROUP, DOT4)
+def _products_of_rows(v, scale, low, high, sums, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr):
+    """Rows of the proxy's W x by group, float32 [rows, groups], in steps of the token."""
+    R: tl.constexpr = v.shape[0]
+    acc = _products(v & 0x0F0F0F0F, tl.broadcast_to(low[None, :], [R, W]), tl.zeros([R, W], tl.int32), DOT4)
+    acc = _products((v >> 4) & 0x0F0F0F0F, tl.broadcast_to(high[None, :], [R, W]), acc, DOT4)
+    total = tl.sum(tl.reshape(acc, [R, W // GROUP, GROUP]), 2)
+    return (total.to(tl.float32) - sums[None, :]) * scale
+
+
+@triton.jit
+def coefficient(gate, up, gb, ub, token, ACT: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr):
+    """ŝ of some rows for one token, float32 [rows]; gate, up as `load_proxy` gives them, token as `quantised`."""
+    low, high, sums, step = token
+    g = _products_of_rows(gate[0], gate[1], low, high, sums, W, GROUP, DOT4)
+    u = _products_of_rows(up[0], up[1], low, high, sums, W, GROUP, DOT4)
     g, u = tl.split(tl.sum(tl.join(g, u), 1) * step)  # together: a sum across warps waits for all of them
     return activate(g + gb, ACT) * (u + ub)
 
@@ -128,35 +132,44 @@ def _coefficient(
 @triton.jit
 def select_by_proxy(
     words, sums, steps, gate_levels, gate_scales, up_levels, up_scales, gate_bias, up_bias, per_neuron, active_set,
-    counters, tokens, h, ACT: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr,
+    counters, tokens, h, ACT: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, T: tl.constexpr,
     WORDS: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, DOT4: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Which neurons of this program's rows each token needs: active_set [tokens, h] int8; COUNT: counters as well."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = i < h
+    """Which neurons of this program's rows each token needs: active_set [tokens, h] int8; COUNT: counters as well.
+
+    What `quantise_tokens` left of up to T tokens stays in registers, so that a row of the proxy is read once for all.
+    """
+    p = tl.program_id(0)
+    programs = tl.num_programs(0)
     word = tl.arange(0, W)
-    begin(PDL)
-    gb = load_bias(gate_bias, i, here, BIAS)
-    ub = load_bias(up_bias, i, here, BIAS)
-    threshold = tl.load(per_neuron + i, mask=here, other=0.0)
-    n = 0
     g = tl.arange(0, W // GROUP)
-    for t in range(tokens):
-        inside = is_inside(word, WORDS, W)
+    begin(PDL)
+    rounded = ()
+    for t in tl.static_range(T):
+        inside = is_inside(word, WORDS, W) & exists(t, tokens)
         low = tl.load(words + t * 2 * WORDS + word, mask=inside, other=0)
         high = tl.load(words + (t * 2 + 1) * WORDS + word, mask=inside, other=0)
-        total = tl.load(sums + t * (WORDS // GROUP) + g, mask=g < WORDS // GROUP, other=0.0)
-        step = tl.load(steps + t)
-        s = _coefficient(
-            gate_levels, gate_scales, up_levels, up_scales, gb, ub, i, here, low, high, total, step, word, ACT,
-            WORDS, W, GROUP, DOT4,
+        total = tl.load(
+            sums + t * (WORDS // GROUP) + g, mask=(g < WORDS // GROUP) & exists(t, tokens), other=0.0
         )  # fmt: skip
-        active = is_above(s, threshold)
-        tl.store(active_set + t * h + i, active.to(tl.int8), mask=here)
-        n += tl.sum((here & active).to(tl.int32), 0)
+        rounded = rounded + ((low, high, total, tl.load(steps + tl.minimum(t, tokens - 1))),)
+    n = 0
+    for start in tl.range(p * ROWS, h, programs * ROWS, num_stages=STAGES):
+        i = start + tl.arange(0, ROWS)
+        here = i < h
+        gb = load_bias(gate_bias, i, here, BIAS)
+        ub = load_bias(up_bias, i, here, BIAS)
+        threshold = tl.load(per_neuron + i, mask=here, other=0.0)
+        gate = load_proxy(gate_levels, gate_scales, i, here, word, WORDS, W, GROUP)
+        up = load_proxy(up_levels, up_scales, i, here, word, WORDS, W, GROUP)
+        for t in tl.static_range(T):
+            s = coefficient(gate, up, gb, ub, rounded[t], ACT, W, GROUP, DOT4)
+            active = here & exists(t, tokens) & is_above(s, threshold)
+            tl.store(active_set + t * h + i, active.to(tl.int8), mask=here & exists(t, tokens))
+            n += tl.sum(active.to(tl.int32), 0)
     if COUNT:
-        count(counters, tl.program_id(0) == 0, tokens, n)
+        count(counters, p == 0, tokens, n)
 
 
 @triton.jit
@@ -182,16 +195,16 @@ def decide_by_proxy_and_sum(
     word = tl.arange(0, W)
     begin(PDL)
     xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    low, high, total, step = _quantised(x, d, W, GROUP, DOT4)
+    token = quantised(x, d, W, GROUP, DOT4)
     index = tl.zeros([MINE], tl.int32)
     n = 0
     for start in tl.range(p * ROWS, h, programs * ROWS, num_stages=STAGES):
         i = start + b
         here = i < h
-        s = _coefficient(
-            gate_levels, gate_scales, up_levels, up_scales,
-            load_bias(gate_bias, i, here, BIAS), load_bias(up_bias, i, here, BIAS),
-            i, here, low, high, total, step, word, ACT, WORDS, W, GROUP, DOT4,
+        s = coefficient(
+            load_proxy(gate_levels, gate_scales, i, here, word, WORDS, W, GROUP),
+            load_proxy(up_levels, up_scales, i, here, word, WORDS, W, GROUP),
+            load_bias(gate_bias, i, here, BIAS), load_bias(up_bias, i, here, BIAS), token, ACT, W, GROUP, DOT4,
         )  # fmt: skip
         active = here & is_above(s, tl.load(per_neuron + i, mask=here, other=0.0))
         index, n, _ = keep_active(index, n, i, active, k)

@@ -29,10 +29,10 @@ def select(
     """
     h = len(per_neuron)
     found = launch.hardware(x.device)
-    config = launch.proxy_selection(x.shape[1], h, found)
+    config = launch.proxy_selection(x.shape[1], h, len(x), found)
     kernel = proxy_kernels.select_by_proxy
     kernel[config.grid](
-        *_tokens(x, found), *_words(proxy), *launch.given(biases[0], biases[1], x), per_neuron, active.view(torch.int8),
+        *_tokens(x, found), *words(proxy), *launch.given(biases[0], biases[1], x), per_neuron, active.view(torch.int8),
         active if counters is None else counters, len(x), h,
         ACT=activation, BIAS=launch.has(biases), COUNT=counters is not None, **config.options(found),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def partial_sums(
     config = launch.proxy_decision(d, h, x.element_size(), expected, found)
     partial = x.new_empty((*config.grid, 1, d), dtype=torch.float32)
     proxy_kernels.decide_by_proxy_and_sum[config.grid](
-        x, gate, up, down, *launch.given(biases[0], biases[1], x), *_words(proxy),
+        x, gate, up, down, *launch.given(biases[0], biases[1], x), *words(proxy),
         per_neuron, partial, counters,
         h, gate.stride(0), up.stride(0), down.stride(1), d,
         ACT=activation, BIAS=launch.has(biases), **config.options(found),
@@ -80,5 +80,6 @@ def _tokens(x: Tensor, found: launch.Hardware) -> Token:
     return words, sums, steps
 
 
-def _words(proxy: list[Tensor]) -> list[Any]:
+def words(proxy: list[Tensor]) -> list[Any]:
+    """Return levels, as words, and scales of gate and of up."""
     return [proxy[0].view(torch.int32), proxy[1], proxy[2].view(torch.int32), proxy[3]]
