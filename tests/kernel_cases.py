@@ -68,8 +68,9 @@ def clear_thresholds(indicator: Tensor, share: float) -> Tensor:
     low, high = ordered[:-1], ordered[1:]
     dropped = sizes[0] <= sizes[0].quantile(share)
     allowed = torch.where(dropped, high > sizes[0], high <= sizes[0])
-    # The relatively widest gap between neighbours, above or below the first token's.
-    gap = torch.where(allowed, (high - low) / (high + low), -1.0).argmax(dim=0, keepdim=True)
+    # The widest gap between neighbours, above or below the first token's: relative to them, for what is rounded to a
+    # few bits, and to all, for what is left of a sum that cancels.
+    gap = torch.where(allowed, (high - low) / (high + low + 0.1 * sizes.mean()), -1.0).argmax(dim=0, keepdim=True)
     return ((low.gather(0, gap) + high.gather(0, gap)) / 2)[0].float()
 
 
