@@ -1,0 +1,98 @@
+/* The C interface of the CPU kernels, called from Python through ctypes: no torch and no Python headers.
+ *
+ * Letters as in countdown.ops.schema: T tokens, d hidden size, h neurons. Strides count elements. Every pointer may be
+ * misaligned; nothing beyond the described elements is read or written. A pointer to what is not there is NULL.
+ */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef _WIN32
+#define COUNTDOWN_API __declspec(dllexport)
+#else
+#define COUNTDOWN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Raised whenever a struct below or the meaning of a function changes. */
+#define COUNTDOWN_ABI 1
+
+enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16 };
+enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
+/* What makes the active sets: a projection, both of them, a proxy, or the caller. */
+enum countdown_decider {
+    COUNTDOWN_BY_UP,
+    COUNTDOWN_BY_GATE,
+    COUNTDOWN_BY_COEFFICIENT,
+    COUNTDOWN_BY_PROXY,
+    COUNTDOWN_GIVEN,
+};
+
+/* One sparse FFN: 1 to 8 tokens. */
+typedef struct {
+    int64_t dtype, activation, decider;
+    int64_t tokens, d, h;
+    const void *x; /* [T, d] */
+    int64_t x_stride;
+    const void *gate, *up, *down; /* rows of d, one a neuron: W_down is transposed */
+    int64_t gate_stride, up_stride, down_stride;
+    const void *gate_bias, *up_bias, *down_bias; /* [h], [h], [d] or NULL */
+    const float *thresholds;                     /* [h]; unused when given */
+    const uint8_t *gate_levels, *up_levels;      /* [h, words] of 4 bytes, packed as countdown.ops.proxy says */
+    const uint16_t *gate_scales, *up_scales;     /* [h, groups], fp16 */
+    int64_t words, groups;
+    const uint8_t *given; /* [T, h], each 0 or 1 */
+    uint8_t *selected;    /* [T, h]: if there, only the active sets are computed, into it */
+    int64_t *counters;    /* [2] or NULL: += T and active neurons */
+    void *y;              /* [T, d] */
+    void *workspace;      /* countdown_ffn_workspace bytes */
+} countdown_ffn_call;
+
+/* One token through one to three linears, side by side. */
+typedef struct {
+    int64_t dtype, d, count;
+    const void *x; /* [d] */
+    const void *weights[3];
+    int64_t rows[3], strides[3];
+    const void *biases[3];
+    void *y; /* [sum of rows] */
+    void *workspace;
+} countdown_project_call;
+
+/* One token's attention: `heads` queries, those of a group in a row, over `length` keys and values of `groups`. */
+typedef struct {
+    int64_t dtype, heads, groups, length, size;
+    const void *q, *keys, *values;
+    int64_t q_stride, keys_group_stride, keys_stride, values_group_stride, values_stride;
+    const uint8_t *mask; /* [length], 1 where a key is seen, or NULL */
+    float scale;
+    void *y; /* [heads, size] */
+    void *workspace;
+} countdown_attend_call;
+
+COUNTDOWN_API int64_t countdown_abi(void);
+
+/* Bytes of workspace that a call needs with so many threads; its own pointer to one is not looked at. */
+COUNTDOWN_API int64_t countdown_ffn_workspace(const countdown_ffn_call *call, int threads);
+COUNTDOWN_API int64_t countdown_project_workspace(const countdown_project_call *call, int threads);
+COUNTDOWN_API int64_t countdown_attend_workspace(const countdown_attend_call *call, int threads);
+
+COUNTDOWN_API void countdown_ffn(const countdown_ffn_call *call, int threads);
+COUNTDOWN_API void countdown_project(const countdown_project_call *call, int threads);
+COUNTDOWN_API void countdown_attend(const countdown_attend_call *call, int threads);
+
+/* Name of the place-th variant that this CPU runs, the best first, NULL beyond the last. */
+COUNTDOWN_API const char *countdown_variant(int place);
+/* Take the place-th of them from now on; the first is taken at the start. */
+COUNTDOWN_API void countdown_take_variant(int place);
+
+/* Run on the threads of an OpenMP runtime that is loaded already: its GOMP_parallel, GOMP_barrier,
+ * omp_get_thread_num and omp_get_num_threads. Without them each call starts threads of its own. */
+COUNTDOWN_API void countdown_use_openmp(void *parallel, void *barrier, void *thread_num, void *num_threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,357 @@
+// The sparse FFN: find the active neurons, then read their rows only.
+//
+// Each thread finds the active ones among a range of its own and lists them in order. The lists taken together are then
+// shared out evenly, and each thread adds its share into sums of its own, which all threads add in one order at the
+// end. So the same number of threads gives the same bits.
+#pragma once
+
+#include "countdown.h"
+#include "threads.hpp"
+#include "workspace.hpp"
+
+namespace countdown {
+namespace VARIANT {
+
+struct Found {
+    int64_t neurons, active;  // neurons that some token needs, and pairs of a token and a neuron it needs
+    char padding[48];         // a line of its own for each thread
+};
+
+template <class W>
+struct FFNSpace {
+    // By place in a thread's list, which starts where the thread's range does.
+    int32_t *neurons;
+    uint8_t *masks;  // bit t: token t needs it
+    float *values;   // [T] of a place: what is known of the coefficient
+    Found *found;
+    float *sums;     // [threads, T, width]
+    int64_t width, tokens_width, words;
+    char *own;       // of each thread: tokens, one of them as floats, and its quantised ones
+    int64_t own_bytes, bytes;
+
+    FFNSpace(const countdown_ffn_call &call, int threads) {
+        Workspace space(call.workspace);
+        words = call.decider == COUNTDOWN_BY_PROXY ? Quantised::padded(call.words) : 0;
+        width = ceil_to(call.d, 16);
+        tokens_width = ceil_to(call.d, PADDING);
+        neurons = space.take<int32_t>(call.h);
+        masks = space.take<uint8_t>(call.h);
+        values = space.take<float>(call.h * call.tokens);
+        found = space.take<Found>(threads);
+        sums = space.take<float>(threads * call.tokens * width);
+        own_bytes = ceil_to(call.tokens * tokens_width * int64_t(sizeof(Operand<W>)), 64) + 8 * words * 4 +
+                    call.tokens * Quantised::bytes(words);
+        own = space.take<char>(threads * own_bytes);
+        bytes = space.bytes();
+    }
+};
+
+template <class W>
+struct Matrix {
+    const W *weight;
+    int64_t stride;
+    const W *bias;
+
+    Matrix(const void *weight, int64_t stride, const void *bias)
+        : weight(static_cast<const W *>(weight)), stride(stride), bias(static_cast<const W *>(bias)) {}
+
+    Rows<W> rows(const int32_t *neurons, int64_t count) const {
+        Rows<W> some;
+        for (int64_t k = 0; k < count; ++k) some.row[k] = weight + neurons[k] * stride;
+        return some;
+    }
+};
+
+// A block of neurons: the next ones of a list.
+struct Block {
+    int64_t count;
+    int32_t neurons[BLOCK];
+    uint8_t masks[BLOCK];
+    float values[BLOCK * MOST_TOKENS];
+};
+
+template <class W>
+class FFN {
+  public:
+    FFN(const countdown_ffn_call &call, const FFNSpace<W> &space, const Team &team)
+        : call_(call), space_(space), team_(team), loops_(call.tokens),
+          gate_(call.gate, call.gate_stride, call.gate_bias), up_(call.up, call.up_stride, call.up_bias),
+          down_(call.down, call.down_stride, nullptr),
+          tokens_(reinterpret_cast<Operand<W> *>(space.own + team.index * space.own_bytes)),
+          sums_(space.sums + team.index * call.tokens * space.width) {}
+
+    void run() {
+        read_tokens();
+        find();
+        if (call_.selected) return;
+        memset(sums_, 0, size_t(call_.tokens * space_.width) * sizeof(float));
+        team_.barrier();
+        if (team_.index == 0) count();
+        sum_active();
+        team_.barrier();
+        reduce();
+    }
+
+  private:
+    static constexpr int64_t CHUNK = 64;
+
+    const countdown_ffn_call &call_;
+    const FFNSpace<W> &space_;
+    const Team &team_;
+    const RowLoops<W> loops_;
+    const Matrix<W> gate_, up_, down_;
+    Operand<W> *const tokens_;
+    float *const sums_;
+    uint8_t dense_ = 0;  // bit t: token t is not finite, and needs every neuron
+    Quantised quantised_[MOST_TOKENS];
+
+    int64_t first_of(int64_t member, int64_t total) const { return total * member / team_.size; }
+
+    // ---- tokens
+
+    void read_tokens() {
+        for (int64_t t = 0; t < call_.tokens; ++t) {
+            const W *x = static_cast<const W *>(call_.x) + t * call_.x_stride;
+            if (!copy_token(x, call_.d, space_.tokens_width, tokens_ + t * space_.tokens_width))
+                dense_ |= uint8_t(1 << t);
+        }
+        if (call_.decider == COUNTDOWN_BY_PROXY) quantise_tokens();
+    }
+
+    void quantise_tokens() {
+        char *memory = reinterpret_cast<char *>(tokens_) +
+                       ceil_to(call_.tokens * space_.tokens_width * int64_t(sizeof(Operand<W>)), 64);
+        float *values = reinterpret_cast<float *>(memory);
+        memory += 8 * space_.words * 4;
+        for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(space_.words)) {
+            copy_token(static_cast<const W *>(call_.x) + t * call_.x_stride, call_.d, 8 * space_.words, values);
+            quantised_[t] = Quantised(memory, space_.words);
+            quantise(values, space_.words, quantised_[t]);
+        }
+    }
+
+    // ---- active sets
+
+    void find() {
+        int64_t first = first_of(team_.index, call_.h), stop = first_of(team_.index + 1, call_.h), place = first;
+        int64_t active = 0;
+        for (int64_t start = first; start < stop; start += CHUNK) {
+            int64_t count = least(CHUNK, stop - start);
+            uint8_t masks[CHUNK] = {};
+            float values[CHUNK * MOST_TOKENS] = {};
+            decide(start, count, values, masks);
+            if (call_.selected)
+                write_selected(start, count, masks);
+            else
+                place = list(start, count, values, masks, place, &active);
+        }
+        space_.found[team_.index].neurons = place - first;
+        space_.found[team_.index].active = active;
+    }
+
+    void decide(int64_t start, int64_t count, float *values, uint8_t *masks) {
+        if (call_.decider == COUNTDOWN_GIVEN) return read_given(start, count, masks);
+        indicators(start, count, values);
+        for (int64_t k = 0; k < count; ++k) {
+            float threshold = call_.thresholds[start + k];
+            int mask = dense_;
+            for (int64_t t = 0; t < call_.tokens; ++t)
+                mask |= !(fabsf(values[k * call_.tokens + t]) <= threshold) << t;  // NaN is active
+            masks[k] = uint8_t(mask);
+        }
+    }
+
+    void read_given(int64_t start, int64_t count, uint8_t *masks) {
+        for (int64_t t = 0; t < call_.tokens; ++t) {
+            const uint8_t *given = call_.given + t * call_.h + start;
+            for (int64_t k = 0; k < count; ++k) masks[k] |= uint8_t(given[k] << t);
+        }
+    }
+
+    void write_selected(int64_t start, int64_t count, const uint8_t *masks) {
+        for (int64_t t = 0; t < call_.tokens; ++t)
+            for (int64_t k = 0; k < count; ++k) call_.selected[t * call_.h + start + k] = masks[k] >> t & 1;
+    }
+
+    int64_t list(int64_t start, int64_t count, const float *values, const uint8_t *masks, int64_t place,
+                 int64_t *active) {
+        for (int64_t k = 0; k < count; ++k) {
+            if (!masks[k]) continue;
+            space_.neurons[place] = int32_t(start + k);
+            space_.masks[place] = masks[k];
+            memcpy(space_.values + place * call_.tokens, values + k * call_.tokens, size_t(call_.tokens) * sizeof(float));
+            for (int mask = masks[k]; mask; mask &= mask - 1) ++*active;
+            ++place;
+        }
+        return place;
+    }
+
+    // What is compared with thresholds, [count, T]; except of a proxy, it is part of the coefficient too.
+    void indicators(int64_t start, int64_t count, float *values) {
+        int64_t entries = count * call_.tokens;
+        float others[CHUNK * MOST_TOKENS] = {};
+        switch (call_.decider) {
+            case COUNTDOWN_BY_UP:
+                project_range(up_, start, count, values);
+                return round(values, entries);
+            case COUNTDOWN_BY_GATE: return activated_gate(start, count, values);
+            case COUNTDOWN_BY_COEFFICIENT:
+                activated_gate(start, count, values);
+                project_range(up_, start, count, others);
+                round(others, entries);
+                break;
+            default:
+                proxy_range(call_.gate_levels, call_.gate_scales, gate_.bias, start, count, values);
+                activate(values, entries);
+                proxy_range(call_.up_levels, call_.up_scales, up_.bias, start, count, others);
+        }
+        for (int64_t k = 0; k < entries; ++k) values[k] *= others[k];
+    }
+
+    void activated_gate(int64_t start, int64_t count, float *values) {
+        project_range(gate_, start, count, values);
+        round(values, count * call_.tokens);
+        activate(values, count * call_.tokens);
+        round(values, count * call_.tokens);
+    }
+
+    void project_range(const Matrix<W> &matrix, int64_t start, int64_t count, float *out) {
+        for (int64_t k = 0; k < count; k += loops_.rows_at_once) {
+            int64_t some = least(loops_.rows_at_once, count - k);
+            int32_t neurons[BLOCK], next[BLOCK];
+            for (int64_t j = 0; j < some; ++j) {
+                neurons[j] = int32_t(start + k + j);
+                next[j] = int32_t(least(neurons[j] + loops_.rows_at_once, call_.h - 1));
+            }
+            project(matrix, neurons, some, matrix.rows(next, some), out + k * call_.tokens);
+        }
+    }
+
+    void proxy_range(const uint8_t *levels, const uint16_t *scales, const W *bias, int64_t start, int64_t count,
+                     float *out) {
+        ProxyRows rows(levels, scales, call_.words, call_.groups);
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t t = 0; t < call_.tokens; ++t) {
+                float product = rows.product(start + k, quantised_[t]) * quantised_[t].step;
+                out[k * call_.tokens + t] = bias ? product + widened(bias + start + k) : product;
+            }
+    }
+
+    // As the dense FFN rounds what it projects, so that active sets are those of the reference.
+    static void round(float *values, int64_t count) {
+        for (int64_t k = 0; k < count; k += Vec::width) store(values + k, rounded(load(values + k), W{}));
+    }
+
+    void activate(float *values, int64_t count) const {
+        for (int64_t k = 0; k < count; k += Vec::width)
+            store(values + k, activated(load(values + k), call_.activation));
+    }
+
+    // ---- sums over the active neurons
+
+    void count() {
+        int64_t active = 0;
+        for (int member = 0; member < team_.size; ++member) active += space_.found[member].active;
+        if (!call_.counters) return;
+        call_.counters[0] += call_.tokens;
+        call_.counters[1] += active;
+    }
+
+    void sum_active() {
+        int64_t total = 0;
+        for (int member = 0; member < team_.size; ++member) total += space_.found[member].neurons;
+        int64_t place = first_of(team_.index, total), stop = first_of(team_.index + 1, total);
+        Block block = take(&place, stop);
+        while (block.count) {
+            Block next = take(&place, stop);
+            add(block, next.count == block.count ? next : block);
+            block = next;
+        }
+    }
+
+    // The neurons of the lists, taken together, from *place on.
+    Block take(int64_t *place, int64_t stop) const {
+        Block block = {};
+        block.count = least(loops_.rows_at_once, stop - *place);
+        for (int64_t k = 0; k < block.count; ++k, ++*place) {
+            int64_t at = in_lists(*place);
+            block.neurons[k] = space_.neurons[at];
+            block.masks[k] = space_.masks[at];
+            memcpy(block.values + k * call_.tokens, space_.values + at * call_.tokens,
+                   size_t(call_.tokens) * sizeof(float));
+        }
+        return block;
+    }
+
+    int64_t in_lists(int64_t place) const {
+        int member = 0;
+        for (; place >= space_.found[member].neurons; ++member) place -= space_.found[member].neurons;
+        return first_of(member, call_.h) + place;
+    }
+
+    void add(const Block &block, const Block &next) {
+        float factors[BLOCK * MOST_TOKENS] = {};
+        Rows<W> down = down_.rows(block.neurons, block.count);
+        coefficients(block, down, factors);
+        for (int64_t k = 0; k < block.count; ++k)
+            for (int64_t t = 0; t < call_.tokens; ++t)
+                if (!(block.masks[k] >> t & 1)) factors[k * call_.tokens + t] = 0;
+        Rows<W> after = first_read().rows(next.neurons, next.count);
+        loops_.add(down, block.count, factors, call_.d, after, sums_, space_.width);
+    }
+
+    // The matrix of which a block's rows are read first.
+    const Matrix<W> &first_read() const {
+        if (call_.decider == COUNTDOWN_BY_COEFFICIENT) return down_;
+        return call_.decider == COUNTDOWN_BY_GATE ? up_ : gate_;
+    }
+
+    void coefficients(const Block &block, const Rows<W> &after, float *factors) {
+        int64_t entries = block.count * call_.tokens;
+        float known[BLOCK * MOST_TOKENS] = {};
+        const float *others = block.values;
+        switch (call_.decider) {
+            case COUNTDOWN_BY_COEFFICIENT: memcpy(factors, block.values, sizeof block.values); return;
+            case COUNTDOWN_BY_GATE: project(up_, block.neurons, block.count, after, factors); break;
+            case COUNTDOWN_BY_UP:
+                project(gate_, block.neurons, block.count, after, factors);
+                activate(factors, entries);
+                break;
+            default:
+                project(gate_, block.neurons, block.count, up_.rows(block.neurons, block.count), factors);
+                activate(factors, entries);
+                project(up_, block.neurons, block.count, after, known);
+                others = known;
+        }
+        for (int64_t k = 0; k < entries; ++k) factors[k] *= others[k];
+    }
+
+    // Rows of W x + b for all tokens, [count, T]; meanwhile the rows `after` are prefetched.
+    void project(const Matrix<W> &matrix, const int32_t *neurons, int64_t count, const Rows<W> &after, float *out) {
+        loops_.products(matrix.rows(neurons, count), count, tokens_, space_.tokens_width, call_.d, after, out);
+        if (!matrix.bias) return;
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t t = 0; t < call_.tokens; ++t) out[k * call_.tokens + t] += widened(matrix.bias + neurons[k]);
+    }
+
+    void reduce() {
+        int64_t vectors = space_.width / Vec::width;
+        int64_t first = first_of(team_.index, vectors) * Vec::width;
+        int64_t stop = least(call_.d, first_of(team_.index + 1, vectors) * Vec::width);
+        const W *bias = static_cast<const W *>(call_.down_bias);
+        for (int64_t t = 0; t < call_.tokens; ++t) {
+            W *y = static_cast<W *>(call_.y) + t * call_.d;
+            for (int64_t c = first; c < stop; c += Vec::width) {
+                int64_t count = least(Vec::width, stop - c);
+                Vec total = splat(0);
+                for (int member = 0; member < team_.size; ++member)
+                    total = total + load(space_.sums + (member * call_.tokens + t) * space_.width + c);
+                if (bias) total = total + (count == Vec::width ? load(bias + c) : load(bias + c, count));
+                store(y + c, total, count);
+            }
+        }
+    }
+};
+
+}  // namespace VARIANT
+}  // namespace countdown

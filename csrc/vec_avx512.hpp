@@ -1,0 +1,135 @@
+// Vectors of 16 floats for AVX-512 F, BW, VL and DQ, with BF16 and VNNI where the variant is compiled for them.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.hpp"
+
+namespace countdown {
+namespace VARIANT {
+
+struct Vec {
+    static constexpr int width = 16;
+    __m512 v;
+};
+
+static inline __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+
+static inline Vec splat(float value) { return {_mm512_set1_ps(value)}; }
+
+static inline Vec widen(__m256i bits, Bf16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+static inline Vec widen(__m256i bits, Fp16) { return {_mm512_cvtph_ps(bits)}; }
+
+static inline Vec load(const float *p) { return {_mm512_loadu_ps(p)}; }
+template <class W>
+static inline Vec load(const W *p) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), W{});
+}
+// The first n, 0 < n < width, and zeros.
+static inline Vec load(const float *p, int64_t n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+template <class W>
+static inline Vec load(const W *p, int64_t n) {
+    return widen(_mm256_maskz_loadu_epi16(first(n), p), W{});
+}
+
+static inline __m256i narrowed(Vec a, Bf16) {
+    __m512i bits = _mm512_castps_si512(a.v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __m512i rounded = _mm512_srli_epi32(sum, 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+static inline __m256i narrowed(Vec a, Fp16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+
+// The first n, 0 < n <= width.
+static inline void store(float *p, Vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+template <class W>
+static inline void store(W *p, Vec a, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrowed(a, W{}));
+}
+static inline void store(float *p, Vec a) { _mm512_storeu_ps(p, a.v); }
+
+// As if stored in W and loaded again.
+static inline Vec rounded(Vec a, float) { return a; }
+template <class W>
+static inline Vec rounded(Vec a, W like) {
+    return widen(narrowed(a, like), like);
+}
+
+static inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// b where it is NaN.
+static inline Vec at_least(float a, Vec b) { return {_mm512_max_ps(_mm512_set1_ps(a), b.v)}; }
+static inline Vec at_most(float a, Vec b) { return {_mm512_min_ps(_mm512_set1_ps(a), b.v)}; }
+static inline Vec nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+// 2^n of whole n from -126 to 127.
+static inline Vec power_of_2(Vec n) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
+static inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+// One step of a product of weights and a token, whose dtype in memory is Operand.
+template <class W>
+struct Product {
+    using Operand = float;
+    static constexpr int step = Vec::width;
+    static inline Vec add(const W *w, const float *x, Vec acc) { return fma(load(w), load(x), acc); }
+    static inline Vec add(const W *w, const float *x, Vec acc, int64_t n) { return fma(load(w, n), load(x), acc); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Product<Bf16> {
+    using Operand = Bf16;
+    static constexpr int step = 2 * Vec::width;
+    static inline Vec add(const Bf16 *w, const Bf16 *x, Vec acc) { return of(_mm512_loadu_si512(w), x, acc); }
+    static inline Vec add(const Bf16 *w, const Bf16 *x, Vec acc, int64_t n) {
+        return of(_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), w), x, acc);
+    }
+
+  private:
+    static inline Vec of(__m512i w, const Bf16 *x, Vec acc) {
+        return {_mm512_dpbf16_ps(acc.v, __m512bh(w), __m512bh(_mm512_loadu_si512(x)))};
+    }
+};
+#endif
+
+// Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
+// in `high`. Returns the sums of products of each word.
+static inline Vec products(__m512i levels, const int8_t *low, const int8_t *high) {
+    __m512i nibble = _mm512_set1_epi8(15);
+    __m512i even = _mm512_and_si512(levels, nibble);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(levels, 4), nibble);
+    __m512i x = _mm512_loadu_si512(low), z = _mm512_loadu_si512(high);
+#ifdef __AVX512VNNI__
+    return {_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), even, x), odd, z))};
+#else
+    // Four products of at most 15 * 127 fit 16 bits.
+    __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(even, x), _mm512_maddubs_epi16(odd, z));
+    return {_mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#endif
+}
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high) {
+    return products(_mm512_loadu_si512(levels), low, high);
+}
+// Of the first n words, 0 < n < width; zeros for the others' levels.
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, int64_t n) {
+    return products(_mm512_maskz_loadu_epi32(first(n), levels), low, high);
+}
+
+// Scales of a vector of words, of which each 2^shift in a row share one; the first n words, 0 < n <= width.
+static inline Vec load_scales(const Fp16 *scales, int shift, int64_t n) {
+    __m256i some = _mm256_maskz_loadu_epi16(first(((n - 1) >> shift) + 1), scales);
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i place = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
+    return {_mm512_permutexvar_ps(place, _mm512_cvtph_ps(some))};
+}
+
+}  // namespace VARIANT
+}  // namespace countdown

@@ -1,0 +1,137 @@
+// Vectors of 8 floats in plain C++: loops of fixed length, for compilers to vectorise as the architecture allows.
+#pragma once
+
+#include <math.h>
+
+#include "types.hpp"
+
+namespace countdown {
+namespace VARIANT {
+
+struct Vec {
+    static constexpr int width = 8;
+    float v[width];
+};
+
+#define EACH for (int i = 0; i < Vec::width; ++i)
+
+static inline Vec splat(float value) {
+    Vec a;
+    EACH a.v[i] = value;
+    return a;
+}
+
+// Loads and stores go through copies, as pointers may be misaligned.
+template <class W>
+static inline Vec load(const W *p) {
+    W some[Vec::width];
+    memcpy(some, p, sizeof some);
+    Vec a;
+    EACH a.v[i] = countdown::widen(some[i]);
+    return a;
+}
+// The first n, 0 < n < width, and zeros.
+template <class W>
+static inline Vec load(const W *p, int64_t n) {
+    W some[Vec::width] = {};
+    memcpy(some, p, n * sizeof(W));
+    return load(some);
+}
+// The first n, 0 < n <= width.
+template <class W>
+static inline void store(W *p, Vec a, int64_t n) {
+    W some[Vec::width];
+    EACH narrow(a.v[i], some + i);
+    memcpy(p, some, n * sizeof(W));
+}
+static inline void store(float *p, Vec a) { memcpy(p, a.v, sizeof a.v); }
+
+// As if stored in W and loaded again.
+template <class W>
+static inline Vec rounded(Vec a, W like) {
+    EACH {
+        narrow(a.v[i], &like);
+        a.v[i] = countdown::widen(like);
+    }
+    return a;
+}
+
+static inline Vec operator+(Vec a, Vec b) {
+    EACH a.v[i] += b.v[i];
+    return a;
+}
+static inline Vec operator-(Vec a, Vec b) {
+    EACH a.v[i] -= b.v[i];
+    return a;
+}
+static inline Vec operator*(Vec a, Vec b) {
+    EACH a.v[i] *= b.v[i];
+    return a;
+}
+static inline Vec operator/(Vec a, Vec b) {
+    EACH a.v[i] /= b.v[i];
+    return a;
+}
+static inline Vec fma(Vec a, Vec b, Vec c) {
+    EACH c.v[i] += a.v[i] * b.v[i];
+    return c;
+}
+// b where it is NaN.
+static inline Vec at_least(float a, Vec b) {
+    EACH b.v[i] = a > b.v[i] ? a : b.v[i];
+    return b;
+}
+static inline Vec at_most(float a, Vec b) {
+    EACH b.v[i] = a < b.v[i] ? a : b.v[i];
+    return b;
+}
+static inline Vec nearest(Vec a) {
+    EACH a.v[i] = rintf(a.v[i]);
+    return a;
+}
+// 2^n of whole n from -126 to 127.
+static inline Vec power_of_2(Vec n) {
+    EACH n.v[i] = as_float(n.v[i] == n.v[i] ? uint32_t(int32_t(n.v[i]) + 127) << 23 : 0);
+    return n;
+}
+static inline float sum(Vec a) {
+    float total = 0;
+    EACH total += a.v[i];
+    return total;
+}
+
+// One step of a product of weights and a token, whose dtype in memory is Operand.
+template <class W>
+struct Product {
+    using Operand = float;
+    static constexpr int step = Vec::width;
+    static inline Vec add(const W *w, const float *x, Vec acc) { return fma(load(w), load(x), acc); }
+    static inline Vec add(const W *w, const float *x, Vec acc, int64_t n) { return fma(load(w, n), load(x), acc); }
+};
+
+// Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
+// in `high`. Returns the sums of products of each of the first n words, 0 < n <= width.
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, int64_t n) {
+    Vec a = splat(0);
+    for (int i = 0; i < n; ++i) {
+        int total = 0;
+        for (int j = 4 * i; j < 4 * i + 4; ++j) total += (levels[j] & 15) * low[j] + (levels[j] >> 4) * high[j];
+        a.v[i] = float(total);
+    }
+    return a;
+}
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high) {
+    return products(levels, low, high, Vec::width);
+}
+
+// Scales of a vector of words, of which each 2^shift in a row share one; the first n words, 0 < n <= width.
+static inline Vec load_scales(const Fp16 *scales, int shift, int64_t n) {
+    Vec a = splat(0);
+    for (int i = 0; i < n; ++i) a.v[i] = widened(scales + (i >> shift));
+    return a;
+}
+
+#undef EACH
+
+}  // namespace VARIANT
+}  // namespace countdown

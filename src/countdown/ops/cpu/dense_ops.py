@@ -1,0 +1,57 @@
+"""The dense ops of decode loops on a CPU; see `ops.schema`."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from countdown.ops import reference
+from countdown.ops.cpu.library import DTYPES, AttendCall, ProjectCall, library
+from countdown.ops.gathering import dense
+from countdown.ops.request import requested
+from countdown.ops.schema import check_attention, check_projections
+
+
+def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Return the products of one token `[1, Σ d_out]`; see `schema`."""
+    check_projections(x, weights, biases)
+    if _is_for_reference(x) or any(weight.stride(1) != 1 and x.shape[1] > 1 for weight in weights):
+        return reference.project_one(x, weights, biases)
+    x, biases = x.contiguous(), dense(biases)
+    heights = [len(weight) for weight in weights]
+    y = x.new_empty((1, sum(heights)))
+    addresses, integers = ctypes.c_void_p * 3, ctypes.c_int64 * 3
+    call = ProjectCall(
+        DTYPES[x.dtype], x.shape[1], len(weights), x.data_ptr(),
+        addresses(*(weight.data_ptr() for weight in weights)),
+        integers(*heights),
+        integers(*(weight.stride(0) for weight in weights)),
+        addresses(*(None if bias is None else bias.data_ptr() for bias in biases)),
+        y.data_ptr(),
+    )  # fmt: skip
+    library().run(call, weights=sum(heights) * x.shape[1])
+    return y
+
+
+def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the attention of one token `[1, heads, 1, size]`; see `schema`."""
+    check_attention(q, keys, values, mask)
+    contiguous = all(tensor.stride(3) == 1 or tensor.shape[3] == 1 for tensor in (q, keys, values))
+    if _is_for_reference(q) or not contiguous:
+        return reference.attend_one(q, keys, values, mask, scale)
+    _, heads, _, size = q.shape
+    _, groups, length, _ = keys.shape
+    mask = None if mask is None else mask.contiguous()
+    y = q.new_empty((1, heads, 1, size))
+    call = AttendCall(
+        DTYPES[q.dtype], heads, groups, length, size, q.data_ptr(), keys.data_ptr(), values.data_ptr(),
+        q.stride(1), keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
+        None if mask is None else mask.data_ptr(), scale, y.data_ptr(),
+    )  # fmt: skip
+    library().run(call, weights=groups * length * size)
+    return y
+
+
+def _is_for_reference(x: Tensor) -> bool:
+    return x.dtype not in DTYPES or requested() == "reference"

@@ -1,0 +1,169 @@
+"""The library of CPU kernels: where it is, its C interface (see `csrc/countdown.h`), and the threads it runs on."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from countdown.ops import cpu
+
+ABI = 1
+NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy": 3, "given": 4}
+# Weights of one matrix that are worth another thread.
+_GRAIN = 65536
+
+_Int, _Pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class FFNCall(ctypes.Structure):
+    """`countdown_ffn_call`."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("dtype", "activation", "decider", "tokens", "d", "h")),
+        ("x", _Pointer),
+        ("x_stride", _Int),
+        *((name, _Pointer) for name in ("gate", "up", "down")),
+        *((name, _Int) for name in ("gate_stride", "up_stride", "down_stride")),
+        *((name, _Pointer) for name in ("gate_bias", "up_bias", "down_bias", "thresholds")),
+        *((name, _Pointer) for name in ("gate_levels", "up_levels", "gate_scales", "up_scales")),
+        *((name, _Int) for name in ("words", "groups")),
+        *((name, _Pointer) for name in ("given", "selected", "counters", "y", "workspace")),
+    )
+
+
+class ProjectCall(ctypes.Structure):
+    """`countdown_project_call`."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("dtype", "d", "count")),
+        ("x", _Pointer),
+        ("weights", _Pointer * 3),
+        ("rows", _Int * 3),
+        ("strides", _Int * 3),
+        ("biases", _Pointer * 3),
+        *((name, _Pointer) for name in ("y", "workspace")),
+    )
+
+
+class AttendCall(ctypes.Structure):
+    """`countdown_attend_call`."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("dtype", "heads", "groups", "length", "size")),
+        *((name, _Pointer) for name in ("q", "keys", "values")),
+        *((name, _Int) for name in ("q_stride", "keys_group_stride", "keys_stride")),
+        *((name, _Int) for name in ("values_group_stride", "values_stride")),
+        ("mask", _Pointer),
+        ("scale", ctypes.c_float),
+        *((name, _Pointer) for name in ("y", "workspace")),
+    )
+
+
+Call = FFNCall | ProjectCall | AttendCall
+
+
+class Library:
+    """The loaded library.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        OSError: It cannot be loaded, or belongs to another version of this package.
+    """
+
+    def __init__(self, path: Path) -> None:
+        functions = ctypes.CDLL(str(path))
+        if functions.countdown_abi() != ABI:
+            raise OSError(f"{path} belongs to another version of this package")
+        self._functions = functions
+        self._run = {
+            kind: (_function(functions, f"{name}_workspace", _Int), _function(functions, name, None))
+            for kind, name in (
+                (FFNCall, "countdown_ffn"),
+                (ProjectCall, "countdown_project"),
+                (AttendCall, "countdown_attend"),
+            )
+        }
+        functions.countdown_variant.restype = ctypes.c_char_p
+        runtime = _openmp()
+        if runtime is not None:
+            functions.countdown_use_openmp(*runtime)
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants that this CPU runs, the best first; it is taken at the start."""
+        names: list[str] = []
+        while (name := self._functions.countdown_variant(len(names))) is not None:
+            names.append(name.decode())
+        return names
+
+    def take_variant(self, name: str) -> None:
+        """Use this one of `variants` from now on."""
+        self._functions.countdown_take_variant(self.variants.index(name))
+
+    def run(self, call: Call, weights: int) -> None:
+        """Run a call, whose workspace is filled in here, on torch's threads.
+
+        Args:
+            call: What to do.
+            weights: Entries of a matrix that it reads: few are not worth several threads.
+        """
+        threads = min(torch.get_num_threads(), 1 + weights // _GRAIN)
+        workspace, run = self._run[type(call)]
+        address = ctypes.byref(call)
+        memory = torch.empty(workspace(address, threads), dtype=torch.uint8)
+        call.workspace = memory.data_ptr()
+        run(address, threads)
+
+
+def _function(functions: ctypes.CDLL, name: str, result: type[_Int] | None):  # type: ignore[no-untyped-def]
+    function = functions[name]
+    function.argtypes, function.restype = (_Pointer, ctypes.c_int), result
+    return function
+
+
+def _openmp() -> list[ctypes.c_void_p] | None:
+    """Return the functions of torch's own OpenMP runtime, None where it has none that is known."""
+    folder = Path(torch.__file__).parent / "lib"
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+    for file in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            # Looks up its dependencies too.
+            torch_cpu = ctypes.CDLL(str(folder / file))
+            return [ctypes.cast(torch_cpu[name], _Pointer) for name in names]
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def missing() -> str | None:
+    """Return why there is no library, None if it is loaded."""
+    found = _load()
+    return found if isinstance(found, str) else None
+
+
+def library() -> Library:
+    """Return the library, where it is not `missing`."""
+    found = _load()
+    assert isinstance(found, Library)
+    return found
+
+
+@cache
+def _load() -> Library | str:
+    # In an editable install the package has two folders: the sources, and what was built.
+    files = [Path(folder, name) for folder in cpu.__path__ for name in NAMES]
+    path = next((path for path in files if path.exists()), None)
+    if path is None:
+        return "its library was not built: that takes a C++ compiler when the package is installed"
+    try:
+        return Library(path)
+    except OSError as error:
+        return f"its library does not load: {error}"
