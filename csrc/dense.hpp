@@ -48,22 +48,16 @@ class Projection {
 
     // Rows from first to stop of linear w.
     void project(int64_t w, int64_t first, int64_t stop, W *y) {
-        const W *bias = static_cast<const W *>(call_.biases[w]);
-        for (int64_t i = first; i < stop; i += BLOCK) {
-            int64_t count = least(BLOCK, stop - i);
-            float out[16] = {};
-            loops_.products(rows(w, i, count, stop), count, token_, space_.width, call_.d,
-                            rows(w, i + BLOCK, count, stop), out);
-            for (int64_t k = 0; bias && k < count; ++k) out[k] += widened(bias + i + k);
+        const W *weight = static_cast<const W *>(call_.weights[w]), *bias = static_cast<const W *>(call_.biases[w]);
+        for (int64_t i = first; i < stop; i += Vec::width) {
+            int64_t count = least(Vec::width, stop - i);
+            float out[Vec::width] = {};
+            for (int64_t k = 0; k < count; ++k) {
+                loops_.products(weight + (i + k) * call_.strides[w], token_, space_.width, call_.d, out + k);
+                if (bias) out[k] += widened(bias + i + k);
+            }
             store(y + i, load(out), count);
         }
-    }
-
-    Rows<W> rows(int64_t w, int64_t first, int64_t count, int64_t stop) const {
-        Rows<W> some;
-        for (int64_t k = 0; k < count; ++k)
-            some.row[k] = static_cast<const W *>(call_.weights[w]) + least(first + k, stop - 1) * call_.strides[w];
-        return some;
     }
 };
 
@@ -141,19 +135,19 @@ class Attention {
         for (int64_t at = 0; at < count_; at += loops.rows_at_once) {
             int64_t count = least(loops.rows_at_once, count_ - at);
             loops.products(rows(keys, call_.keys_stride, at, count), count, queries_, space_.width, call_.size,
-                           rows(keys, call_.keys_stride, at + count, count), scores_ + at * queries);
+                           scores_ + at * queries);
         }
         weigh(head, queries);
         for (int64_t at = 0; at < count_; at += loops.rows_at_once) {
             int64_t count = least(loops.rows_at_once, count_ - at);
-            loops.add(rows(values, call_.values_stride, at, count), count, scores_ + at * queries, call_.size,
-                      rows(values, call_.values_stride, at + count, count), sums, space_.width);
+            loops.add(rows(values, call_.values_stride, at, count), count, scores_ + at * queries, call_.size, sums,
+                      space_.width);
         }
     }
 
     Rows<W> rows(const W *matrix, int64_t stride, int64_t at, int64_t count) const {
         Rows<W> some;
-        for (int64_t k = 0; k < count; ++k) some.row[k] = matrix + keys_[least(at + k, count_ - 1)] * stride;
+        for (int64_t k = 0; k < count; ++k) some.row[k] = matrix + keys_[at + k] * stride;
         return some;
     }
 

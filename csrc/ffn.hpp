@@ -215,16 +215,18 @@ class FFN {
         round(values, count * call_.tokens);
     }
 
+    // Rows of W x + b for all tokens, [count, T].
     void project_range(const Matrix<W> &matrix, int64_t start, int64_t count, float *out) {
-        for (int64_t k = 0; k < count; k += loops_.rows_at_once) {
-            int64_t some = least(loops_.rows_at_once, count - k);
-            int32_t neurons[BLOCK], next[BLOCK];
-            for (int64_t j = 0; j < some; ++j) {
-                neurons[j] = int32_t(start + k + j);
-                next[j] = int32_t(least(neurons[j] + loops_.rows_at_once, call_.h - 1));
-            }
-            project(matrix, neurons, some, matrix.rows(next, some), out + k * call_.tokens);
+        for (int64_t k = 0; k < count; ++k, out += call_.tokens) {
+            const W *row = matrix.weight + (start + k) * matrix.stride;
+            loops_.products(row, tokens_, space_.tokens_width, call_.d, out);
+            add_bias(matrix, start + k, out);
         }
+    }
+
+    void add_bias(const Matrix<W> &matrix, int64_t neuron, float *out) const {
+        if (!matrix.bias) return;
+        for (int64_t t = 0; t < call_.tokens; ++t) out[t] += widened(matrix.bias + neuron);
     }
 
     void proxy_range(const uint8_t *levels, const uint16_t *scales, const W *bias, int64_t start, int64_t count,
@@ -264,7 +266,7 @@ class FFN {
         Block block = take(&place, stop);
         while (block.count) {
             Block next = take(&place, stop);
-            add(block, next.count == block.count ? next : block);
+            add(block, next);
             block = next;
         }
     }
@@ -296,8 +298,8 @@ class FFN {
         for (int64_t k = 0; k < block.count; ++k)
             for (int64_t t = 0; t < call_.tokens; ++t)
                 if (!(block.masks[k] >> t & 1)) factors[k * call_.tokens + t] = 0;
-        Rows<W> after = first_read().rows(next.neurons, next.count);
-        loops_.add(down, block.count, factors, call_.d, after, sums_, space_.width);
+        prefetch(first_read().rows(next.neurons, next.count), next.count, call_.d);
+        loops_.add(down, block.count, factors, call_.d, sums_, space_.width);
     }
 
     // The matrix of which a block's rows are read first.
@@ -306,32 +308,32 @@ class FFN {
         return call_.decider == COUNTDOWN_BY_GATE ? up_ : gate_;
     }
 
-    void coefficients(const Block &block, const Rows<W> &after, float *factors) {
+    // What the rows of W_down are multiplied with, which are prefetched meanwhile.
+    void coefficients(const Block &block, const Rows<W> &down, float *factors) {
         int64_t entries = block.count * call_.tokens;
-        float known[BLOCK * MOST_TOKENS] = {};
-        const float *others = block.values;
+        float others[BLOCK * MOST_TOKENS] = {};
+        if (call_.decider != COUNTDOWN_BY_COEFFICIENT) prefetch(down, block.count, call_.d);
         switch (call_.decider) {
             case COUNTDOWN_BY_COEFFICIENT: memcpy(factors, block.values, sizeof block.values); return;
-            case COUNTDOWN_BY_GATE: project(up_, block.neurons, block.count, after, factors); break;
+            case COUNTDOWN_BY_GATE: project(up_, block, factors); break;
             case COUNTDOWN_BY_UP:
-                project(gate_, block.neurons, block.count, after, factors);
+                project(gate_, block, factors);
                 activate(factors, entries);
                 break;
             default:
-                project(gate_, block.neurons, block.count, up_.rows(block.neurons, block.count), factors);
+                prefetch(up_.rows(block.neurons, block.count), block.count, call_.d);
+                project(gate_, block, factors);
                 activate(factors, entries);
-                project(up_, block.neurons, block.count, after, known);
-                others = known;
+                project(up_, block, others);
         }
-        for (int64_t k = 0; k < entries; ++k) factors[k] *= others[k];
+        const float *factor = call_.decider == COUNTDOWN_BY_UP || call_.decider == COUNTDOWN_BY_GATE ? block.values : others;
+        for (int64_t k = 0; k < entries; ++k) factors[k] *= factor[k];
     }
 
-    // Rows of W x + b for all tokens, [count, T]; meanwhile the rows `after` are prefetched.
-    void project(const Matrix<W> &matrix, const int32_t *neurons, int64_t count, const Rows<W> &after, float *out) {
-        loops_.products(matrix.rows(neurons, count), count, tokens_, space_.tokens_width, call_.d, after, out);
-        if (!matrix.bias) return;
-        for (int64_t k = 0; k < count; ++k)
-            for (int64_t t = 0; t < call_.tokens; ++t) out[k * call_.tokens + t] += widened(matrix.bias + neurons[k]);
+    void project(const Matrix<W> &matrix, const Block &block, float *out) {
+        Rows<W> rows = matrix.rows(block.neurons, block.count);
+        loops_.products(rows, block.count, tokens_, space_.tokens_width, call_.d, out);
+        for (int64_t k = 0; k < block.count; ++k) add_bias(matrix, block.neurons[k], out + k * call_.tokens);
     }
 
     void reduce() {

@@ -1,7 +1,8 @@
 // The two loops that read weights: products of rows and tokens, and sums of rows.
 //
-// Both take blocks of up to BLOCK rows and, while they read these, prefetch the rows that are read after them. Rows of
-// active neurons lie anywhere, so the processor's own prefetchers would start anew at each.
+// A matrix that is read from end to end is read one row at a time, which the processor's prefetchers follow at the full
+// bandwidth. Rows of active neurons lie anywhere: there, several are read side by side, for more to be under way, and
+// the beginnings of the ones that come after are prefetched.
 #pragma once
 
 #include "types.hpp"
@@ -34,19 +35,25 @@ struct Rows {
     const W *row[BLOCK] = {};
 };
 
-// The line of a column; where it lies beyond its row, nothing is read.
+// Start reading the first lines of rows, and of their later pages: from there the processor goes on by itself.
 template <class W>
-static inline void prefetch(const W *row, int64_t column) {
+static inline void prefetch(const Rows<W> &rows, int64_t count, int64_t d) {
 #ifdef __GNUC__
-    __builtin_prefetch(reinterpret_cast<const void *>(uintptr_t(row) + uintptr_t(column) * sizeof(W)));
+    constexpr int64_t page = 4096, line = 64;
+    for (int64_t k = 0; k < count; ++k) {
+        const char *row = reinterpret_cast<const char *>(rows.row[k]), *end = reinterpret_cast<const char *>(rows.row[k] + d);
+        for (; row < end; row += page) {
+            __builtin_prefetch(row);
+            if (row + line < end) __builtin_prefetch(row + line);
+        }
+    }
 #endif
 }
 
 // out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows and T tokens. A row's sum with a token is added in the same order
 // for any R and T.
 template <class W, int R, int T>
-static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, const Rows<W> &next,
-                        float *out) {
+static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out) {
     using P = Product<W>;
     constexpr int step = P::step;
     Vec even[R][T], odd[R][T];
@@ -56,7 +63,6 @@ static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stri
     for (; c + 2 * step <= d; c += 2 * step) {
 #pragma GCC unroll 8
         for (int k = 0; k < R; ++k) {
-            for (int64_t line = 0; line < 2 * step; line += 64 / int64_t(sizeof(W))) prefetch(next.row[k], c + line);
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
                 even[k][t] = P::add(rows.row[k] + c, x + t * x_stride + c, even[k][t]);
@@ -80,16 +86,12 @@ static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stri
 
 // sums[t][c] += Σ_k factors[k * T + t] rows[k][c] for R rows and T tokens.
 template <class W, int R, int T>
-static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, const Rows<W> &next, float *sums,
-                     int64_t sums_stride) {
+static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride) {
     int64_t c = 0;
     for (; c + Vec::width <= d; c += Vec::width) {
         Vec w[R];
 #pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) {
-            w[k] = load(rows.row[k] + c);
-            if (c % (64 / int64_t(sizeof(W))) == 0) prefetch(next.row[k], c);
-        }
+        for (int k = 0; k < R; ++k) w[k] = load(rows.row[k] + c);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             float *to = sums + t * sums_stride + c;
@@ -108,18 +110,14 @@ static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, const
     }
 }
 
-// The same loops for counts known at run time: whole blocks of rows, or one row at a time.
+// The same loops for so many tokens, and up to rows_at_once rows.
 template <class W>
-struct RowLoops {
-    using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, const Rows<W> &, float *);
-    using AddRows = void (*)(const Rows<W> &, const float *, int64_t, const Rows<W> &, float *, int64_t);
+class RowLoops {
+  public:
+    int64_t rows_at_once;
 
-    int64_t tokens, rows_at_once;
-    ProductsOf block_products, row_products;
-    AddRows block_add, row_add;
-
-    explicit RowLoops(int64_t count) : tokens(count) {
-        switch (count) {
+    explicit RowLoops(int64_t tokens) : tokens_(tokens) {
+        switch (tokens) {
             case 1: take<4, 1>(); break;
             case 2: take<2, 2>(); break;
             case 3: take<2, 3>(); break;
@@ -131,29 +129,38 @@ struct RowLoops {
         }
     }
 
-    // count <= rows_at_once
-    void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d,
-                  const Rows<W> &next, float *out) const {
-        if (count == rows_at_once) return block_products(rows, x, x_stride, d, next, out);
-        for (int64_t k = 0; k < count; ++k)
-            row_products(Rows<W>{{rows.row[k]}}, x, x_stride, d, Rows<W>{{next.row[k]}}, out + k * tokens);
+    void products(const W *row, const Operand<W> *x, int64_t x_stride, int64_t d, float *out) const {
+        row_products_(Rows<W>{{row}}, x, x_stride, d, out);
     }
 
-    void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, const Rows<W> &next, float *sums,
+    void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d,
+                  float *out) const {
+        if (count == rows_at_once) return block_products_(rows, x, x_stride, d, out);
+        for (int64_t k = 0; k < count; ++k) products(rows.row[k], x, x_stride, d, out + k * tokens_);
+    }
+
+    void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums,
              int64_t sums_stride) const {
-        if (count == rows_at_once) return block_add(rows, factors, d, next, sums, sums_stride);
+        if (count == rows_at_once) return block_add_(rows, factors, d, sums, sums_stride);
         for (int64_t k = 0; k < count; ++k)
-            row_add(Rows<W>{{rows.row[k]}}, factors + k * tokens, d, Rows<W>{{next.row[k]}}, sums, sums_stride);
+            row_add_(Rows<W>{{rows.row[k]}}, factors + k * tokens_, d, sums, sums_stride);
     }
 
   private:
+    using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, float *);
+    using AddRows = void (*)(const Rows<W> &, const float *, int64_t, float *, int64_t);
+
+    int64_t tokens_;
+    ProductsOf block_products_, row_products_;
+    AddRows block_add_, row_add_;
+
     template <int R, int T>
     void take() {
         rows_at_once = R;
-        block_products = products_of<W, R, T>;
-        row_products = products_of<W, 1, T>;
-        block_add = add_rows<W, R, T>;
-        row_add = add_rows<W, 1, T>;
+        block_products_ = products_of<W, R, T>;
+        row_products_ = products_of<W, 1, T>;
+        block_add_ = add_rows<W, R, T>;
+        row_add_ = add_rows<W, 1, T>;
     }
 };
 
