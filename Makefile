@@ -31,7 +31,8 @@ docs: $(VENV)/ready
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py
 
-$(VENV)/ready: pyproject.toml Makefile
+# The editable install compiles the CPU kernels, where there is a compiler.
+$(VENV)/ready: pyproject.toml Makefile CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

@@ -110,3 +110,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernels, so that bits are those of the dense model where nothing is dropped."""
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import oracle
 from countdown.ops import proxy as proxies
-from countdown.ops.triton import ops
+from countdown.ops.triton import ops as triton_ops
 
 # Triton's interpreter truncates to bfloat16, where devices round.
 TOLERANCE = {
@@ -76,7 +77,7 @@ def clear_thresholds(indicator: Tensor, share: float) -> Tensor:
 
 def check_sparse(
     tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, indicator: str, activation: str, share: float,
-    bias: bool = False, form: str = "split", seed: int = 0,
+    bias: bool = False, form: str = "split", seed: int = 0, ops: Any = triton_ops,
 ) -> None:  # fmt: skip
     """`sparse_ffn` against float64: values, counters, and the same from `select` and `given_ffn`."""
     weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
@@ -113,7 +114,7 @@ def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Tensor]:
 
 def check_proxy(
     tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, activation: str, share: float,
-    bias: bool = False, form: str = "split", seed: int = 0,
+    bias: bool = False, form: str = "split", seed: int = 0, ops: Any = triton_ops,
 ) -> None:  # fmt: skip
     """`sparse_ffn` and `select` by a 4-bit proxy against float64: active sets, values, counters."""
     weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)

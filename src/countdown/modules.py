@@ -67,17 +67,17 @@ class SparseSite(nn.Module):
     @property
     @abstractmethod
     def refusal(self) -> str | None:
-        """Why the reference computes this module, None if the Triton backend does."""
+        """Why the reference computes this module, None if the backend of its device does."""
 
     @property
     def planned_refusal(self) -> str | None:
-        """Why the reference would compute this module once its weights are laid out, None if Triton would."""
+        """Why the reference would compute this module once its weights are laid out, None if a backend would."""
         return self.refusal
 
     @property
     def backend(self) -> str:
         """What computes this module's sparse tokens."""
-        return "triton" if self.refusal is None else "reference"
+        return backends.BY_DEVICE[self.per_term.device.type] if self.refusal is None else "reference"
 
     def release(self) -> nn.Module:
         """Return the dense module as it was given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +20,8 @@ from countdown.models.find import find_sites
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.models.sites import Site, check_untouched
 from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
+from countdown.ops.backends import RUNS_ON
+from countdown.ops.cpu import library
 from countdown.ops.proxy import memory_for
 from countdown.ops.request import VARIABLE, requested
 from countdown.profile import Profile, Selector
@@ -193,7 +196,7 @@ class SiteStatus:
         size: Weights of its matrices.
         method, decision, weighting, allocation: As calibrated.
         indicator: What is compared.
-        backend: What computes: `triton` or `reference`.
+        backend: What computes: `triton`, `cpu` or `reference`.
         backend_reason: Why the reference does, None where it does not.
         apply_to: `decode` or `all`.
         target_sparsity: Asked for, of this module: global allocation gives each its own.
@@ -267,8 +270,8 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
         }
     for name, module in modules.items():
         reason = module.planned_refusal
-        if requested() == "triton" and reason is not None:
-            raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute {name}: {reason}.")
+        if (wanted := requested()) in RUNS_ON and reason is not None:
+            raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute {name}: {reason}.")
     try:
         for module in modules.values():
             module.lay_out()
@@ -312,13 +315,21 @@ def _site_status(name: str, module: SparseSite) -> SiteStatus:
 
 
 def _say_refusals(modules: Mapping[str, SparseSite]) -> None:
-    """Log, once for each reason, what a GPU leaves to the reference."""
+    """Log, once for each reason, what a GPU leaves to the reference, and once that a CPU has no kernels."""
     reasons: dict[str, list[str]] = {}
     for name, module in modules.items():
         if module.per_term.is_cuda and (reason := module.refusal):
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         _LOG.warning("the Triton backend leaves %s to the reference: %s.", _listed(names), reason)
+    on_cpu = any(module.per_term.device.type == "cpu" for module in modules.values())
+    if on_cpu and requested() != "reference" and (missing := library.missing()):
+        _say_once(f"the CPU backend leaves all to the reference, which gains no speed: {missing}.")
+
+
+@cache
+def _say_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 def _listed(names: Sequence[str]) -> str:

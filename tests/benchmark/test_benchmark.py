@@ -31,7 +31,7 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "bandwidth", lambda: Bandwidth(1e9, 1e9))
         monkeypatch.setattr(module, "graph_time", timed)
     pytest.importorskip("triton")  # its interpreter runs the kernel of a given set
-    monkeypatch.setattr(ffn.backends, "missing", lambda: None)
+    monkeypatch.setattr(ffn.backends, "missing", lambda _: None)
     properties = SimpleNamespace(L2_cache_size=2000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**6, 10**6))

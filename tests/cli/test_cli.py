@@ -139,7 +139,7 @@ def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
     assert "510 scored tokens, dense prompts" in result.stdout
 
 
-def test_generate(made, model_folder):
+def test_generate(on_reference, made, model_folder):
     dense = run("generate", model_folder, "hello", "--max-new-tokens", "8", "--raw", cwd=made)
     assert dense.returncode == 0, dense.stderr
     both = run(

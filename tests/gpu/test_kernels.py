@@ -18,7 +18,7 @@ from conftest import FAMILIES, llama
 from countdown.decoding import DecodeLoop
 from countdown.methods import method
 from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.ops.triton import ops
+from countdown.ops import gathering
 from countdown.profile import Profile
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +58,7 @@ def test_shapes_of_real_models(shape, by, tokens):
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
 @pytest.mark.parametrize("form", ["split", "fused", "interleaved"])
 def test_activations(form, activation, dtype):
     for tokens in (1, 3):

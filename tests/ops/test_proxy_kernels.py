@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import kernel_cases as cases
 import oracle
 from countdown.errors import ConfigError
-from countdown.ops import reference
+from countdown.ops import gathering, reference
 from countdown.ops.triton import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ HOW = {"decision": "threshold", "drop": 0, "indicator": "proxy", "activation": "
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
 def test_against_float64(activation, share, tokens):
     cases.check_proxy(tokens, 37, 91, torch.float32, DEVICE, activation=activation, share=share)
 

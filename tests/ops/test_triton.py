@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 import kernel_cases as cases
 import oracle
 from countdown.errors import ConfigError
-from countdown.ops import reference
+from countdown.ops import gathering, reference
 from countdown.ops.triton import launch, ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
 def test_against_float64(activation, indicator, share, tokens):
     cases.check_sparse(tokens, 37, 91, torch.float32, DEVICE, indicator=indicator, activation=activation, share=share)
 
@@ -63,7 +63,7 @@ def test_none_and_one_active(tokens):
 
 
 @pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, indicator):

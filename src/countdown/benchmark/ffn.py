@@ -70,7 +70,7 @@ class FFNBenchmark:
             raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity ≤ 1.")
         if any(not 1 <= count <= 8 for count in self.tokens):
             raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
-        if GIVEN in self.methods and (missing := backends.missing()):
+        if GIVEN in self.methods and (missing := backends.missing("triton")):
             raise ConfigError(f"'{GIVEN}' measures the Triton backend's own kernel, and {missing}.")
 
 

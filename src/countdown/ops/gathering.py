@@ -1,4 +1,4 @@
-"""What the backends take whose kernels gather the rows of active neurons, and the form in which their kernels see it."""
+"""What backends take whose kernels gather the rows of active neurons, and the form in which these kernels see it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 
 from countdown.errors import ConfigError
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpu", "triton")
 VARIABLE = "COUNTDOWN_BACKEND"
 
 

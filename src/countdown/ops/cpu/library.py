@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ class Library:
         run(address, threads)
 
 
-def _function(functions: ctypes.CDLL, name: str, result: type[_Int] | None):  # type: ignore[no-untyped-def]
+def _function(functions: ctypes.CDLL, name: str, result: Any) -> Any:
     function = functions[name]
     function.argtypes, function.restype = (_Pointer, ctypes.c_int), result
     return function

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from countdown.ops import reference
+from countdown.ops.gathering import DTYPES
 from countdown.ops.request import requested
 from countdown.ops.schema import check_attention, check_projections
 from countdown.ops.triton import dense_kernels, launch
-from countdown.ops.triton.ops import DTYPES
 
 
 @launch.on_its_device

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from countdown.ops.proxy_format import group_of, padded
 
-# More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
-GATHER_TOKENS = 8
 # Rows up to this width are summed for two tokens at once in registers; more tokens go through matrix instructions.
 PAIR_WIDTH = 4096
 # Tokens are padded to the side of a matrix instruction.

@@ -9,52 +9,14 @@ from torch import Tensor
 
 from countdown.errors import ConfigError
 from countdown.ops import reference
-from countdown.ops.indicators import PROXY
-from countdown.ops.proxy import bits_of
+from countdown.ops.gathering import dense, flat, proxy_bits, refuses_decision, refuses_ffn, too_many
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 from countdown.ops.triton import kernels, launch, pair_ops, proxy_ops
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 # By indicator, whether the gate decides.
 INDICATORS = {"up": False, "gate": True}
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 V = TypeVar("V")
-
-
-def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True) -> str | None:
-    """Return why no kernel sums over neurons of these weights, None if one does.
-
-    Args:
-        weights: Gate, up and down.
-        activation: A key of `activations.ACTIVATIONS`.
-        laid_out: Whether W_down is laid out by neuron already, or will be.
-    """
-    if weights[0].dtype not in DTYPES:
-        return f"it has no kernel for {weights[0].dtype}"
-    if activation not in ACTIVATIONS:
-        return f"it has no kernel for activation '{activation}', only: {', '.join(ACTIVATIONS)}"
-    if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights[:2]):
-        return "rows of W_gate or W_up are not contiguous"
-    if laid_out and weights[2].stride(0) != 1 and weights[2].shape[0] > 1:
-        return "W_down is not laid out by neuron (sparsify_ does that; a parameter put in its place later is not)"
-    return None
-
-
-def refuses_decision(decision: str, indicator: str, bits: int | None) -> str | None:
-    """Return why no kernel decides like this, None if one does.
-
-    Args:
-        decision, indicator: See `schema`.
-        bits: Of the proxy, None without one.
-    """
-    if decision != "threshold":
-        return f"decision '{decision}' needs a sort, which no kernel does"
-    if bits not in (None, 4):
-        return f"it has no kernel for proxies of {bits} bits, only of 4"
-    if bits is None and indicator not in INDICATORS:
-        return f"it has no kernel for indicator '{indicator}', only: {', '.join((*INDICATORS, PROXY.name))}"
-    return None
 
 
 @launch.on_its_device
@@ -72,28 +34,28 @@ def sparse_ffn(
     activation: str,
     weight_format: str = "plain",
 ) -> Tensor:
-    """Return y `[..., d]`; see `schema`. What has no kernel, and more than `GATHER_TOKENS` tokens, is masked dense."""
+    """Return y `[..., d]`; see `schema`. What has no kernel, and more than `MOST_TOKENS` tokens, is masked dense."""
     check_ffn(x, weights, biases, activation, weight_format)
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     tokens = x.shape[:-1].numel()
-    reason = refuses_decision(decision, indicator, _bits(x, proxy)) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
     if reason and requested() == "triton":
         raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute this FFN: {reason}.")
-    if reason or _too_many(tokens):
+    if reason or too_many(tokens):
         return reference.sparse_ffn(
             x, weights, biases, per_neuron, counters,
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
             weight_format=weight_format,
         )  # fmt: skip
-    flat, biases, per_neuron = _flat(x), _dense(biases), per_neuron.contiguous()
+    rows, biases, per_neuron = flat(x), dense(biases), per_neuron.contiguous()
     if proxy is not None:
-        y = _decide_by_proxy(flat, weights, biases, proxy, per_neuron, counters, activation, drop)
+        y = _decide_by_proxy(rows, weights, biases, proxy, per_neuron, counters, activation, drop)
     elif tokens == 1:
-        y = _decide_one(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
+        y = _decide_one(rows, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     else:
-        y = _decide_many(flat, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
+        y = _decide_many(rows, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
     return y.view(x.shape)
 
 
@@ -116,8 +78,8 @@ def select(
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
-    reason = refuses_decision(decision, indicator, _bits(x, proxy)) or refuses_ffn(weights, activation)
-    if reason or _too_many(tokens):
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
+    if reason or too_many(tokens):
         return reference.select(
             x, weights, biases, per_neuron,
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
@@ -125,12 +87,12 @@ def select(
         )  # fmt: skip
     active = torch.empty(*x.shape[:-1], h, dtype=torch.bool, device=x.device)
     thresholds = per_neuron.contiguous()
-    biases = _dense(biases)
+    biases = dense(biases)
     if proxy is not None:
-        proxy_ops.select(_flat(x), proxy, biases, thresholds, active.view(-1, h), None, activation)
+        proxy_ops.select(flat(x), proxy, biases, thresholds, active.view(-1, h), None, activation)
     else:
         gate_first = INDICATORS[indicator]
-        _coefficients(_flat(x), weights, biases, thresholds, active, None, gate_first, activation, "select")
+        _coefficients(flat(x), weights, biases, thresholds, active, None, gate_first, activation, "select")
     return active
 
 
@@ -148,17 +110,17 @@ def given_ffn(
     check_ffn(x, weights, biases, activation, weight_format)
     check_active(x, weights, active)
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
-    if _too_many(tokens) or refuses_ffn(weights, activation):
+    if too_many(tokens) or refuses_ffn(weights, activation):
         return reference.given_ffn(x, weights, biases, active, activation=activation, weight_format=weight_format)
-    flat, biases = _flat(x), _dense(biases)
+    rows, biases = flat(x), dense(biases)
     if tokens == 1:
         indices = torch.empty(h, dtype=torch.int32, device=x.device)
         count = torch.empty(1, dtype=torch.int32, device=x.device)
         options = launch.Launch((1,), {"BLOCK": 1024}, 4).options(launch.hardware(x.device))
         flags = active.contiguous().view(torch.int8)
         kernels.list_active[(1,)](flags, indices, count, h, **options)
-        return listed_ffn(flat, weights, biases, indices, count, activation=activation).view(x.shape)
-    return _given(flat, weights, biases, active.contiguous().view(tokens, h), activation).view(x.shape)
+        return listed_ffn(rows, weights, biases, indices, count, activation=activation).view(x.shape)
+    return _given(rows, weights, biases, active.contiguous().view(tokens, h), activation).view(x.shape)
 
 
 def listed_ffn(
@@ -327,26 +289,6 @@ def _reduce(x: Tensor, partial: Tensor, bias: Tensor | None) -> Tensor:
         BIAS=bias is not None, **config.options(launch.hardware(x.device)),
     )  # fmt: skip
     return y
-
-
-def _bits(x: Tensor, proxy: list[Tensor] | None) -> int | None:
-    return None if proxy is None else bits_of(proxy[0], x.shape[-1])
-
-
-def _too_many(tokens: int) -> bool:
-    """Return whether so many tokens are for the reference: too many to gather for, none, or asked for."""
-    return not 1 <= tokens <= launch.GATHER_TOKENS or requested() == "reference"
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Return x as `[tokens, d]` with contiguous rows."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _dense(biases: list[Tensor | None]) -> list[Tensor | None]:
-    """Return biases that kernels can index: those of interleaved rows are strided."""
-    return [None if bias is None else bias.contiguous() for bias in biases]
 
 
 def _ordered(pair: list[V], gate_first: bool) -> tuple[V, V]:
