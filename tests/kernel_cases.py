@@ -13,12 +13,13 @@ import oracle
 from countdown.ops import proxy as proxies
 from countdown.ops.triton import ops as triton_ops
 
-# Triton's interpreter truncates to bfloat16, where devices round.
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: 1e-2,
-    torch.bfloat16: 1e-2 if torch.cuda.is_available() else 2e-2,
-}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+def tolerance(dtype: torch.dtype, ops: Any = triton_ops) -> float:
+    """Return the relative error that is allowed; Triton's interpreter truncates to bfloat16, where devices round."""
+    interpreted = ops is triton_ops and not torch.cuda.is_available()
+    return 2e-2 if interpreted and dtype == torch.bfloat16 else TOLERANCE[dtype]
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def check_sparse(
     x = inputs(tokens, d, dtype, device, seed)
     cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
     a, u = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
-    value = u if indicator == "up" else a
+    value = {"up": u, "gate": a, "coefficient": a * u}[indicator]
     thresholds = clear_thresholds(value, share)
     expected_active = ~(value.abs() <= thresholds.double())
     expected = oracle.combine(a, u, expected_active, cpu_weights, cpu_biases)
@@ -100,10 +101,10 @@ def check_sparse(
     assert steps <= (0 if dtype == torch.float32 else 0.02 * tokens * h + 1)
     if steps == 0:
         assert counters.tolist() == [3 + tokens, 5 + int(expected_active.sum())]
-        assert oracle.relative_error(y.cpu(), expected) <= TOLERANCE[dtype]
+        assert oracle.relative_error(y.cpu(), expected) <= tolerance(dtype, ops)
     own = oracle.combine(a, u, active.cpu(), cpu_weights, cpu_biases)
-    assert oracle.relative_error(y.cpu(), own) <= 3 * TOLERANCE[dtype]
-    assert oracle.relative_error(given.cpu(), expected) <= TOLERANCE[dtype]
+    assert oracle.relative_error(y.cpu(), own) <= 3 * tolerance(dtype, ops)
+    assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)
 
 
 def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Tensor]:
@@ -134,4 +135,4 @@ def check_proxy(
     assert counters.tolist() == [3 + tokens, 5 + int(expected_active.sum())]
     exact = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
     expected = oracle.combine(*exact, expected_active, cpu_weights, cpu_biases)
-    assert oracle.relative_error(y.cpu(), expected) <= TOLERANCE[dtype]
+    assert oracle.relative_error(y.cpu(), expected) <= tolerance(dtype, ops)

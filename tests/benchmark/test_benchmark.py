@@ -135,7 +135,7 @@ def test_decode_records(device, monkeypatch):
     for record in (dense, sparse):
         assert sum(record["split_us"].values()) == pytest.approx(record["time_us"])
         assert record["tokens_per_s"] == pytest.approx(1e6 / record["time_us"])
-    assert sparse["backend"] == "reference"
+    assert sparse["backend"] in ("cpu", "reference")
     assert sparse["weights_read"] == pytest.approx((1 + 2 * (1 - sparse["realised_sparsity"])) / 3)
 
 

@@ -29,7 +29,7 @@ def test_project_one(d, heights, bias, dtype):
         weight.double() @ x[0].double() + (0 if some is None else some.double())
         for weight, some in zip(weights, biases, strict=True)
     ]
-    assert oracle.relative_error(y[0].cpu(), torch.cat(expected).cpu()) <= cases.TOLERANCE[dtype]
+    assert oracle.relative_error(y[0].cpu(), torch.cat(expected).cpu()) <= cases.tolerance(dtype)
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
@@ -49,7 +49,7 @@ def test_attend_one(heads, groups, length, size, mask, dtype):
     with cases.poisoned():
         y = dense_ops.attend_one(q, keys, values, seen, 0.3)
     exact = [tensor.double() for tensor in (q, keys, values)]
-    assert oracle.relative_error(y.cpu(), reference.attend_one(*exact, seen, 0.3).cpu()) <= 2 * cases.TOLERANCE[dtype]
+    assert oracle.relative_error(y.cpu(), reference.attend_one(*exact, seen, 0.3).cpu()) <= 2 * cases.tolerance(dtype)
 
 
 def test_attend_one_of_a_cache_that_is_a_view():

@@ -1,0 +1,97 @@
+"""Random cases of the CPU kernels against float64: python tests/ops/fuzz_cpu.py LIBRARY CASES
+
+Arrays are as large as they must be and not larger, so that a checker of memory sees what is read beyond them.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import kernel_cases as cases
+import oracle
+from countdown.ops import gathering, reference
+from countdown.ops.cpu import dense_ops, ops
+from countdown.ops.cpu.library import Library
+
+
+def main() -> None:
+    """Run them; the number of a case that fails is its seed."""
+    library = Library(Path(sys.argv[1]))
+    ops.library = dense_ops.library = lambda: library
+    count = int(sys.argv[2])
+    for seed in range(count):
+        draw = random.Random(seed)
+        torch.set_num_threads(draw.choice([1, 2, 3]))
+        library.take_variant(draw.choice(library.variants))
+        try:
+            draw.choice([check_ffn, check_ffn, check_ffn, check_dense])(draw, seed)
+        except Exception:
+            print(f"case {seed} failed", file=sys.stderr)
+            raise
+    print(f"{count} cases")
+
+
+def check_ffn(draw: random.Random, seed: int) -> None:
+    """One FFN: whatever decides, the sum is that of the active sets, and these differ at thresholds only."""
+    d, h, tokens = draw.randint(1, 150), draw.randint(1, 120), draw.randint(1, 8)
+    dtype, form = draw.choice(list(cases.TOLERANCE)), draw.choice(["split", "fused", "interleaved"])
+    activation, by = draw.choice(gathering.ACTIVATIONS), draw.choice(["up", "gate", "coefficient", "proxy"])
+    weights, biases = cases.ffn(d, h, dtype, "cpu", bias=draw.random() < 0.5, seed=seed, form=form)
+    skip = draw.randint(0, 3)
+    x = torch.randn(tokens, d + skip, generator=torch.Generator().manual_seed(seed)).to(dtype)[:, skip:]
+    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    factors = oracle.projections(x, weights, biases, activation)
+    a, u = factors if proxy is None else oracle.proxy_factors(x, proxy, biases, activation)
+    value = {"up": u, "gate": a}.get(by, a * u).abs()
+    thresholds = value.quantile(draw.random()).float().expand(h).clone()
+    how = {"decision": "threshold", "drop": 0, "indicator": by, "activation": activation, "proxy": proxy}
+    counters = torch.zeros(2, dtype=torch.int64)
+    active = ops.select(x, weights, biases, thresholds, **how)
+    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    given = ops.given_ffn(x, weights, biases, active, activation=activation)
+    assert counters.tolist() == [tokens, int(active.sum())]
+    rounding = 1e-4 if proxy is not None or dtype == torch.float32 else 2e-2
+    near = (value - thresholds.double()).abs() <= rounding * (1 + value)
+    assert (near | (active == (value > thresholds.double()))).all()
+    expected = oracle.combine(*factors, active, weights, biases)
+    # Sums that cancel, or are of one neuron, are as exact as their terms.
+    scale = oracle.combine(*(f.abs() for f in factors), active, [w.abs() for w in weights], [None] * 3).norm()
+    allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
+    assert float((y.double() - expected).norm()) <= allowed
+    assert float((given.double() - expected).norm()) <= allowed
+
+
+def check_dense(draw: random.Random, seed: int) -> None:
+    """Linears side by side, and attention."""
+    dtype, d = draw.choice(list(cases.TOLERANCE)), draw.randint(1, 200)
+    heights = [draw.randint(1, 60) for _ in range(draw.randint(1, 3))]
+    weights = [cases.inputs(rows, d, dtype, "cpu", seed + rows) for rows in heights]
+    biases = [draw.choice([None, cases.inputs(1, rows, dtype, "cpu", seed)[0]]) for rows in heights]
+    x = cases.inputs(1, d, dtype, "cpu", seed)
+    exact = [[t if t is None else t.double() for t in some] for some in ([x], weights, biases)]
+    expected = reference.project_one(exact[0][0], exact[1], exact[2])
+    allowed = cases.TOLERANCE[dtype] * (float(expected.norm()) + d**0.5)
+    assert float((dense_ops.project_one(x, weights, biases).double() - expected).norm()) <= allowed
+    groups, each, length, size = draw.randint(1, 3), draw.randint(1, 9), draw.randint(1, 90), draw.randint(1, 80)
+    q = cases.inputs(groups * each, size, dtype, "cpu", seed).view(1, groups * each, 1, size)
+    keys, values = (
+        cases.inputs(length, groups * size, dtype, "cpu", seed + s).view(1, length, groups, size).transpose(1, 2)
+        for s in (1, 2)
+    )
+    mask = torch.rand(1, 1, 1, length, generator=torch.Generator().manual_seed(seed)) < 0.7
+    mask[..., draw.randrange(length)] = True
+    y = dense_ops.attend_one(q, keys, values, draw.choice([None, mask]) if length < 50 else mask, 0.2)
+    if length >= 50:
+        expected = reference.attend_one(q.double(), keys.double(), values.double(), mask, 0.2)
+        assert oracle.relative_error(y, expected) <= 2 * cases.TOLERANCE[dtype]
+    assert y.isfinite().all()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The CPU kernels: every variant that this machine runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernel_cases as cases
+import oracle
+from countdown.errors import ConfigError
+from countdown.ops import backends, gathering, reference
+from countdown.ops.cpu import dense_ops, library, ops
+
+if library.missing():
+    pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
+
+VARIANTS = library.library().variants
+HOW = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
+NONE = [None, None, None]
+
+
+@pytest.fixture(autouse=True, params=VARIANTS)
+def variant(request):
+    library.library().take_variant(request.param)
+    yield request.param
+    library.library().take_variant(VARIANTS[0])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def counted() -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.int64)
+
+
+def test_the_portable_variant_is_always_there(variant):
+    assert VARIANTS[-1] == "portable"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (577, 301)], ids=str)
+@pytest.mark.parametrize("indicator", ["up", "gate", "coefficient"])
+def test_against_float64(indicator, shape, dtype, tokens):
+    how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": ops}
+    cases.check_sparse(tokens, *shape, dtype, "cpu", **how)
+
+
+@pytest.mark.parametrize("indicator", ["up", "gate"])
+@pytest.mark.parametrize("shape", [(576, 1536), (640, 2048)], ids=str)
+def test_shapes_of_real_models_on_threads(shape, indicator, threads):
+    how = {"indicator": indicator, "activation": "silu", "share": 0.7, "ops": ops}
+    cases.check_sparse(1, *shape, torch.bfloat16, "cpu", **how)
+    cases.check_proxy(2, *shape, torch.bfloat16, "cpu", activation="gelu_tanh", share=0.7, ops=ops)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (200, 91)], ids=str)
+def test_proxies_against_float64(shape, dtype, tokens):
+    how = {"activation": "gelu", "share": 0.6, "bias": True, "ops": ops}
+    cases.check_proxy(tokens, *shape, dtype, "cpu", **how)
+
+
+@pytest.mark.parametrize("form", ["fused", "interleaved"])
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("share", [0.0, 0.95])
+def test_activations_and_storage(share, activation, form):
+    how = {"activation": activation, "share": share, "bias": True, "form": form, "ops": ops}
+    cases.check_sparse(2, 37, 91, torch.float32, "cpu", indicator="gate", **how)
+    cases.check_proxy(1, 37, 91, torch.float32, "cpu", **how)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_none_and_one_active(tokens, threads):
+    weights, biases = cases.ffn(21, 50, torch.float32, "cpu", bias=True)
+    x = cases.inputs(tokens, 21, torch.float32, "cpu", 0)
+    counters, thresholds = counted(), torch.full((50,), torch.inf)
+    with cases.poisoned():
+        none = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+    assert torch.equal(none, biases[2].expand(tokens, -1))
+    assert counters.tolist() == [tokens, 0]
+    thresholds[17] = -1
+    with cases.poisoned():
+        one = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+    active = torch.zeros(tokens, 50, dtype=torch.bool)
+    active[:, 17] = True
+    expected = oracle.combine(*oracle.projections(x, weights, biases, "silu"), active, weights, biases)
+    assert oracle.relative_error(one, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, by):
+    weights, biases = cases.ffn(13, 29, torch.float32, "cpu")
+    x = cases.inputs(3, 13, torch.float32, "cpu", 1)
+    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    how = HOW | {"indicator": by, "activation": activation, "proxy": proxy}
+    thresholds = torch.full((29,), 0.3)
+    clean = ops.select(x, weights, biases, thresholds, **how)
+    x[-1, 5] = bad
+    counters = counted()
+    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    active = ops.select(x, weights, biases, thresholds, **how)
+    assert active[-1].all()
+    assert torch.equal(active[:-1], clean[:-1])
+    assert not y[-1].isfinite().any()
+    assert y[:-1].isfinite().all()
+    assert counters.tolist() == [3, int(active.sum())]
+
+
+def test_a_nan_indicator_stays_active():
+    weights, biases = cases.ffn(13, 29, torch.float32, "cpu")
+    weights[1][7, 3] = torch.nan
+    counters = counted()
+    x = cases.inputs(1, 13, torch.float32, "cpu", 1)
+    y = ops.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf), counters, **HOW)
+    assert counters.tolist() == [1, 1]
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("by", ["up", "proxy"])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_same_bits_every_time(tokens, by, threads):
+    weights, biases = cases.ffn(100, 700, torch.bfloat16, "cpu")
+    x = cases.inputs(tokens, 100, torch.bfloat16, "cpu", 3)
+    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    how = HOW | {"indicator": by, "proxy": proxy}
+    thresholds = torch.full((700,), 0.5)
+    first = ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how)
+    for _ in range(20):
+        assert torch.equal(ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how), first)
+
+
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])
+def test_equal_indicators_give_the_active_sets_of_the_reference(by):
+    # Whole numbers: no sum is rounded, so indicators are equal and may lie on their thresholds.
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randint(-2, 3, shape, generator=generator).float() for shape in ((60, 24), (60, 24), (24, 60))]
+    weights[2] = weights[2].t().contiguous().t()
+    x = torch.randint(-3, 4, (5, 24), generator=generator).float()
+    x[:, 0] = 127  # so that a proxy's steps are whole numbers too
+    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    thresholds = torch.randint(0, 40, (60,), generator=generator).float()
+    how = HOW | {"indicator": by, "activation": "relu", "proxy": proxy}
+    active = ops.select(x, weights, NONE, thresholds, **how)
+    assert torch.equal(active, reference.select(x, weights, NONE, thresholds, **how))
+    assert 0 < active.sum() < active.numel()
+
+
+def test_a_token_does_not_see_its_neighbours():
+    weights, biases = cases.ffn(24, 60, torch.float32, "cpu")
+    x = cases.inputs(8, 24, torch.float32, "cpu", 2)
+    thresholds = torch.full((60,), 0.6)
+    together = ops.select(x, weights, biases, thresholds, **HOW)
+    alone = [ops.select(row[None], weights, biases, thresholds, **HOW)[0] for row in x]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_strided_and_misaligned_inputs_and_leading_dimensions():
+    weights, biases = cases.ffn(16, 24, torch.bfloat16, "cpu")
+    wide = torch.cat([torch.zeros(24, 1).bfloat16(), *weights[:2]], dim=1)  # rows longer than d, from an odd address on
+    odd = torch.zeros(1 + 24 * 16).bfloat16()[1:].view(24, 16).copy_(weights[2].t()).t()
+    x = cases.inputs(4, 32, torch.bfloat16, "cpu", 3)[:, ::2].reshape(2, 2, 16)
+    arguments = (biases, torch.full((48,), 0.1)[::2])
+    how = HOW | {"indicator": "gate", "activation": "gelu"}
+    y = ops.sparse_ffn(x, [wide[:, 1:17], wide[:, 17:], odd], *arguments, counted(), **how)
+    expected = reference.sparse_ffn(x, weights, *arguments, counted(), **how)
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, expected, atol=5e-3, rtol=2e-2)
+
+
+LEFT = {
+    "nine tokens": ({"x": torch.randn(9, 16)}, {}),
+    "no tokens": ({"x": torch.randn(0, 16)}, {}),
+    "topk": ({}, {"decision": "topk", "drop": 10}),
+    "activation": ({}, {"activation": "mish"}),
+    "layout": ({"plain": True}, {}),
+    "float64": ({"dtype": torch.float64}, {}),
+}
+
+
+@pytest.mark.parametrize(("change", "how"), LEFT.values(), ids=LEFT)
+def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
+    weights, biases = cases.ffn(16, 24, change.get("dtype", torch.float32), "cpu")
+    if "plain" in change:
+        weights[2] = weights[2].contiguous()
+    x = change.get("x", torch.randn(1, 16)).to(weights[0].dtype)
+    counters = [counted(), counted()]
+    y = ops.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[0], **(HOW | how))
+    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[1], **(HOW | how)))
+    assert torch.equal(*counters)
+
+
+def test_an_explicit_request_is_loud_and_reference_is_obeyed(monkeypatch):
+    weights, biases = cases.ffn(16, 24, torch.float32, "cpu")
+    x, arguments = torch.randn(1, 16), (torch.full((24,), 0.3), counted())
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "cpu")
+    with pytest.raises(ConfigError, match="'cpu', which cannot compute this FFN: W_down is not laid out by neuron"):
+        ops.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **HOW)
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
+    y = ops.sparse_ffn(x, weights, biases, *arguments, **HOW)
+    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, *arguments, **HOW))
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
+    reason = backends.refuses_ffn(weights, decision="threshold", indicator="up", activation="silu")
+    assert reason == "it runs on GPUs, and the weights are on cpu"
+
+
+def test_compiled_code_runs_the_same_kernel():
+    weights, biases = cases.ffn(24, 60, torch.float32, "cpu")
+    x, thresholds = cases.inputs(1, 24, torch.float32, "cpu", 2), torch.full((60,), 0.5)
+
+    def twice(x, counters):
+        return 2 * torch.ops.countdown.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+
+    eager, compiled = counted(), counted()
+    expected = twice(x, eager)
+    y = torch.compile(twice, fullgraph=True, backend="aot_eager")(x, compiled)
+    assert torch.equal(y, expected)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(expected, 2 * ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("bias", [(), (0, 2)], ids=str)
+@pytest.mark.parametrize("heights", [(1,), (64, 16), (37, 5, 41)], ids=str)
+@pytest.mark.parametrize("d", [1, 37, 2048])
+def test_project_one(d, heights, bias, dtype, threads):
+    weights = [cases.inputs(h, d, dtype, "cpu", h) for h in heights]
+    biases = [cases.inputs(1, h, dtype, "cpu", 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
+    x = cases.inputs(1, d, dtype, "cpu", 0)
+    with cases.poisoned():
+        y = dense_ops.project_one(x, weights, biases)
+    expected = [
+        weight.double() @ x[0].double() + (0 if some is None else some.double())
+        for weight, some in zip(weights, biases, strict=True)
+    ]
+    assert oracle.relative_error(y[0], torch.cat(expected)) <= cases.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("mask", ["none", "some", "first", "last"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "length", "size"), [(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 2000, 64), (24, 1, 130, 40)], ids=str
+)
+def test_attend_one(heads, groups, length, size, mask, dtype, threads):
+    q = cases.inputs(heads, size, dtype, "cpu", 1).view(1, heads, 1, size)
+    keys, values = (cases.inputs(groups * length, size, dtype, "cpu", s).view(1, groups, length, size) for s in (2, 3))
+    seen = None
+    if mask != "none":
+        seen = (torch.rand(1, 1, 1, length) < 0.5) & torch.tensor(mask == "some")
+        seen[..., -1 if mask == "last" else 0] = True
+    with cases.poisoned():
+        y = dense_ops.attend_one(q, keys, values, seen, 0.3)
+    exact = [tensor.double() for tensor in (q, keys, values)]
+    assert oracle.relative_error(y, reference.attend_one(*exact, seen, 0.3)) <= 2 * cases.TOLERANCE[dtype]
