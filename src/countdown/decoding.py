@@ -1,8 +1,10 @@
-"""A decode loop whose cost is the model's: one step from token to next token, compiled, captured once and replayed.
+"""A decode loop whose cost is the model's: one step from token to next token, traced once and replayed.
 
 Hugging Face's `generate` spends part of every token in Python. This loop keeps the cache and the token on the device,
 and computes the linears and the attention of a single token in kernels of ours. It takes any model that runs with a
-static cache, dense or sparsified, for one sequence, greedily.
+static cache, dense or sparsified, for one sequence, greedily. On a CUDA device the step is compiled and captured in a
+graph; on a CPU it is one graph of operations that is called: compiling it as well takes half a minute and gained 4% on
+SmolLM2.
 """
 
 from __future__ import annotations
@@ -27,19 +29,19 @@ WARM_UP = 4
 # Linears of one launch.
 MOST_TOGETHER = 3
 TILE = 512
-DEVICES = ("cuda",)
+DEVICES = ("cuda", "cpu")
 
 
 class DecodeLoop:
-    """Greedy decoding of one sequence on a CUDA device.
+    """Greedy decoding of one sequence on a CUDA device or a CPU.
 
     Args:
-        model: A causal language model of transformers on a CUDA device, in eval mode; left as it was.
+        model: A causal language model of transformers on such a device, in eval mode; left as it was.
         prompt: Token ids `[1, n]`.
         new_tokens: How many tokens `run` may make.
 
     Raises:
-        ConfigError: Not on a CUDA device, several sequences, or more tokens than the model's context.
+        ConfigError: On another device, several sequences, or more tokens than the model's context.
         UnsupportedModelError: The model does not compile as one graph.
     """
 
@@ -48,7 +50,7 @@ class DecodeLoop:
 
         device = next(model.parameters()).device
         if device.type not in DEVICES:
-            raise ConfigError(f"the decode loop captures CUDA graphs, and the model is on {device.type}.")
+            raise ConfigError(f"the decode loop runs on {' and '.join(DEVICES)}, and the model is on {device.type}.")
         if len(prompt) != 1:
             raise ConfigError(f"the decode loop takes one sequence, and the prompt has {len(prompt)}.")
         check_context(model, prompt.shape[1] + new_tokens)
@@ -64,7 +66,7 @@ class DecodeLoop:
         # Not inference_mode: the cache is written inside compiled code and outside of it.
         with torch.no_grad(), on_device(device):
             self.token = self._next(prompt.to(device))
-            self._graph = self._capture()
+            self._replay = self._trace()
 
     @torch.no_grad()
     def run(self, steps: int) -> Tensor:
@@ -80,14 +82,14 @@ class DecodeLoop:
         with on_device(self.token.device):
             for position in range(steps):
                 tokens[position] = self.token[0, 0]
-                self._graph.replay()
+                self._replay()
         return tokens
 
     def _next(self, ids: Tensor) -> Tensor:
         logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         return largest(logits[:, -1])
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _trace(self) -> Callable[[], object]:
         before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
         first = self.token.clone()
 
@@ -97,9 +99,9 @@ class DecodeLoop:
         # What a step runs: linears, those that read one input together.
         self.linears = _siblings(self.model, self.token, self.cache)
         with _one_token(self.model, self.linears):
-            compiled = torch.compile(self._next, fullgraph=True, dynamic=False, options=_options(self.token.device))
+            compiled = torch.compile(self._next, fullgraph=True, dynamic=False, **_compiler(self.token.device))
             try:
-                graph = record(step)
+                replay = record(step).replay if self.token.is_cuda else _run_twice(step)
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} does not compile as one graph: {str(error).splitlines()[0]}"
@@ -108,15 +110,24 @@ class DecodeLoop:
         self.token.copy_(first)
         for layer, length in before:
             layer.cumulative_length.copy_(length)
-        return graph
+        return replay
 
 
-def _options(device: torch.device) -> dict[str, Any]:
-    """Return what the compiler can do besides: kernels that start while the one before ends, as ours do."""
+def _compiler(device: torch.device) -> dict[str, Any]:
+    """Return how torch.compile makes the step."""
+    if device.type == "cpu":
+        return {"backend": "eager"}
     from torch._inductor import config
 
-    hopper = device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
-    return {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else {}
+    # Kernels that start while the one before ends, as ours do.
+    hopper = bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"options": {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else {}}
+
+
+def _run_twice(step: Callable[[], object]) -> Callable[[], object]:
+    step()
+    step()
+    return step
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

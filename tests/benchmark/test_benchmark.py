@@ -10,7 +10,6 @@ import torch
 import countdown.benchmark.decode as decode
 import countdown.benchmark.ffn as ffn
 from conftest import llama
-from countdown import decoding
 from countdown.benchmark.ffn import FFNBenchmark
 from countdown.benchmark.timing import Bandwidth, relative_error
 from countdown.errors import ConfigError
@@ -27,9 +26,10 @@ def device(monkeypatch):
         return 10.0
 
     for module in (ffn, decode):
-        monkeypatch.setattr(module, "require_cuda", lambda: torch.device("cpu"))
-        monkeypatch.setattr(module, "bandwidth", lambda: Bandwidth(1e9, 1e9))
-        monkeypatch.setattr(module, "graph_time", timed)
+        monkeypatch.setattr(module, "bandwidth", lambda _: Bandwidth(1e9, 1e9, 1e9))
+    monkeypatch.setattr(ffn, "require_cuda", lambda: torch.device("cpu"))
+    monkeypatch.setattr(ffn, "graph_time", timed)
+    monkeypatch.setattr(decode, "step_time", timed)
     pytest.importorskip("triton")  # its interpreter runs the kernel of a given set
     monkeypatch.setattr(ffn.backends, "missing", lambda _: None)
     properties = SimpleNamespace(L2_cache_size=2000)
@@ -115,12 +115,8 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_decode_records(device, monkeypatch):
-    monkeypatch.setattr(decoding, "DEVICES", ("cpu",))
-    monkeypatch.setattr(decoding, "record", lambda step: SimpleNamespace(replay=step))
     monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda inner: inner))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(decode, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(decode, "PREFILL", {"cpu": (16, 3)})
     monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
     model = llama()
     what = decode.DecodeBenchmark(context=8, new_tokens=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from countdown.benchmark.timing import bandwidth, graph_time, require_cuda
+from countdown.benchmark.timing import bandwidth, step_time, wait
 from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
 from countdown.cost import token_bytes
@@ -26,7 +27,8 @@ from countdown.ops.activations import ACTIVATIONS
 from countdown.profile import Profile
 from countdown.sparsify import reset_counters, restore_, sparsify_, status
 
-PREFILL_TOKENS = 2048
+# By type of device, the tokens of a prompt that is timed, and how often.
+PREFILL = {"cuda": (2048, 7), "cpu": (512, 5)}
 # Random tokens, for thresholds of random weights.
 CALIBRATION = (4, 256)
 
@@ -51,16 +53,17 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def random_model(shape: str, *, dtype: str = "bfloat16", layers: int | None = None) -> nn.Module:
-    """Return a Llama of this shape with random weights, made on the CUDA device.
+def random_model(shape: str, device: torch.device, *, dtype: str = "bfloat16", layers: int | None = None) -> nn.Module:
+    """Return a Llama of this shape with random weights, made on the device.
 
     Args:
         shape: A key of `SHAPES`.
+        device: Where.
         dtype: `bfloat16`, `float16` or `float32`.
         layers: Another number of layers.
 
     Raises:
-        ConfigError: Unknown shape or dtype, or no CUDA device.
+        ConfigError: Unknown shape or dtype.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,7 +74,7 @@ def random_model(shape: str, *, dtype: str = "bfloat16", layers: int | None = No
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
-        with torch.device(require_cuda()):
+        with device:
             model: nn.Module = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
@@ -103,7 +106,7 @@ def run(
     """Yield a record of the dense model, one of each sparse one in the same loop, and one of generate if asked for.
 
     Args:
-        model: A dense model on a CUDA device; left dense.
+        model: A dense model on a CUDA device or a CPU; left dense.
         whats: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         say: Called with a line at the start of each step.
@@ -111,7 +114,7 @@ def run(
     Raises:
         ConfigError, UnsupportedModelError, ProfileError: See `DecodeLoop` and `sparsify_`.
     """
-    device = require_cuda()
+    device = next(model.parameters()).device
     check_whats(whats)
     check_context(model, benchmark.context + 2 * benchmark.new_tokens)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
@@ -126,7 +129,8 @@ def run(
         "tokens": 1,
         "context": benchmark.context,
         "new_tokens": benchmark.new_tokens,
-        "bandwidth": bandwidth().copy,
+        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
+        "bandwidth": bandwidth(device).floor,
     }
     say("measuring dense")
     dense = _arm(model, ids, benchmark)
@@ -182,10 +186,10 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     loop.run(benchmark.new_tokens)
     if sparse_sites(model):
         reset_counters(model)
-    torch.cuda.synchronize()
+    wait(ids.device)
     started = time.perf_counter()
     loop.run(benchmark.new_tokens)
-    torch.cuda.synchronize()
+    wait(ids.device)
     per_token = (time.perf_counter() - started) / benchmark.new_tokens
     found |= {"tokens_per_s": 1 / per_token, "time_us": per_token * 1e6}
     if sparse_sites(model):
@@ -194,7 +198,8 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     del loop
     torch._dynamo.reset()
     gc.collect()
-    torch.cuda.empty_cache()
+    if ids.is_cuda:
+        torch.cuda.empty_cache()
     return found
 
 
@@ -211,23 +216,24 @@ def _counted(model: nn.Module) -> dict[str, Any]:
 
 
 def _prefill(model: nn.Module, ids: Tensor) -> float:
-    """Return the median ms of a prompt of `PREFILL_TOKENS` tokens, eager."""
-    prompt = ids.repeat(1, -(-PREFILL_TOKENS // ids.shape[1]))[:, :PREFILL_TOKENS]
+    """Return the median ms of a prompt of as many tokens as `PREFILL` says, eager."""
+    tokens, repeats = PREFILL[ids.device.type]
+    prompt = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
     times = []
-    for _ in range(7):
-        torch.cuda.synchronize()
+    for _ in range(repeats):
+        wait(ids.device)
         started = time.perf_counter()
         model(prompt, use_cache=False, logits_to_keep=1)
-        torch.cuda.synchronize()
+        wait(ids.device)
         times.append((time.perf_counter() - started) * 1e3)
-    return sorted(times[2:])[2]
+    return statistics.median(times[2:])
 
 
 def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: float) -> dict[str, float]:
     """Return µs of a token in FFNs, the linears of attention, the head, and all the rest.
 
-    Each part is captured by itself, with the kernels of the step and the inputs that the prompt's last token gave it;
-    the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
+    Each part is timed by itself, captured on a GPU, with the kernels of the step and the inputs that the prompt's last
+    token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
     sparse = sparse_sites(model)
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
@@ -237,7 +243,7 @@ def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: 
     dense = [[group for group in groups if group[0] in set(model.get_submodule(ffn.name).modules())] for ffn in ffns]
     taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
     attention = [group for group in groups if id(group[0]) not in taken]
-    gated = torch.compile(_product, dynamic=False)
+    gated = torch.compile(_product, dynamic=False) if ids.is_cuda else _product
 
     def run_ffns() -> None:
         for module in sparse.values():
@@ -251,9 +257,9 @@ def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: 
             _project(group, inputs)
 
     parts = {
-        "ffn": graph_time(run_ffns),
-        "attention_linears": graph_time(run_linears),
-        "head": graph_time(lambda: largest(_project([head], inputs))),
+        "ffn": step_time(run_ffns, ids.device),
+        "attention_linears": step_time(run_linears, ids.device),
+        "head": step_time(lambda: largest(_project([head], inputs)), ids.device),
     }
     return parts | {"rest": total - sum(parts.values())}
 
@@ -288,7 +294,7 @@ def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
     """Return tokens/s of Hugging Face's generate with a static cache, compiled as it compiles by itself."""
     speeds = []
     for _ in range(3):
-        torch.cuda.synchronize()
+        wait(ids.device)
         started = time.perf_counter()
         model.generate(  # type: ignore[operator]
             ids,
@@ -299,6 +305,6 @@ def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
             cache_implementation="static",
             pad_token_id=0,
         )
-        torch.cuda.synchronize()
+        wait(ids.device)
         speeds.append(new_tokens / (time.perf_counter() - started))
     return speeds[-1]

@@ -90,8 +90,7 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
     Raises:
         ConfigError: No CUDA device.
     """
-    require_cuda()
-    found = bandwidth()
+    found = bandwidth(require_cuda())
     for d, h in track(list(benchmark.shapes), "measuring FFNs", show=progress):
         layers = _Layers(d, h, benchmark)
         for tokens in benchmark.tokens:

@@ -1,4 +1,5 @@
-"""Times on a CUDA device: events around a captured graph, so that neither Python nor launches are counted."""
+"""Times on a CUDA device, by events around a captured graph, so that neither Python nor launches are counted; on a CPU,
+by the clock."""
 
 from __future__ import annotations
 
@@ -47,32 +48,48 @@ def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
     return statistics.median(times)
 
 
+def step_time(step: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of `step` in µs: captured and replayed on a CUDA device, called on another."""
+    if device.type == "cuda":
+        return graph_time(step)
+    times: list[float] = []
+    for _ in range(3 + REPLAYS):
+        started = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - started) * 1e6)
+    return statistics.median(times[3:])
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Bandwidth:
     """What memory gives.
 
     Args:
-        copy: Bytes/s of an elementwise copy of 1 GiB, read and written bytes together: what floors are computed with.
+        copy: Bytes/s of an elementwise copy of 1 GiB, read and written bytes together.
         read: Bytes/s of a sum over 1 GiB.
+        floor: The one that floors are computed with: on GPUs the copy, on CPUs, which read what they overwrite, the
+            read.
     """
 
     copy: float
     read: float
+    floor: float
 
 
-def bandwidth() -> Bandwidth:
-    """Measure the device's memory bandwidth.
-
-    Raises:
-        ConfigError: No CUDA device.
-    """
-    device = require_cuda()
-    source = torch.randint(0, 100, (2**28,), dtype=torch.int32, device=device)
+def bandwidth(device: torch.device) -> Bandwidth:
+    """Measure the memory bandwidth of a device."""
+    source = torch.ones(2**28, device=device)
     target = torch.empty_like(source)
     # Not copy_: in a graph that is a transfer by the copy engine, which is slower.
-    copied = graph_time(lambda: torch.add(source, 1, out=target))
-    summed = graph_time(lambda: source.sum(dtype=torch.int32))
-    return Bandwidth(copy=2 * source.nbytes / copied * 1e6, read=source.nbytes / summed * 1e6)
+    copy = 2 * source.nbytes / step_time(lambda: torch.add(source, 1, out=target), device) * 1e6
+    read = source.nbytes / step_time(source.sum, device) * 1e6
+    return Bandwidth(copy, read, floor=copy if device.type == "cuda" else read)
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

@@ -30,19 +30,23 @@ Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for t
 
 @app.command()
 def bandwidth(
+    device: o.Device = "auto",
     json: o.Json = None,
     commit: Commit = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Memory bandwidth of the device: of a copy, which floors are computed with, and of reading."""
+    """Memory bandwidth of the device: of a copy and of reading; which of them floors are computed with."""
     from countdown.benchmark.timing import bandwidth as measure
+    from countdown.models.loading import resolve_device
     from countdown.results import meta
 
-    found = measure()
+    found = measure(resolve_device(device))
     printing.emit(json, {"meta": meta(**_commit(commit)), "records": [asdict(found)]})
-    printing.table_console(json).print(f"copy {found.copy / 1e12:.2f} TB/s, read {found.read / 1e12:.2f} TB/s")
+    printing.table_console(json).print(
+        f"copy {found.copy / 1e12:.3f} TB/s, read {found.read / 1e12:.3f} TB/s, floors by {found.floor / 1e12:.3f} TB/s"
+    )
 
 
 @app.command()
@@ -91,6 +95,7 @@ def decode(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
     generate: Annotated[bool, typer.Option("--generate", help="Measure Hugging Face's generate, too.")] = False,
+    device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.Trust = False,
@@ -100,14 +105,14 @@ def decode(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """A whole model, dense and sparse in the same captured loop: tokens/s, and where a token's time goes."""
+    """A whole model, dense and sparse in the same loop: tokens/s, and where a token's time goes."""
     from countdown.benchmark.decode import DecodeBenchmark, check_whats, random_model, run
-    from countdown.benchmark.timing import require_cuda
+    from countdown.models.loading import resolve_device
     from countdown.results import meta
 
     if (model is None) == (shape is None):
         raise ConfigError("give a model, or --shape for random weights.")
-    require_cuda()
+    where = resolve_device(device)
     benchmark = DecodeBenchmark(context=context, new_tokens=new_tokens, generate=generate)
     say = printing.say if o.show_progress() else lambda _: None
     if shape is not None:
@@ -116,11 +121,13 @@ def decode(
         settings = {} if sparsity is None else {"sparsity": sparsity}
         whats: list[Any] = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
         check_whats(whats)
-        loaded, name = random_model(shape, dtype="bfloat16" if dtype == "auto" else dtype), shape
+        loaded, name = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape
     else:
         if methods:
             raise ConfigError("--method goes with --shape; a model is measured with its --profile.")
-        loaded, what, name = _model_and_profile(str(model), profile, sparsity, dtype, revision, trust_remote_code)
+        loaded, what, name = _model_and_profile(
+            str(model), profile, sparsity, device, dtype, revision, trust_remote_code
+        )
         whats = [what]
     records = _written(
         json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, whats, benchmark, say=say))
@@ -141,7 +148,7 @@ def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[st
 
 
 def _model_and_profile(
-    model: str, path: Path | None, sparsity: float | None, dtype: str, revision: str | None, trust: bool
+    model: str, path: Path | None, sparsity: float | None, device: str, dtype: str, revision: str | None, trust: bool
 ) -> tuple[Any, Any, str]:
     from countdown.models.loading import Source, load_model
     from countdown.profile import Profile
@@ -155,7 +162,7 @@ def _model_and_profile(
         )
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
-    return load_model(source, dtype=dtype, device="cuda"), profile, source.label
+    return load_model(source, dtype=dtype, device=device), profile, source.label
 
 
 def _sizes(text: str) -> tuple[int, int]:
