@@ -44,6 +44,29 @@ def ffn(name: str, quality: str) -> str:
     return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
 
 
+def cpu_ffn(name: str) -> str:
+    """Return ms, × torch, and the time at 0% that is left over the weights that are, by method and sparsity."""
+    document = load(name)
+    records = {(r["method"], r["sparsity"]): r for r in document["records"]}
+    sparsities = sorted({key[1] for key in records})
+    rows = []
+    for method in dict.fromkeys(key[0] for key in records):
+        found = [records[method, sparsity] for sparsity in sparsities]
+        whole = found[0]
+        left = [r["time_us"] / whole["time_us"] / (r["weights_read"] / whole["weights_read"]) for r in found]
+        rows.append([f"`{method}`", "ms", *(f"{r['time_us'] / 1e3:.2f}" for r in found)])
+        rows.append(["", "× dense", *(f"**{r['speedup']:.2f}**" for r in found)])
+        rows.append(["", "of the floor", *(f"{r['floor_share']:.0%}" for r in found)])
+        rows.append(["", "time / bytes", *(f"{share:.2f}" for share in left)])
+    first = document["records"][0]
+    variants = ", ".join(f"{label} {us / 1e3:.2f} ms" for label, us in first["dense_times_us"].items())
+    note = (
+        f"\n{_shape(first)}, one token, threads: {first['threads']}. Dense: {variants}; × is against the faster. Time / "
+        "bytes: share of the time at 0% over share of the weights read at 0%.\n"
+    )
+    return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
+
+
 def headline(ffns: str, decoding: str, quality: str) -> str:
     """Return in a few sentences what 80% brings, and what it costs a small model."""
     at = {r["method"]: r for r in load(ffns)["records"] if r["sparsity"] == 0.8}
@@ -113,9 +136,11 @@ def decode(name: str) -> str:
         rows.append([label, f"**{r['tokens_per_s']:.1f}**", f"{r['speedup']:.2f}", floor, *parts, prefill])
     first = document["records"][0]
     head = ["", "tokens/s", "× dense", "floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms (×)"]
+    weights = "random weights, " if "-" in name and first["model"].islower() else ""
     note = (
-        f"\n{first['model']}, random weights, {first['layers']} layers, vocabulary {first['vocab']:,}, batch 1, "
-        f"context {first['context']}, {first['new_tokens']} tokens timed.\n"
+        f"\n{first['model']}, {weights}{first['layers']} layers, vocabulary {first['vocab']:,}, batch 1, "
+        f"context {first['context']}, {first['new_tokens']} tokens timed"
+        f"{', threads: ' + str(first['threads']) if 'threads' in first else ''}.\n"
     )
     return table(head, [cells[: len(head)] for cells in rows]) + note + _source(name, document)
 
@@ -126,8 +151,10 @@ def _shape(record: dict[str, Any]) -> str:
 
 def _source(name: str, document: dict[str, Any]) -> str:
     meta, first = document["meta"], document["records"][0]
+    gpu = meta["hardware"].get("gpu")
+    bandwidth = f"{first['bandwidth'] / 1e12:.2f} TB/s" if gpu else f"{first['bandwidth'] / 1e9:.1f} GB/s"
     return (
-        f"{meta['hardware']['gpu']}, {first['dtype']}, copy bandwidth {first['bandwidth'] / 1e12:.2f} TB/s, torch "
+        f"{gpu or meta['hardware']['cpu']}, {first['dtype']}, {'copy' if gpu else 'read'} bandwidth {bandwidth}, torch "
         f"{meta['versions']['torch']}, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
         f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )

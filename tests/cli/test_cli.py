@@ -323,7 +323,7 @@ MISTAKES = {
 
 
 if not torch.cuda.is_available():
-    MISTAKES["no gpu"] = (["benchmark", "ffn"], "torch sees none here")
+    MISTAKES["no gpu"] = (["benchmark", "ffn", "--device", "cuda"], "device 'cuda' cannot be used")
 
 
 @pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from countdown.benchmark.timing import bandwidth, graph_time, relative_error, require_cuda
+from countdown.benchmark.timing import bandwidth, relative_error, require_cuda, step_time
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
@@ -24,8 +25,9 @@ from countdown.progress import track
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
 FUSED = "cuBLAS, gate and up fused"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-# Weights that a replay reads: so many times the cache that nothing stays in it.
-CACHE_TIMES = 25
+# Weights that a replay reads, by type of device: so many times the cache that nothing stays in it. On a CPU, whose
+# kernels take milliseconds, fewer.
+CACHE_TIMES = {"cuda": 25, "cpu": 4}
 MOST_LAYERS = 512
 
 
@@ -42,6 +44,7 @@ class FFNBenchmark:
             correlated until theirs share so much. Without it tokens are independent.
         dtype: `bfloat16`, `float16` or `float32`.
         activation: A key of `ops.activations.ACTIVATIONS`.
+        device: Where; a CUDA device if None.
         compiled: Measure torch.compile (max-autotune) of the dense FFN as well; takes half a minute a shape.
 
     Raises:
@@ -55,6 +58,7 @@ class FFNBenchmark:
     union: Mapping[tuple[int, float], float] | None = None
     dtype: str = "bfloat16"
     activation: str = "silu"
+    device: torch.device | None = None
     compiled: bool = False
 
     def __post_init__(self) -> None:
@@ -70,8 +74,9 @@ class FFNBenchmark:
             raise ConfigError(f"sparsities are {list(self.sparsities)}, expected 0 ≤ sparsity ≤ 1.")
         if any(not 1 <= count <= 8 for count in self.tokens):
             raise ConfigError(f"tokens are {list(self.tokens)}, expected 1 to 8.")
-        if GIVEN in self.methods and (missing := backends.missing("triton")):
-            raise ConfigError(f"'{GIVEN}' measures the Triton backend's own kernel, and {missing}.")
+        backend = "triton" if self.device is None or self.device.type == "cuda" else "cpu"
+        if missing := backends.missing(backend):
+            raise ConfigError(f"there are no kernels to measure: {missing}.")
 
 
 def measurable() -> list[str]:
@@ -88,9 +93,9 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
     """Yield a record for each configuration; see docs/speed.md for the protocol.
 
     Raises:
-        ConfigError: No CUDA device.
+        ConfigError: No CUDA device, where none is named.
     """
-    found = bandwidth(require_cuda())
+    found = bandwidth(benchmark.device or require_cuda())
     for d, h in track(list(benchmark.shapes), "measuring FFNs", show=progress):
         layers = _Layers(d, h, benchmark)
         for tokens in benchmark.tokens:
@@ -98,18 +103,18 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
             for sparsity in benchmark.sparsities:
                 x = layers.inputs(tokens, sparsity)
                 for name in benchmark.methods:
-                    yield _measure(layers, name, sparsity, x, dense, found.copy)
+                    yield _measure(layers, name, sparsity, x, dense, found.floor)
 
 
 def _measure(
-    layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], copy: float
+    layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], rate: float
 ) -> dict[str, Any]:
     case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x)
     tokens, (d, h) = len(x), (layers.d, layers.h)
     union = case.union()
     # In matrices: what is read to decide, and what of the others at active neurons.
     matrices = case.decides + (3 - case.reused) * union
-    floor = matrices * d * h * x.element_size() / copy * 1e6
+    floor = matrices * d * h * x.element_size() / rate * 1e6
     variant = min(dense, key=lambda key: dense[key])
     error = case.error()
     record = {
@@ -118,6 +123,7 @@ def _measure(
         "dtype": layers.benchmark.dtype,
         "activation": layers.benchmark.activation,
         "layers": layers.count,
+        **({} if x.is_cuda else {"threads": torch.get_num_threads()}),
         "tokens": tokens,
         "method": name,
         "indicator": case.indicator,
@@ -126,7 +132,7 @@ def _measure(
         "realised_sparsity": case.realised(),
         "union": union,
         "weights_read": matrices / 3,
-        "bandwidth": copy,
+        "bandwidth": rate,
         "floor_us": floor,
         "dense_variant": variant,
         "dense_time_us": dense[variant],
@@ -135,13 +141,23 @@ def _measure(
     }
     if error > TOLERANCE[x.dtype]:
         return record  # wrong is not fast
-    time = graph_time(case.step) / layers.count
+    time = step_time(case.step, x.device) / layers.count
     return record | {
         "time_us": time,
         "speedup": dense[variant] / time,
-        "speedup_to_fused_cublas": dense[FUSED] / time,
+        **({"speedup_to_fused_cublas": dense[FUSED] / time} if FUSED in dense else {}),
         "floor_share": floor / time,
     }
+
+
+def _sizes(device: torch.device) -> tuple[int, int]:
+    """Return how many bytes of weights are to be read, and how many fit."""
+    if device.type == "cuda":
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        return CACHE_TIMES["cuda"] * cache, torch.cuda.mem_get_info(device)[0]
+    cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return CACHE_TIMES["cpu"] * max(cache, 32 * 2**20), free
 
 
 class _Layers:
@@ -149,16 +165,15 @@ class _Layers:
 
     def __init__(self, d: int, h: int, benchmark: FFNBenchmark) -> None:
         self.d, self.h, self.benchmark = d, h, benchmark
-        self.device, self.dtype = require_cuda(), DTYPES[benchmark.dtype]
+        self.device, self.dtype = benchmark.device or require_cuda(), DTYPES[benchmark.dtype]
         self.generator = torch.Generator(self.device).manual_seed(0)
         # At the highest sparsity a decision reads a tenth of an FFN or more.
         least = max(1 - max(benchmark.sparsities), 0.1) * 3 * d * h * self.dtype.itemsize
-        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-        free = torch.cuda.mem_get_info()[0]
+        wanted, free = _sizes(self.device)
         fit = int(0.7 * free / (3 * d * h * self.dtype.itemsize))
         if fit < 1:
             raise ConfigError(f"an FFN of {d} × {h} in {benchmark.dtype} does not fit the {free / 1e9:.0f} GB left.")
-        self.count = min(-(-CACHE_TIMES * cache // max(1, int(least))), MOST_LAYERS, fit)
+        self.count = min(-(-wanted // max(1, int(least))), MOST_LAYERS, fit)
         self.both = [self._draw(2 * h, d) for _ in range(self.count)]
         self.down = [self._draw(h, d).t() for _ in range(self.count)]
         self._proxies: dict[int, list[list[Tensor]]] = {}
@@ -203,19 +218,24 @@ class _Layers:
         def split(both: Tensor, down: Tensor) -> Tensor:
             return F.linear(act(F.linear(x, both[:h])) * F.linear(x, both[h:]), down)
 
+        if self.device.type != "cuda":
+            # Laid out as nn.Linear does, which is faster here.
+            down = [weight.contiguous() for weight in self.down]
+            return {f"torch, gate and up {name}": self._time(ffn, down) for name, ffn in
+                    (("fused", fused), ("split", split))}  # fmt: skip
         variants = {FUSED: fused, "cuBLAS": split}
         if compiled:
             variants["torch.compile max-autotune"] = torch.compile(
                 fused, dynamic=False, mode="max-autotune-no-cudagraphs"
             )
-        return {name: self._time(variant) for name, variant in variants.items()}
+        return {name: self._time(variant, self.down) for name, variant in variants.items()}
 
-    def _time(self, ffn: Callable[[Tensor, Tensor], Tensor]) -> float:
+    def _time(self, ffn: Callable[[Tensor, Tensor], Tensor], downs: list[Tensor]) -> float:
         def step() -> None:
-            for both, down in zip(self.both, self.down, strict=True):
+            for both, down in zip(self.both, downs, strict=True):
                 ffn(both, down)
 
-        return graph_time(step) / self.count
+        return step_time(step, self.device) / self.count
 
     def _draw(self, rows: int, columns: int) -> Tensor:
         shape = (rows, columns)
@@ -311,7 +331,7 @@ class _Given:
 
     def run(self, layer: int) -> Tensor:
         weights, activation = self.layers.weights(layer), self.layers.benchmark.activation
-        if len(self.x) > 1:
+        if len(self.x) > 1 or self.x.device.type == "cpu":
             return torch.ops.countdown.given_ffn(  # type: ignore[no-any-return]
                 self.x, weights, [None] * 3, self.sets[layer], activation=activation
             )

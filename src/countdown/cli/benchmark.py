@@ -57,6 +57,7 @@ def ffn(
     tokens: Counts = None,
     union: Union = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: o.Device = "auto",
     compiled: Compiled = False,
     json: o.Json = None,
     commit: Commit = None,
@@ -66,16 +67,17 @@ def ffn(
 ) -> None:
     """One FFN with random weights, sparse against dense: time, floor, share of the floor."""
     from countdown.benchmark.ffn import FFNBenchmark, run
-    from countdown.benchmark.timing import require_cuda
+    from countdown.models.loading import resolve_device
     from countdown.results import meta
 
     shapes, overlaps = [_sizes(text) for text in shape or ["4096x14336"]], _union(union)
-    require_cuda()
+    where = resolve_device(device)
     given = {"methods": methods, "sparsities": sparsity, "tokens": tokens}
     benchmark = FFNBenchmark(
         shapes=shapes,
         union=overlaps,
         dtype=dtype,
+        device=where,
         compiled=compiled,
         **{name: value for name, value in given.items() if value},  # type: ignore[arg-type]
     )

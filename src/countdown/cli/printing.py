@@ -141,7 +141,7 @@ def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
         rows.append((*what, f"{r['realised_sparsity']:.1%}", *times, f"{r['floor_us']:.1f}", f"{r['floor_share']:.0%}"))
     print_table(out, header, rows)
     dense = ", ".join(dict.fromkeys(r["dense_variant"] for r in records))
-    out.print(f"copy {records[0]['bandwidth'] / 1e12:.2f} TB/s; dense: {dense}")
+    out.print(f"bandwidth {records[0]['bandwidth'] / 1e12:.3f} TB/s; dense: {dense}")
 
 
 def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
