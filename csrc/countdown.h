@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 1
+#define COUNTDOWN_ABI 2
 
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16 };
 enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
@@ -35,8 +35,7 @@ enum countdown_decider {
 typedef struct {
     int64_t dtype, activation, decider;
     int64_t tokens, d, h;
-    const void *x; /* [T, d] */
-    int64_t x_stride;
+    const void *x;                /* [T, d] */
     const void *gate, *up, *down; /* rows of d, one a neuron: W_down is transposed */
     int64_t gate_stride, up_stride, down_stride;
     const void *gate_bias, *up_bias, *down_bias; /* [h], [h], [d] or NULL */

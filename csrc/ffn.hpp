@@ -111,7 +111,7 @@ class FFN {
 
     void read_tokens() {
         for (int64_t t = 0; t < call_.tokens; ++t) {
-            const W *x = static_cast<const W *>(call_.x) + t * call_.x_stride;
+            const W *x = static_cast<const W *>(call_.x) + t * call_.d;
             if (!copy_token(x, call_.d, space_.tokens_width, tokens_ + t * space_.tokens_width))
                 dense_ |= uint8_t(1 << t);
         }
@@ -124,7 +124,7 @@ class FFN {
         float *values = reinterpret_cast<float *>(memory);
         memory += 8 * space_.words * 4;
         for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(space_.words)) {
-            copy_token(static_cast<const W *>(call_.x) + t * call_.x_stride, call_.d, 8 * space_.words, values);
+            copy_token(static_cast<const W *>(call_.x) + t * call_.d, call_.d, 8 * space_.words, values);
             quantised_[t] = Quantised(memory, space_.words);
             quantise(values, space_.words, quantised_[t]);
         }

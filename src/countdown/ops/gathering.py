@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, bfloat16, float16, float32
 
@@ -29,9 +29,10 @@ def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True
         return f"it has no kernel for {weights[0].dtype}"
     if activation not in ACTIVATIONS:
         return f"it has no kernel for activation '{activation}', only: {', '.join(ACTIVATIONS)}"
-    if any(weight.stride(1) != 1 and weight.shape[1] > 1 for weight in weights[:2]):
+    gate, up, down = weights
+    if not (_adjacent(gate, 1) and _adjacent(up, 1)):
         return "rows of W_gate or W_up are not contiguous"
-    if laid_out and weights[2].stride(0) != 1 and weights[2].shape[0] > 1:
+    if laid_out and not _adjacent(down, 0):
         return "W_down is not laid out by neuron (sparsify_ does that; a parameter put in its place later is not)"
     return None
 
@@ -53,6 +54,10 @@ def refuses_decision(decision: str, indicator: str, bits: int | None, indicators
     return None
 
 
+def _adjacent(weight: Tensor, dim: int) -> bool:
+    return weight.stride()[dim] == 1 or weight.shape[dim] <= 1
+
+
 def too_many(tokens: int) -> bool:
     """Return whether so many tokens are for the reference: too many to gather for, none, or asked for."""
     return not 1 <= tokens <= MOST_TOKENS or requested() == "reference"
@@ -69,6 +74,6 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def dense(biases: list[Tensor | None]) -> list[Tensor | None]:
-    """Return biases that kernels can index: those of interleaved rows are strided."""
-    return [None if bias is None else bias.contiguous() for bias in biases]
+def dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return tensors that kernels can index: biases of interleaved rows are strided."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

@@ -59,89 +59,115 @@ LIBRARY.define("project_one(Tensor x, Tensor[] weights, Tensor?[] biases) -> Ten
 LIBRARY.define("attend_one(Tensor q, Tensor keys, Tensor values, Tensor? mask, float scale) -> Tensor")
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
 def check_ffn(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str, weight_format: str
 ) -> None:
     """Raise ValueError unless input, weights and biases fit together."""
-    _require(weight_format == "plain", f"weight_format is '{weight_format}', expected 'plain'")
-    _require(len(weights) == 3, f"weights has {len(weights)} tensors, expected gate, up and down")
-    _require(activation in ACTIVATIONS, f"activation is '{activation}', expected one of: {', '.join(ACTIVATIONS)}")
-    h, d = weights[0].shape
-    _require(x.shape[-1] == d, f"x is {tuple(x.shape)}, expected [..., {d}] to fit W_gate {(h, d)}")
-    for name, weight, shape in zip(("gate", "up", "down"), weights, ((h, d), (h, d), (d, h)), strict=True):
-        _require(weight.shape == shape, f"W_{name} is {tuple(weight.shape)}, expected {shape}")
-        _require(weight.dtype == x.dtype, f"W_{name} is {weight.dtype}, expected {x.dtype} like x")
-    _require(
-        len(biases) == 3,
-        f"biases has {len(biases)} entries, expected gate, up and down, each a tensor or None",
-    )
-    for name, bias, size in zip(("gate", "up", "down"), biases, (h, h, d), strict=True):
-        _require(bias is None or bias.shape == (size,), f"bias of {name} has the wrong shape, expected {(size,)}")
+    _check_format(weight_format)
+    if len(weights) != 3:
+        raise ValueError(f"weights has {len(weights)} tensors, expected gate, up and down")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is '{activation}', expected one of: {', '.join(ACTIVATIONS)}")
+    gate, up, down = weights
+    h, d = gate.shape
+    if x.shape[-1] != d:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [..., {d}] to fit W_gate {(h, d)}")
+    _check_weight("W_gate", gate, (h, d), x.dtype)
+    _check_weight("W_up", up, (h, d), x.dtype)
+    _check_weight("W_down", down, (d, h), x.dtype)
+    if len(biases) != 3:
+        raise ValueError(f"biases has {len(biases)} entries, expected gate, up and down, each a tensor or None")
+    _check_bias("bias of gate", biases[0], h)
+    _check_bias("bias of up", biases[1], h)
+    _check_bias("bias of down", biases[2], d)
+
+
+def _check_format(weight_format: str) -> None:
+    if weight_format != "plain":
+        raise ValueError(f"weight_format is '{weight_format}', expected 'plain'")
+
+
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if weight.shape != shape:
+        raise ValueError(f"{name} is {tuple(weight.shape)}, expected {shape}")
+    if weight.dtype != dtype:
+        raise ValueError(f"{name} is {weight.dtype}, expected {dtype} like x")
+
+
+def _check_bias(name: str, bias: Tensor | None, size: int) -> None:
+    if bias is not None and bias.shape != (size,):
+        raise ValueError(f"{name} has the wrong shape, expected {(size,)}")
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_format: str) -> None:
     """Raise ValueError unless input, weight and bias of a linear fit together."""
-    _require(weight_format == "plain", f"weight_format is '{weight_format}', expected 'plain'")
+    _check_format(weight_format)
     out, d = weight.shape
-    _require(x.shape[-1] == d, f"x is {tuple(x.shape)}, expected [..., {d}] to fit W {(out, d)}")
-    _require(weight.dtype == x.dtype, f"W is {weight.dtype}, expected {x.dtype} like x")
-    _require(bias is None or bias.shape == (out,), f"bias has the wrong shape, expected {(out,)}")
+    if x.shape[-1] != d:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [..., {d}] to fit W {(out, d)}")
+    _check_weight("W", weight, (out, d), x.dtype)
+    _check_bias("bias", bias, out)
 
 
 def check_projections(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> None:
     """Raise ValueError unless one token fits one to three linears."""
-    _require(x.dim() == 2 and len(x) == 1, f"x is {tuple(x.shape)}, expected one token [1, d]")
-    _require(1 <= len(weights) <= 3, f"weights has {len(weights)} tensors, expected 1 to 3")
-    _require(len(biases) == len(weights), f"biases has {len(biases)} entries, expected {len(weights)}")
+    if x.dim() != 2 or x.shape[0] != 1:
+        raise ValueError(f"x is {tuple(x.shape)}, expected one token [1, d]")
+    if not 1 <= len(weights) <= 3:
+        raise ValueError(f"weights has {len(weights)} tensors, expected 1 to 3")
+    if len(biases) != len(weights):
+        raise ValueError(f"biases has {len(biases)} entries, expected {len(weights)}")
     for weight, bias in zip(weights, biases, strict=True):
         check_linear(x, weight, bias, "plain")
 
 
 def check_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> None:
     """Raise ValueError unless one token's queries fit keys, values and mask."""
-    _require(q.dim() == keys.dim() == 4 and keys.shape == values.shape, "q, keys or values have the wrong dimensions")
+    if not (q.dim() == keys.dim() == 4 and keys.shape == values.shape):
+        raise ValueError("q, keys or values have the wrong dimensions")
     (batch, heads, one, size), (rows, groups, length, keys_size) = q.shape, keys.shape
-    _require(
-        batch == rows == one == 1 and size == keys_size and heads % groups == 0,
-        f"q is {tuple(q.shape)} and keys are {tuple(keys.shape)}, expected [1, heads, 1, size] and "
-        "[1, groups, length, size], heads a multiple of groups",
-    )
-    _require(q.dtype == keys.dtype == values.dtype, f"keys are {keys.dtype}, values {values.dtype}, q {q.dtype}")
-    fits = mask is None or (mask.shape == (1, 1, 1, length) and mask.dtype == torch.bool)
-    _require(fits, f"mask does not fit, expected bool {(1, 1, 1, length)}")
+    if not (batch == rows == one == 1 and size == keys_size and heads % groups == 0):
+        raise ValueError(
+            f"q is {tuple(q.shape)} and keys are {tuple(keys.shape)}, expected [1, heads, 1, size] and "
+            "[1, groups, length, size], heads a multiple of groups"
+        )
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"keys are {keys.dtype}, values {values.dtype}, q {q.dtype}")
+    if mask is not None and not (mask.shape == (1, 1, 1, length) and mask.dtype == torch.bool):
+        raise ValueError(f"mask does not fit, expected bool {(1, 1, 1, length)}")
 
 
 def check_decision(terms: int, per_term: Tensor, decision: str, drop: int, indicator: str) -> None:
     """Raise ValueError unless the arguments that pick the active set of so many terms fit together."""
-    _require(
-        per_term.shape == (terms,) and per_term.dtype == torch.float32,
-        f"thresholds or weights are {per_term.dtype} {tuple(per_term.shape)}, expected float32 {(terms,)}",
-    )
-    _require(decision in ("threshold", "topk"), f"decision is '{decision}', expected 'threshold' or 'topk'")
-    _require(0 <= drop <= terms, f"drop is {drop}, expected 0 ≤ drop ≤ {terms}")
+    if per_term.shape != (terms,) or per_term.dtype != torch.float32:
+        raise ValueError(
+            f"thresholds or weights are {per_term.dtype} {tuple(per_term.shape)}, expected float32 {(terms,)}"
+        )
+    if decision not in ("threshold", "topk"):
+        raise ValueError(f"decision is '{decision}', expected 'threshold' or 'topk'")
+    if not 0 <= drop <= terms:
+        raise ValueError(f"drop is {drop}, expected 0 ≤ drop ≤ {terms}")
     get_indicator(indicator)
 
 
 def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, indicator: str) -> None:
     """Raise ValueError unless there is a proxy for indicator `proxy`, one that fits, and none for others."""
     wanted = indicator == "proxy"
-    _require((proxy is not None) == wanted, f"proxy is {'not ' if wanted else ''}given, and indicator is '{indicator}'")
+    if (proxy is not None) != wanted:
+        raise ValueError(f"proxy is {'not ' if wanted else ''}given, and indicator is '{indicator}'")
     if proxy is None:
         return
-    _require(len(proxy) == 4, f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
+    if len(proxy) != 4:
+        raise ValueError(f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
     h, d = weights[0].shape
+    shapes = [_proxy_shapes(h, d, bits) for bits in BITS]
     for levels, scales in (proxy[:2], proxy[2:]):
-        shapes = [_proxy_shapes(h, d, bits) for bits in BITS]
-        _require(
-            (levels.shape, scales.shape) in shapes and (levels.dtype, scales.dtype) == (torch.uint8, torch.float16),
-            f"proxy is {levels.dtype} {tuple(levels.shape)} and {scales.dtype} {tuple(scales.shape)}, which does not "
-            f"fit W_gate {(h, d)}",
-        )
+        dtypes = (levels.dtype, scales.dtype)
+        if (levels.shape, scales.shape) not in shapes or dtypes != (torch.uint8, torch.float16):
+            raise ValueError(
+                f"proxy is {levels.dtype} {tuple(levels.shape)} and {scales.dtype} {tuple(scales.shape)}, which does "
+                f"not fit W_gate {(h, d)}"
+            )
 
 
 def _proxy_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -151,19 +177,15 @@ def _proxy_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int
 
 def check_counters(counters: Tensor) -> None:
     """Raise ValueError unless `counters` can count tokens and active neurons."""
-    _require(
-        counters.shape == (2,) and counters.dtype == torch.int64,
-        f"counters is {counters.dtype} {tuple(counters.shape)}, expected int64 (2,)",
-    )
+    if counters.shape != (2,) or counters.dtype != torch.int64 or not counters.is_contiguous():
+        raise ValueError(f"counters is {counters.dtype} {tuple(counters.shape)}, expected contiguous int64 (2,)")
 
 
 def check_active(x: Tensor, weights: list[Tensor], active: Tensor) -> None:
     """Raise ValueError unless `active` gives each token of x a set of neurons."""
     shape = (*x.shape[:-1], weights[0].shape[0])
-    _require(
-        active.shape == shape and active.dtype == torch.bool,
-        f"active is {active.dtype} {tuple(active.shape)}, expected bool {shape}",
-    )
+    if active.shape != shape or active.dtype != torch.bool:
+        raise ValueError(f"active is {active.dtype} {tuple(active.shape)}, expected bool {shape}")
 
 
 @torch.library.register_fake("countdown::sparse_ffn", lib=LIBRARY)

@@ -11,7 +11,7 @@ import torch
 
 from countdown.ops import cpu
 
-ABI = 1
+ABI = 2
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -27,9 +27,7 @@ class FFNCall(ctypes.Structure):
 
     _fields_ = (
         *((name, _Int) for name in ("dtype", "activation", "decider", "tokens", "d", "h")),
-        ("x", _Pointer),
-        ("x_stride", _Int),
-        *((name, _Pointer) for name in ("gate", "up", "down")),
+        *((name, _Pointer) for name in ("x", "gate", "up", "down")),
         *((name, _Int) for name in ("gate_stride", "up_stride", "down_stride")),
         *((name, _Pointer) for name in ("gate_bias", "up_bias", "down_bias", "thresholds")),
         *((name, _Pointer) for name in ("gate_levels", "up_levels", "gate_scales", "up_scales")),

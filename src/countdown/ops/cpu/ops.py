@@ -8,7 +8,7 @@ from torch import Tensor
 from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FFNCall, library
-from countdown.ops.gathering import dense, flat, proxy_bits, refuses_decision, refuses_ffn, too_many
+from countdown.ops.gathering import dense, proxy_bits, refuses_decision, refuses_ffn, too_many
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 
@@ -43,7 +43,7 @@ def sparse_ffn(
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
             weight_format=weight_format,
         )  # fmt: skip
-    y = x.new_empty(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype)
     _run(x, weights, biases, activation, indicator, thresholds=per_neuron, proxy=proxy, counters=counters, y=y)
     return y
 
@@ -91,7 +91,7 @@ def given_ffn(
     check_active(x, weights, active)
     if too_many(x.shape[:-1].numel()) or refuses_ffn(weights, activation):
         return reference.given_ffn(x, weights, biases, active, activation=activation, weight_format=weight_format)
-    y = x.new_empty(x.shape)
+    y = torch.empty(x.shape, dtype=x.dtype)
     _run(x, weights, biases, activation, "given", given=active.contiguous(), y=y)
     return y
 
@@ -113,20 +113,16 @@ def _run(
     """Compute `y`, or the active sets alone into `selected`."""
     gate, up, down = weights
     h, d = gate.shape
-    x, biases = flat(x), dense(biases)
-    thresholds = None if thresholds is None else thresholds.contiguous()
-    levels_and_scales = [None] * 4 if proxy is None else [part.contiguous() for part in proxy]
-    gate_levels, gate_scales, up_levels, up_scales = levels_and_scales
-    # Alive until the call returns: tensors that were made here.
+    # Alive until the call returns: tensors that are made here.
+    x, thresholds, biases = x.contiguous(), None if thresholds is None else thresholds.contiguous(), dense(biases)
+    parts = dense(proxy) if proxy else [None] * 4
+    words, groups = (0, 0) if proxy is None else (proxy[0].shape[1] // 4, proxy[1].shape[1])
     library().run(
         FFNCall(
-            DTYPES[x.dtype], ACTIVATIONS[activation], DECIDERS[decider], len(x), d, h,
-            x.data_ptr(), x.stride(0),
-            gate.data_ptr(), up.data_ptr(), down.data_ptr(), gate.stride(0), up.stride(0), down.stride(1),
-            *map(_address, biases), _address(thresholds),
-            *map(_address, (gate_levels, up_levels, gate_scales, up_scales)),
-            0 if proxy is None else proxy[0].shape[1] // 4, 0 if proxy is None else proxy[1].shape[1],
-            _address(given), _address(selected), _address(counters), _address(y),
+            DTYPES[x.dtype], ACTIVATIONS[activation], DECIDERS[decider], x.numel() // d, d, h, x.data_ptr(),
+            gate.data_ptr(), up.data_ptr(), down.data_ptr(), gate.stride()[0], up.stride()[0], down.stride()[1],
+            *map(_address, (*biases, thresholds, parts[0], parts[2], parts[1], parts[3])), words, groups,
+            *map(_address, (given, selected, counters, y)),
         ),
         weights=h * d,
     )  # fmt: skip
