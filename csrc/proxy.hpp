@@ -37,13 +37,15 @@ static void quantise(const float *x, int64_t words, Quantised &to) {
     if (!(per_step <= 3e38f)) per_step = 3e38f;  // of entries so small that the quotient is infinite
     to.step = largest / 127;
     for (int64_t w = 0; w < padded; ++w) {
+        int8_t entries[8];
         int total = 0;
         for (int j = 0; j < 8; ++j) {
             float steps = rintf(x[8 * w + j] * per_step);
-            int8_t q = int8_t(fabsf(steps) < 128 ? steps : 0);
-            (j < 4 ? to.low : to.high)[4 * w + j % 4] = q;
-            total += q;
+            entries[j] = int8_t(fabsf(steps) < 128 ? steps : 0);
+            total += entries[j];
         }
+        memcpy(to.low + 4 * w, entries, 4);
+        memcpy(to.high + 4 * w, entries + 4, 4);
         to.offsets[w] = 7.5f * float(total);
     }
 }

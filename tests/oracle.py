@@ -80,7 +80,7 @@ def proxy_factors(
     """
     largest = x.float().abs().amax(dim=-1, keepdim=True)
     # Half the largest lies between two steps: which one it becomes is decided in float32.
-    steps = (x.float() * torch.where(largest > 0, (127 / largest).clamp(max=3e38), 0)).round()
+    steps = (x.float() * torch.where(largest > 0, (torch.full_like(largest, 127) / largest).clamp(max=3e38), 0)).round()
     rounded = steps.double() * largest.double() / 127
     d = x.shape[-1]
     bits = next(b for b in (3, 4) if proxy[0].shape[1] * 8 == b * padded(d, b))

@@ -164,6 +164,7 @@ def round_tokens(x: Tensor) -> Tensor:
     """Return x with each token rounded to 255 even steps between ± its largest entry, float32."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
-    # Bounded, for entries so small that the quotient is infinite; times, for kernels to round alike.
-    per_step = torch.where(largest > 0, (127 / largest).clamp(max=3e38), 0)
+    # Bounded, for entries so small that the quotient is infinite; times, for kernels to round alike. A number over a
+    # tensor would be rounded twice.
+    per_step = torch.where(largest > 0, (torch.full_like(largest, 127) / largest).clamp(max=3e38), 0)
     return (x * per_step).round() * (largest / 127)
