@@ -12,13 +12,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import countdown
 import oracle
 from conftest import FAMILIES, llama
-from countdown import modules
+from countdown import modules, sparsify
 from countdown.cost import proxy_bytes
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
 from countdown.models.find import find_ffns, find_sites
 from countdown.modules import SparseSite, sparse_sites
 from countdown.ops import proxy as proxies
+from countdown.ops.cpu import library
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -355,6 +356,21 @@ def test_restored_modules_train_with_the_rest(llama_model, profile):
     countdown.sparsify_(llama_model, profile).train()
     countdown.restore_(llama_model)
     assert all(module.training for module in llama_model.modules())
+
+
+def test_without_the_library_a_cpu_runs_the_reference_and_says_so_once(llama_model, profile, monkeypatch, caplog):
+    monkeypatch.setattr(library, "missing", lambda: "its library was not built")
+    sparsify._say_once.cache_clear()
+    for _ in range(2):
+        countdown.sparsify_(llama_model, profile)
+        assert not any(by_neuron(llama_model))
+        found = {(site.backend, site.backend_reason) for site in countdown.status(llama_model)}
+        assert found == {("reference", "its library was not built")}
+        countdown.restore_(llama_model)
+    assert caplog.text.count("leaves all to the reference, which gains no speed: its library was not built") == 1
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "cpu")
+    with pytest.raises(ConfigError, match=r"'cpu', which cannot compute .*: its library was not built"):
+        countdown.sparsify_(llama_model, profile)
 
 
 @pytest.fixture
