@@ -33,7 +33,7 @@ static void quantise(const float *x, int64_t words, Quantised &to) {
     float largest = 0;
     int64_t padded = Quantised::padded(words);
     for (int64_t c = 0; c < 8 * padded; ++c) largest = fabsf(x[c]) > largest ? fabsf(x[c]) : largest;
-    float per_step = largest > 0 ? 1 / largest * 127 : 0;  // in two roundings, as torch divides a number by a tensor
+    float per_step = largest > 0 ? 127 / largest : 0;
     if (!(per_step <= 3e38f)) per_step = 3e38f;  // of entries so small that the quotient is infinite
     to.step = largest / 127;
     for (int64_t w = 0; w < padded; ++w) {
