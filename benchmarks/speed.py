@@ -61,8 +61,8 @@ def cpu_ffn(name: str) -> str:
     first = document["records"][0]
     variants = ", ".join(f"{label} {us / 1e3:.2f} ms" for label, us in first["dense_times_us"].items())
     note = (
-        f"\n{_shape(first)}, one token, threads: {first['threads']}. Dense: {variants}; × is against the faster. Time / "
-        "bytes: share of the time at 0% over share of the weights read at 0%.\n"
+        f"\n{_shape(first)}, one token, threads: {first['threads']}. Dense: {variants}; × is against the faster. "
+        "Time / bytes: share of the time at 0% over share of the weights read at 0%.\n"
     )
     return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
 
