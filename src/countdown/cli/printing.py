@@ -97,8 +97,8 @@ def print_demo(demo: Demo) -> None:
         out.print(run.text, markup=False)
     out.print(f"\n{_parting(demo.dense, demo.sparse)}.")
     out.print(
-        "tokens/s here is the reference path, which computes every neuron and masks: it shows what sparsity "
-        "costs in quality, not yet what it gains."
+        "tokens/s are those of Hugging Face's generate on this CPU, which spends much of a token in Python; small "
+        "models gain little or nothing (docs/speed.md)."
     )
 
 
