@@ -40,7 +40,7 @@ struct FFNSpace {
         found = space.take<Found>(threads);
         sums = space.take<float>(threads * call.tokens * width);
         own_bytes = ceil_to(call.tokens * tokens_width * int64_t(sizeof(Operand<W>)), 64) + 8 * words * 4 +
-                    call.tokens * Quantised::bytes(words);
+                    call.tokens * Quantised::bytes(words, call.groups);
         own = space.take<char>(threads * own_bytes);
         bytes = space.bytes();
     }
@@ -123,10 +123,10 @@ class FFN {
                        ceil_to(call_.tokens * space_.tokens_width * int64_t(sizeof(Operand<W>)), 64);
         float *values = reinterpret_cast<float *>(memory);
         memory += 8 * space_.words * 4;
-        for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(space_.words)) {
+        for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(space_.words, call_.groups)) {
             copy_token(static_cast<const W *>(call_.x) + t * call_.d, call_.d, 8 * space_.words, values);
             quantised_[t] = Quantised(memory, space_.words);
-            quantise(values, space_.words, quantised_[t]);
+            quantise(values, call_.words, call_.groups, quantised_[t]);
         }
     }
 

@@ -101,34 +101,35 @@ struct Product<Bf16> {
 #endif
 
 // Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
-// in `high`. Returns the sums of products of each word.
-static inline Vec products(__m512i levels, const int8_t *low, const int8_t *high) {
+// in `high`. Returns the sums of products of each word, added to `starts`.
+static inline Vec products(__m512i levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
     __m512i nibble = _mm512_set1_epi8(15);
     __m512i even = _mm512_and_si512(levels, nibble);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi16(levels, 4), nibble);
-    __m512i x = _mm512_loadu_si512(low), z = _mm512_loadu_si512(high);
+    __m512i x = _mm512_loadu_si512(low), z = _mm512_loadu_si512(high), start = _mm512_loadu_si512(starts);
 #ifdef __AVX512VNNI__
-    return {_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), even, x), odd, z))};
+    return {_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even, x), odd, z))};
 #else
     // Four products of at most 15 * 127 fit 16 bits.
     __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(even, x), _mm512_maddubs_epi16(odd, z));
-    return {_mm512_cvtepi32_ps(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+    return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), start))};
 #endif
 }
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high) {
-    return products(_mm512_loadu_si512(levels), low, high);
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
+    return products(_mm512_loadu_si512(levels), low, high, starts);
 }
-// Of the first n words, 0 < n < width; zeros for the others' levels.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, int64_t n) {
-    return products(_mm512_maskz_loadu_epi32(first(n), levels), low, high);
+// Of the first n words, 0 < n < width; `starts` for the others, which are zeros there.
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts,
+                           int64_t n) {
+    return products(_mm512_maskz_loadu_epi32(first(n), levels), low, high, starts);
 }
 
-// Scales of a vector of words, of which each 2^shift in a row share one; the first n words, 0 < n <= width.
-static inline Vec load_scales(const Fp16 *scales, int shift, int64_t n) {
-    __m256i some = _mm256_maskz_loadu_epi16(first(((n - 1) >> shift) + 1), scales);
+// Entry (at + i) >> SHIFT of a vector, for each i; beyond its width, any.
+template <int SHIFT>
+static inline Vec spread(Vec a, int at) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i place = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
-    return {_mm512_permutexvar_ps(place, _mm512_cvtph_ps(some))};
+    __m512i place = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(at)), SHIFT);
+    return {_mm512_permutexvar_ps(place, a.v)};
 }
 
 }  // namespace VARIANT

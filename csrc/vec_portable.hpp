@@ -110,25 +110,29 @@ struct Product {
 };
 
 // Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
-// in `high`. Returns the sums of products of each of the first n words, 0 < n <= width.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, int64_t n) {
-    Vec a = splat(0);
-    for (int i = 0; i < n; ++i) {
-        int total = 0;
-        for (int j = 4 * i; j < 4 * i + 4; ++j) total += (levels[j] & 15) * low[j] + (levels[j] >> 4) * high[j];
-        a.v[i] = float(total);
-    }
+// in `high`. Returns the sums of products of each word, added to `starts`.
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
+    int16_t sums[4 * Vec::width];
+    for (int j = 0; j < 4 * Vec::width; ++j)
+        sums[j] = int16_t((levels[j] & 15) * low[j] + (levels[j] >> 4) * high[j]);
+    Vec a;
+    EACH a.v[i] = float(starts[i] + sums[4 * i] + sums[4 * i + 1] + sums[4 * i + 2] + sums[4 * i + 3]);
     return a;
 }
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high) {
-    return products(levels, low, high, Vec::width);
+// Of the first n words, 0 < n < width; `starts` for the others, which are zeros there.
+static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts,
+                           int64_t n) {
+    uint8_t some[4 * Vec::width] = {};
+    memcpy(some, levels, size_t(4 * n));
+    return products(some, low, high, starts);
 }
 
-// Scales of a vector of words, of which each 2^shift in a row share one; the first n words, 0 < n <= width.
-static inline Vec load_scales(const Fp16 *scales, int shift, int64_t n) {
-    Vec a = splat(0);
-    for (int i = 0; i < n; ++i) a.v[i] = widened(scales + (i >> shift));
-    return a;
+// Entry (at + i) >> SHIFT of a vector, for each i; beyond its width, any.
+template <int SHIFT>
+static inline Vec spread(Vec a, int at) {
+    Vec b;
+    EACH b.v[i] = a.v[((at + i) >> SHIFT) & (Vec::width - 1)];
+    return b;
 }
 
 #undef EACH
