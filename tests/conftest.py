@@ -10,6 +10,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Read when tqdm is imported: bars of transformers would mix with what a test captures.
 os.environ["TQDM_DISABLE"] = "1"
+# Read when OpenMP is loaded: threads that wait for others which do not run, on a busy machine, leave them the core.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import pytest
 import torch
