@@ -320,6 +320,7 @@ MISTAKES = {
     "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),
     "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
 }
+MISTAKES["no clock"] = (["benchmark", "ffn", "--device", "meta"], "benchmarks run on cuda and cpu")
 
 
 if not torch.cuda.is_available():

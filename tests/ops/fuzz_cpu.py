@@ -86,11 +86,12 @@ def check_dense(draw: random.Random, seed: int) -> None:
     )
     mask = torch.rand(1, 1, 1, length, generator=torch.Generator().manual_seed(seed)) < 0.7
     mask[..., draw.randrange(length)] = True
-    y = dense_ops.attend_one(q, keys, values, draw.choice([None, mask]) if length < 50 else mask, 0.2)
-    if length >= 50:
-        expected = reference.attend_one(q.double(), keys.double(), values.double(), mask, 0.2)
-        assert oracle.relative_error(y, expected) <= 2 * cases.TOLERANCE[dtype]
-    assert y.isfinite().all()
+    mask = draw.choice([None, mask])
+    expected = reference.attend_one(q.double(), keys.double(), values.double(), mask, 0.2)
+    y = dense_ops.attend_one(q, keys, values, mask, 0.2)
+    # What cancels is as exact as what it is made of.
+    allowed = 2 * cases.TOLERANCE[dtype] * float(expected.norm() + 0.1 * values.double().norm())
+    assert float((y.double() - expected).norm()) <= allowed
 
 
 if __name__ == "__main__":

@@ -83,7 +83,13 @@ class Bandwidth:
 
 
 def bandwidth(device: torch.device) -> Bandwidth:
-    """Measure the memory bandwidth of a device."""
+    """Measure the memory bandwidth of a device.
+
+    Raises:
+        ConfigError: Neither a CUDA device nor a CPU: the clock would not see when it is done.
+    """
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"benchmarks run on cuda and cpu, and the device is {device.type}.")
     source = torch.ones(2**28, device=device)
     target = torch.empty_like(source)
     # Not copy_: in a graph that is a transfer by the copy engine, which is slower.

@@ -20,8 +20,6 @@ from countdown.ops.schema import LIBRARY
 # By type of device, whose kernels it has.
 BY_DEVICE = {"cuda": "triton", "cpu": "cpu"}
 RUNS_ON = {"triton": "GPUs", "cpu": "CPUs"}
-# Of exact projections.
-INDICATORS = {"triton": ("up", "gate"), "cpu": ("up", "gate", "coefficient")}
 
 
 def refuses_ffn(
@@ -48,7 +46,7 @@ def refuses_ffn(
         return f"it runs on {RUNS_ON[wanted]}, and the weights are on {device}"
     if reason := missing(name):
         return reason
-    reason = gathering.refuses_decision(decision, indicator, proxy_bits, INDICATORS[name])
+    reason = gathering.refuses_decision(decision, indicator, proxy_bits, name)
     return reason or gathering.refuses_ffn(weights, activation, laid_out=laid_out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, bfloat16, float16, float32
 
@@ -15,6 +15,8 @@ DTYPES = (float32, float16, bfloat16)
 # More tokens than this in a call are computed densely and masked: their active sets share too little to gather.
 MOST_TOKENS = 8
 PROXY_BITS = 4
+# Indicators of exact projections, by backend.
+INDICATORS = {"triton": ("up", "gate"), "cpu": ("up", "gate", "coefficient")}
 
 
 def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True) -> str | None:
@@ -37,20 +39,21 @@ def refuses_ffn(weights: list[Tensor], activation: str, *, laid_out: bool = True
     return None
 
 
-def refuses_decision(decision: str, indicator: str, bits: int | None, indicators: Iterable[str]) -> str | None:
-    """Return why no kernel decides like this, None if one does.
+def refuses_decision(decision: str, indicator: str, bits: int | None, backend: str) -> str | None:
+    """Return why no kernel of a backend decides like this, None if one does.
 
     Args:
         decision, indicator: See `schema`.
         bits: Of the proxy, None without one.
-        indicators: Those of exact projections that the backend has kernels for.
+        backend: A key of `INDICATORS`.
     """
     if decision != "threshold":
         return f"decision '{decision}' needs a sort, which no kernel does"
     if bits not in (None, PROXY_BITS):
         return f"it has no kernel for proxies of {bits} bits, only of {PROXY_BITS}"
-    if bits is None and indicator not in indicators:
-        return f"it has no kernel for indicator '{indicator}', only: {', '.join((*indicators, PROXY.name))}"
+    if bits is None and indicator not in INDICATORS[backend]:
+        known = ", ".join((*INDICATORS[backend], PROXY.name))
+        return f"it has no kernel for indicator '{indicator}', only: {known}"
     return None
 
 

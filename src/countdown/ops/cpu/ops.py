@@ -12,8 +12,6 @@ from countdown.ops.gathering import dense, proxy_bits, refuses_decision, refuses
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 
-INDICATORS = ("up", "gate", "coefficient")
-
 
 def sparse_ffn(
     x: Tensor,
@@ -34,7 +32,7 @@ def sparse_ffn(
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
-    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), "cpu") or refuses_ffn(weights, activation)
     if reason and requested() == "cpu":
         raise ConfigError(f"{VARIABLE} is 'cpu', which cannot compute this FFN: {reason}.")
     if reason or too_many(x.shape[:-1].numel()):
@@ -65,7 +63,7 @@ def select(
     check_ffn(x, weights, biases, activation, weight_format)
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
-    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), "cpu") or refuses_ffn(weights, activation)
     if reason or too_many(x.shape[:-1].numel()):
         return reference.select(
             x, weights, biases, per_neuron,

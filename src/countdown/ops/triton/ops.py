@@ -10,12 +10,11 @@ from torch import Tensor
 from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.gathering import dense, flat, proxy_bits, refuses_decision, refuses_ffn, too_many
+from countdown.ops.indicators import GATE
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 from countdown.ops.triton import kernels, launch, pair_ops, proxy_ops
 
-# By indicator, whether the gate decides.
-INDICATORS = {"up": False, "gate": True}
 V = TypeVar("V")
 
 
@@ -40,7 +39,7 @@ def sparse_ffn(
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     tokens = x.shape[:-1].numel()
-    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), "triton") or refuses_ffn(weights, activation)
     if reason and requested() == "triton":
         raise ConfigError(f"{VARIABLE} is 'triton', which cannot compute this FFN: {reason}.")
     if reason or too_many(tokens):
@@ -53,9 +52,9 @@ def sparse_ffn(
     if proxy is not None:
         y = _decide_by_proxy(rows, weights, biases, proxy, per_neuron, counters, activation, drop)
     elif tokens == 1:
-        y = _decide_one(rows, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
+        y = _decide_one(rows, weights, biases, per_neuron, counters, indicator == GATE.name, activation, drop)
     else:
-        y = _decide_many(rows, weights, biases, per_neuron, counters, INDICATORS[indicator], activation, drop)
+        y = _decide_many(rows, weights, biases, per_neuron, counters, indicator == GATE.name, activation, drop)
     return y.view(x.shape)
 
 
@@ -78,7 +77,7 @@ def select(
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     tokens, h = x.shape[:-1].numel(), weights[0].shape[0]
-    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), INDICATORS) or refuses_ffn(weights, activation)
+    reason = refuses_decision(decision, indicator, proxy_bits(x, proxy), "triton") or refuses_ffn(weights, activation)
     if reason or too_many(tokens):
         return reference.select(
             x, weights, biases, per_neuron,
@@ -91,7 +90,7 @@ def select(
     if proxy is not None:
         proxy_ops.select(flat(x), proxy, biases, thresholds, active.view(-1, h), None, activation)
     else:
-        gate_first = INDICATORS[indicator]
+        gate_first = indicator == GATE.name
         _coefficients(flat(x), weights, biases, thresholds, active, None, gate_first, activation, "select")
     return active
 
