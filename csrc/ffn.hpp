@@ -298,14 +298,20 @@ class FFN {
         for (int64_t k = 0; k < block.count; ++k)
             for (int64_t t = 0; t < call_.tokens; ++t)
                 if (!(block.masks[k] >> t & 1)) factors[k * call_.tokens + t] = 0;
-        prefetch(first_read().rows(next.neurons, next.count), next.count, call_.d);
-        loops_.add(down, block.count, factors, call_.d, sums_, space_.width);
+        Rows<W> later = first_read().rows(next.neurons, next.count);
+        prefetch(later, next.count, call_.d);
+        loops_.add(down, block.count, factors, call_.d, sums_, space_.width, ahead(later, next.count));
     }
 
     // The matrix of which a block's rows are read first.
     const Matrix<W> &first_read() const {
         if (call_.decider == COUNTDOWN_BY_COEFFICIENT) return down_;
         return call_.decider == COUNTDOWN_BY_GATE ? up_ : gate_;
+    }
+
+    // What to fetch along with the present rows: short ones.
+    const Rows<W> *ahead(const Rows<W> &rows, int64_t count) const {
+        return is_short<W>(call_.d) && count == loops_.rows_at_once ? &rows : nullptr;
     }
 
     // What the rows of W_down are multiplied with, which are prefetched meanwhile.
@@ -315,24 +321,26 @@ class FFN {
         if (call_.decider != COUNTDOWN_BY_COEFFICIENT) prefetch(down, block.count, call_.d);
         switch (call_.decider) {
             case COUNTDOWN_BY_COEFFICIENT: memcpy(factors, block.values, sizeof block.values); return;
-            case COUNTDOWN_BY_GATE: project(up_, block, factors); break;
+            case COUNTDOWN_BY_GATE: project(up_, block, factors, down); break;
             case COUNTDOWN_BY_UP:
-                project(gate_, block, factors);
+                project(gate_, block, factors, down);
                 activate(factors, entries);
                 break;
             default:
-                prefetch(up_.rows(block.neurons, block.count), block.count, call_.d);
-                project(gate_, block, factors);
+                Rows<W> up = up_.rows(block.neurons, block.count);
+                prefetch(up, block.count, call_.d);
+                project(gate_, block, factors, up);
                 activate(factors, entries);
-                project(up_, block, others);
+                project(up_, block, others, down);
         }
         const float *factor = call_.decider == COUNTDOWN_BY_UP || call_.decider == COUNTDOWN_BY_GATE ? block.values : others;
         for (int64_t k = 0; k < entries; ++k) factors[k] *= factor[k];
     }
 
-    void project(const Matrix<W> &matrix, const Block &block, float *out) {
+    // Rows of a block's neurons times all tokens, [count, T], while those that come `next` are fetched.
+    void project(const Matrix<W> &matrix, const Block &block, float *out, const Rows<W> &next) {
         Rows<W> rows = matrix.rows(block.neurons, block.count);
-        loops_.products(rows, block.count, tokens_, space_.tokens_width, call_.d, out);
+        loops_.products(rows, block.count, tokens_, space_.tokens_width, call_.d, out, ahead(next, block.count));
         for (int64_t k = 0; k < block.count; ++k) add_bias(matrix, block.neurons[k], out + k * call_.tokens);
     }
 

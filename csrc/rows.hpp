@@ -1,8 +1,9 @@
 // The two loops that read weights: products of rows and tokens, and sums of rows.
 //
 // A matrix that is read from end to end is read one row at a time, which the processor's prefetchers follow at the full
-// bandwidth. Rows of active neurons lie anywhere: there, several are read side by side, for more to be under way, and
-// the beginnings of the ones that come after are prefetched.
+// bandwidth. Rows of active neurons lie anywhere: there, several are read side by side, for more to be under way. Of the
+// ones that come after, the beginnings are prefetched, from where the processor goes on by itself; of short rows, which
+// end before it does, every line, step by step with the present rows.
 #pragma once
 
 #include "types.hpp"
@@ -35,25 +36,49 @@ struct Rows {
     const W *row[BLOCK] = {};
 };
 
-// Start reading the first lines of rows, and of their later pages: from there the processor goes on by itself.
-template <class W>
-static inline void prefetch(const Rows<W> &rows, int64_t count, int64_t d) {
+constexpr int64_t page = 4096, line = 64;
+
+static inline void prefetch(const void *address) {
 #ifdef __GNUC__
-    constexpr int64_t page = 4096, line = 64;
-    for (int64_t k = 0; k < count; ++k) {
-        const char *row = reinterpret_cast<const char *>(rows.row[k]), *end = reinterpret_cast<const char *>(rows.row[k] + d);
-        for (; row < end; row += page) {
-            __builtin_prefetch(row);
-            if (row + line < end) __builtin_prefetch(row + line);
-        }
-    }
+    __builtin_prefetch(address);
+#else
+    (void)address;
 #endif
 }
 
-// out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows and T tokens. A row's sum with a token is added in the same order
-// for any R and T.
-template <class W, int R, int T>
-static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out) {
+template <class W>
+static inline bool is_short(int64_t d) {
+    return d * int64_t(sizeof(W)) <= page;
+}
+
+// Start reading the first lines of long rows, and of their later pages.
+template <class W>
+static inline void prefetch(const Rows<W> &rows, int64_t count, int64_t d) {
+    if (is_short<W>(d)) return;
+    for (int64_t k = 0; k < count; ++k) {
+        const char *row = reinterpret_cast<const char *>(rows.row[k]), *end = reinterpret_cast<const char *>(rows.row[k] + d);
+        for (; row < end; row += page) {
+            prefetch(row);
+            if (row + line < end) prefetch(row + line);
+        }
+    }
+}
+
+// Start reading what lies `c` to `c + count` entries into each of R rows, by the line.
+template <class W, int R>
+static inline void prefetch(const Rows<W> &rows, int64_t c, int count) {
+    constexpr int entries = int(line / sizeof(W));
+#pragma GCC unroll 8
+    for (int k = 0; k < R; ++k)
+        for (int at = 0; at < count; at += entries)
+            if (count >= entries || c % entries == 0) prefetch(rows.row[k] + c + at);
+}
+
+// out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows and T tokens, while R rows `ahead` are fetched, if AHEAD. A row's
+// sum with a token is added in the same order for any R and T.
+template <class W, int R, int T, bool AHEAD>
+static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
+                        const Rows<W> *ahead) {
     using P = Product<W>;
     constexpr int step = P::step;
     Vec even[R][T], odd[R][T];
@@ -61,6 +86,7 @@ static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stri
         for (int t = 0; t < T; ++t) even[k][t] = odd[k][t] = splat(0);
     int64_t c = 0;
     for (; c + 2 * step <= d; c += 2 * step) {
+        if (AHEAD) prefetch<W, R>(*ahead, c, 2 * step);
 #pragma GCC unroll 8
         for (int k = 0; k < R; ++k) {
 #pragma GCC unroll 8
@@ -84,11 +110,13 @@ static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stri
     }
 }
 
-// sums[t][c] += Σ_k factors[k * T + t] rows[k][c] for R rows and T tokens.
-template <class W, int R, int T>
-static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride) {
+// sums[t][c] += Σ_k factors[k * T + t] rows[k][c] for R rows and T tokens, while R rows `ahead` are fetched, if AHEAD.
+template <class W, int R, int T, bool AHEAD>
+static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride,
+                     const Rows<W> *ahead) {
     int64_t c = 0;
     for (; c + Vec::width <= d; c += Vec::width) {
+        if (AHEAD) prefetch<W, R>(*ahead, c, Vec::width);
         Vec w[R];
 #pragma GCC unroll 8
         for (int k = 0; k < R; ++k) w[k] = load(rows.row[k] + c);
@@ -130,37 +158,40 @@ class RowLoops {
     }
 
     void products(const W *row, const Operand<W> *x, int64_t x_stride, int64_t d, float *out) const {
-        row_products_(Rows<W>{{row}}, x, x_stride, d, out);
+        row_products_(Rows<W>{{row}}, x, x_stride, d, out, nullptr);
     }
 
-    void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d,
-                  float *out) const {
-        if (count == rows_at_once) return block_products_(rows, x, x_stride, d, out);
+    // `ahead` is nullptr or has rows_at_once rows.
+    void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
+                  const Rows<W> *ahead = nullptr) const {
+        if (count == rows_at_once) return block_products_[ahead != nullptr](rows, x, x_stride, d, out, ahead);
         for (int64_t k = 0; k < count; ++k) products(rows.row[k], x, x_stride, d, out + k * tokens_);
     }
 
-    void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums,
-             int64_t sums_stride) const {
-        if (count == rows_at_once) return block_add_(rows, factors, d, sums, sums_stride);
+    void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
+             const Rows<W> *ahead = nullptr) const {
+        if (count == rows_at_once) return block_add_[ahead != nullptr](rows, factors, d, sums, sums_stride, ahead);
         for (int64_t k = 0; k < count; ++k)
-            row_add_(Rows<W>{{rows.row[k]}}, factors + k * tokens_, d, sums, sums_stride);
+            row_add_(Rows<W>{{rows.row[k]}}, factors + k * tokens_, d, sums, sums_stride, nullptr);
     }
 
   private:
-    using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, float *);
-    using AddRows = void (*)(const Rows<W> &, const float *, int64_t, float *, int64_t);
+    using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, float *, const Rows<W> *);
+    using AddRows = void (*)(const Rows<W> &, const float *, int64_t, float *, int64_t, const Rows<W> *);
 
     int64_t tokens_;
-    ProductsOf block_products_, row_products_;
-    AddRows block_add_, row_add_;
+    ProductsOf row_products_, block_products_[2];  // without rows ahead, and with
+    AddRows row_add_, block_add_[2];
 
     template <int R, int T>
     void take() {
         rows_at_once = R;
-        block_products_ = products_of<W, R, T>;
-        row_products_ = products_of<W, 1, T>;
-        block_add_ = add_rows<W, R, T>;
-        row_add_ = add_rows<W, 1, T>;
+        row_products_ = products_of<W, 1, T, false>;
+        block_products_[0] = products_of<W, R, T, false>;
+        block_products_[1] = products_of<W, R, T, true>;
+        row_add_ = add_rows<W, 1, T, false>;
+        block_add_[0] = add_rows<W, R, T, false>;
+        block_add_[1] = add_rows<W, R, T, true>;
     }
 };
 

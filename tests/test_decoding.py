@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import countdown
 from conftest import gemma3, llama
 from countdown import decoding
 from countdown.decoding import DecodeLoop
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.modules import sparse_sites
 
@@ -37,6 +40,13 @@ def test_sparse_it_writes_what_generate_writes(tokenizer, text):
     assert torch.equal(started.run(8), expected)
     # A look at the linears, two runs to warm up, eight replays.
     assert {site.tokens for site in countdown.status(model)} == {11}
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_where_attention_slides_over_a_window_old_tokens_are_hidden(window):
+    model = gemma3(sliding_window=window, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    expected = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=12).run(12), expected)
 
 
 def test_latent_attention_keeps_what_does_not_fit_our_kernels():
@@ -69,28 +79,28 @@ def test_the_model_is_left_as_it_was():
 def test_what_does_not_fit_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="longer than the model's context of 64"):
         DecodeLoop(llama(max_position_embeddings=64), IDS, new_tokens=64)
-    with pytest.raises(UnsupportedModelError, match="sliding-window cache"):
-        DecodeLoop(gemma3(), IDS, new_tokens=4)
     monkeypatch.setattr(decoding, "DEVICES", ("cuda",))
     with pytest.raises(ConfigError, match="runs on cuda, and the model is on cpu"):
         DecodeLoop(llama(), IDS, new_tokens=4)
 
 
-def test_the_step_is_one_graph_of_our_projections(monkeypatch):
-    graphs = []
+def test_the_step_runs_in_our_projections_and_attention(monkeypatch):
+    class Operations(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
 
-    def compiled(function, *, backend, **how):
-        def seen(module, inputs):
-            graphs.append([str(node.target) for node in module.graph.nodes])
-            return backend(module, inputs)
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.seen.append(op.name())
+            return op(*args, **(kwargs or {}))
 
-        return compiler(function, backend=seen, **how)
+    def watched(step):
+        with Operations():
+            step()
+        return recorded(step)
 
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", compiled)
-    model = llama()
-    expected = model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
-    assert torch.equal(DecodeLoop(model, IDS, new_tokens=6).run(6), expected)
+    recorded = decoding.recorded
+    monkeypatch.setattr(decoding, "recorded", watched)
+    DecodeLoop(llama(), IDS, new_tokens=6)
     # Of each layer q, k and v together, o, gate and up together, down; and the head.
-    for name, count in (("project_one", 4 * 3 + 1), ("attend_one", 3), ("linear", 0)):
-        assert [sum(name in target for target in graph) for graph in graphs] == [count]
+    assert Operations.seen.count("countdown::project_one") == 4 * 3 + 1
+    assert Operations.seen.count("countdown::attend_one") == 3
+    assert not [name for name in Operations.seen if name in ("aten::mm", "aten::addmm", "aten::bmm")]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import countdown
 from conftest import llama
@@ -13,6 +14,7 @@ from countdown.calibration.text import windows
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
+from countdown.models.loading import cache_argument
 from countdown.modules import running, sparse_sites
 
 
@@ -36,11 +38,12 @@ def scored_logits(model, ids, mode, protocol):
         with running(model, mode):
             return model(ids).logits[:, :-1].double(), ids[:, 1:]
     with running(model, "dense"):
-        cache = model(ids[:, :16], use_cache=True).past_key_values
+        given = cache_argument(model, DynamicCache(config=model.config))
+        model(ids[:, :16], **given, use_cache=True)
     rows = []
     for position in range(16, 31):
         with running(model, mode):
-            rows.append(model(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+            rows.append(model(ids[:, position : position + 1], **given, use_cache=True).logits)
     return torch.cat(rows, dim=1).double(), ids[:, 17:]
 
 

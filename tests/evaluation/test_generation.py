@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import ANY
+
 import pytest
 import torch
 
@@ -18,6 +21,42 @@ def test_what_is_streamed_is_what_is_returned(llama_model, tokenizer):
     assert result.tokens == expected.tolist()
     assert "".join(pieces) == result.text == tokenizer.decode(result.tokens, skip_special_tokens=True)
     assert result.tokens_per_s > 0
+    assert result.by == "decode loop"
+
+
+def test_it_ends_where_the_model_says_so(llama_model, tokenizer):
+    prompt = encode_prompt(tokenizer, "hello")
+    written = generate(llama_model, tokenizer, prompt, max_new_tokens=12).tokens
+    last = written[5]
+    for ends in (last, [200, last]):
+        llama_model.generation_config.eos_token_id = ends
+        assert generate(llama_model, tokenizer, prompt, max_new_tokens=12).tokens == written[: written.index(last) + 1]
+
+
+def test_what_the_loop_does_not_heed_is_left_to_transformers(llama_model, tokenizer):
+    prompt = encode_prompt(tokenizer, "hello")
+    written = generate(llama_model, tokenizer, prompt, max_new_tokens=12)
+    # Neutral, or of no meaning without sampling.
+    for setting, value in (("repetition_penalty", 1.0), ("temperature", 0.3)):
+        setattr(llama_model.generation_config, setting, value)
+        assert generate(llama_model, tokenizer, prompt, max_new_tokens=12) == replace(written, tokens_per_s=ANY)
+    llama_model.generation_config.suppress_tokens = [written.tokens[0]]
+    other = generate(llama_model, tokenizer, prompt, max_new_tokens=12)
+    assert (other.by, other.tokens[0] == written.tokens[0]) == ("transformers", False)
+
+
+def test_a_step_that_cannot_be_recorded_is_left_to_transformers(llama_model, tokenizer, monkeypatch):
+    forward = type(llama_model.model.norm).forward
+
+    def reading(self, x):
+        return forward(self, x * 2 if x.sum() > 1e9 else x)
+
+    prompt = encode_prompt(tokenizer, "hello")
+    written = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
+    monkeypatch.setattr(type(llama_model.model.norm), "forward", reading)
+    other = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
+    assert (written.by, other.by) == ("decode loop", "transformers")
+    assert other.tokens == written.tokens
 
 
 def test_one_token_has_no_speed(llama_model, tokenizer):

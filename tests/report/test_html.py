@@ -35,8 +35,8 @@ def demo(tokenizer, text):
         rows=rows,
         prompt="2 < 3?",
         shown=rows[0].method,
-        dense=Generation([1, 2, 3], "yes <script>alert(1)</script>", 12.34),
-        sparse=Generation([1, 9], "no & never", None),
+        dense=Generation([1, 2, 3], "yes <script>alert(1)</script>", 12.34, "decode loop"),
+        sparse=Generation([1, 9], "no & never", None, "transformers"),
         profile=profile,
     )
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from countdown.calibration.sensitivity import LOGITS_AT_ONCE
 from countdown.calibration.text import unpadded
 from countdown.config import check_choice
 from countdown.errors import ConfigError, CountdownError
-from countdown.models.loading import check_context
+from countdown.models.loading import cache_argument, check_context
 from countdown.modules import running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
@@ -147,11 +148,12 @@ def _score_decode(model: nn.Module, window: Tensor, sums: _Sums) -> int:
 
 def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[Tensor]:
     """Yield logits `[1, vocabulary]` after each token of the second half but the last."""
+    given = cache_argument(model, DynamicCache(config=model.config))
     with running(model, "dense"):
-        cache = model(window[:, :half], use_cache=True, logits_to_keep=1).past_key_values
+        model(window[:, :half], **given, use_cache=True, logits_to_keep=1)
     for position in range(half, window.shape[1] - 1):
         with running(model, mode):
-            out = model(window[:, position : position + 1], past_key_values=cache, use_cache=True)
+            out = model(window[:, position : position + 1], **given, use_cache=True)
         yield out.logits[:, -1]
 
 

@@ -11,8 +11,15 @@ import torch
 from torch import nn
 from transformers.generation.streamers import BaseStreamer
 
-from countdown.errors import ConfigError
+from countdown.decoding import DecodeLoop
+from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.models.loading import check_context
+
+# Settings of a checkpoint that change nothing of what greedy decoding writes, or that it heeds.
+_GREEDY = {
+    "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length", "pad_token_id", "temperature",
+    "top_k", "top_p", "transformers_version", "use_cache", "_from_model_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,16 +30,18 @@ class Generation:
         tokens: The new tokens.
         text: The same, decoded.
         tokens_per_s: Speed of the tokens after the first, which pays for the prompt; None for fewer than two.
+        by: What ran: `decode loop` or `transformers`.
     """
 
     tokens: list[int]
     text: str
     tokens_per_s: float | None
+    by: str
 
 
 @dataclass
 class _Stream(BaseStreamer):  # type: ignore[misc]
-    """Receives tokens from `generate`; hands on text as it becomes certain, and keeps the times."""
+    """Receives tokens as they come; hands on text as it becomes certain, and keeps the times."""
 
     tokenizer: Any
     write: Callable[[str], None]
@@ -42,11 +51,15 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
     prompt_seen: bool = False
 
     def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
+        """Receive what transformers' `generate` made; first comes the prompt."""
+        if self.prompt_seen:
+            self.add(value.flatten().tolist())
+        self.prompt_seen = True
+
+    def add(self, tokens: list[int]) -> None:
+        """Receive new tokens."""
         self.times.append(time.perf_counter())
-        self.tokens.extend(value.flatten().tolist())
+        self.tokens.extend(tokens)
         text = self.text()
         # A character of several tokens decodes to U+FFFD until it is complete.
         if not text.endswith("�"):
@@ -87,7 +100,7 @@ def generate(
     max_new_tokens: int,
     write: Callable[[str], None] = lambda _: None,
 ) -> Generation:
-    """Generate greedily by the model's own `generate()`.
+    """Generate greedily: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
 
     Args:
         model: Dense or sparsified.
@@ -103,12 +116,52 @@ def generate(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     check_context(model, prompt.shape[1] + max_new_tokens)
     stream = _Stream(tokenizer, write)
-    device = next(model.parameters()).device
-    ids = prompt.to(device)
+    loop = _decode_loop(model, prompt, max_new_tokens)
+    if loop is None:
+        _generate(model, tokenizer, prompt, max_new_tokens, stream)
+    else:
+        _decode(loop, _ends(model), stream)
+    steps = len(stream.times) - 1
+    rate = steps / (stream.times[-1] - stream.times[0]) if steps > 0 else None
+    return Generation(stream.tokens, stream.text(), rate, by="transformers" if loop is None else "decode loop")
+
+
+def _decode_loop(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> DecodeLoop | None:
+    """Return the loop, None where it would write something else or be no faster.
+
+    On a GPU it is compiled first, which takes longer than most answers.
+    """
+    settings = model.generation_config.to_diff_dict()  # type: ignore[operator, union-attr]
+    heeded = all(name in _GREEDY or value in (None, 0, 1) for name, value in settings.items())
+    if next(model.parameters()).device.type != "cpu" or not heeded:
+        return None
+    try:
+        return DecodeLoop(model, prompt, new_tokens=new_tokens)
+    except UnsupportedModelError:
+        return None
+
+
+def _decode(loop: DecodeLoop, ends: set[int], stream: _Stream) -> None:
+    while loop.left:
+        token = int(loop.run(1))
+        stream.add([token])
+        if token in ends:
+            break
+    stream.end()
+
+
+def _ends(model: nn.Module) -> set[int]:
+    """Return the tokens after which a model has nothing more to say."""
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def _generate(model: nn.Module, tokenizer: Any, prompt: torch.Tensor, new_tokens: int, stream: _Stream) -> None:
+    ids = prompt.to(next(model.parameters()).device)
     model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=new_tokens,
         do_sample=False,
         # Checkpoints may ship sampling defaults, which greedy decoding would warn about.
         temperature=None,
@@ -117,9 +170,6 @@ def generate(
         streamer=stream,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    steps = len(stream.times) - 1
-    rate = steps / (stream.times[-1] - stream.times[0]) if steps > 0 else None
-    return Generation(stream.tokens, stream.text(), rate)
 
 
 def first_difference(one: list[int], other: list[int]) -> int | None:

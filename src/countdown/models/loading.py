@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,12 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
         )
     result: nn.Module = model.to(place).eval()
     return result
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return the argument that hands a model its cache: `cache`, before transformers 5.24 `past_key_values`."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def check_context(model: nn.Module, tokens: int) -> None:

@@ -30,7 +30,7 @@ def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -
         addresses(*(None if bias is None else bias.data_ptr() for bias in biases)),
         y.data_ptr(),
     )  # fmt: skip
-    library().run(call, weights=sum(heights) * x.shape[1])
+    library().run(call, [x, *weights, *biases, y], weights=sum(heights) * x.shape[1])
     return y
 
 
@@ -49,7 +49,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
         q.stride(1), keys.stride(1), keys.stride(2), values.stride(1), values.stride(2),
         None if mask is None else mask.data_ptr(), scale, y.data_ptr(),
     )  # fmt: skip
-    library().run(call, weights=groups * length * size)
+    library().run(call, [q, keys, values, mask, y], weights=groups * length * size)
     return y
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from countdown.ops import cpu
 
@@ -67,6 +71,25 @@ class AttendCall(ctypes.Structure):
 Call = FFNCall | ProjectCall | AttendCall
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A call that was run, and the memory that it has the addresses of.
+
+    Args:
+        run: Runs it.
+        tensors: What it reads and writes.
+        workspace: What it works in.
+    """
+
+    run: Callable[[], None]
+    tensors: list[Tensor]
+    workspace: Tensor
+
+    def again(self) -> None:
+        """Run it again. Whoever holds this method keeps the memory alive."""
+        self.run()
+
+
 class Library:
     """The loaded library.
 
@@ -82,6 +105,7 @@ class Library:
         if functions.countdown_abi() != ABI:
             raise OSError(f"{path} belongs to another version of this package")
         self._functions = functions
+        self._seen: list[Ran] | None = None
         self._run = {
             kind: (_function(functions, f"{name}_workspace", _Int), _function(functions, name, None))
             for kind, name in (
@@ -107,11 +131,12 @@ class Library:
         """Use this one of `variants` from now on."""
         self._functions.countdown_take_variant(self.variants.index(name))
 
-    def run(self, call: Call, weights: int) -> None:
+    def run(self, call: Call, tensors: Sequence[Tensor | None], weights: int) -> None:
         """Run a call, whose workspace is filled in here, on torch's threads.
 
         Args:
             call: What to do.
+            tensors: Those whose addresses it holds.
             weights: Entries of a matrix that it reads: few are not worth several threads.
         """
         threads = min(torch.get_num_threads(), 1 + weights // _GRAIN)
@@ -120,6 +145,18 @@ class Library:
         memory = torch.empty(workspace(address, threads), dtype=torch.uint8)
         call.workspace = memory.data_ptr()
         run(address, threads)
+        if self._seen is not None:
+            self._seen.append(Ran(partial(run, address, threads), [t for t in tensors if t is not None], memory))
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Ran]]:
+        """Within the context, the calls that are run are added to the list."""
+        seen: list[Ran] = []
+        self._seen = seen
+        try:
+            yield seen
+        finally:
+            self._seen = None
 
 
 def _function(functions: ctypes.CDLL, name: str, result: Any) -> Any:

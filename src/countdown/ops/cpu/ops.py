@@ -111,7 +111,6 @@ def _run(
     """Compute `y`, or the active sets alone into `selected`."""
     gate, up, down = weights
     h, d = gate.shape
-    # Alive until the call returns: tensors that are made here.
     x, thresholds, biases = x.contiguous(), None if thresholds is None else thresholds.contiguous(), dense(biases)
     parts = dense(proxy) if proxy else [None] * 4
     words, groups = (0, 0) if proxy is None else (proxy[0].shape[1] // 4, proxy[1].shape[1])
@@ -122,6 +121,7 @@ def _run(
             *map(_address, (*biases, thresholds, parts[0], parts[2], parts[1], parts[3])), words, groups,
             *map(_address, (given, selected, counters, y)),
         ),
+        [x, *weights, *biases, thresholds, *parts, given, selected, counters, y],
         weights=h * d,
     )  # fmt: skip
 

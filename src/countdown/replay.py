@@ -1,0 +1,164 @@
+"""What a CUDA graph is on a GPU, for a CPU: the operations of a step, recorded and then done again in the same memory.
+
+What an operation made when it was recorded is where it puts its result from then on. So a view, which only names part
+of a tensor, need not be made again, nor what is the same in every step; and nothing is left of the Python around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from countdown.errors import UnsupportedModelError
+from countdown.ops.cpu.library import Ran, library, missing
+
+_aten = torch.ops.aten
+# What is done next may depend on the value that these give Python.
+_READING = (_aten._local_scalar_dense, _aten.is_nonzero, _aten.equal)
+_COPYING = (_aten._to_copy, _aten.clone)
+
+
+def recorded(step: Callable[[], object]) -> Callable[[], None]:
+    """Return `step` as the operations it does, on the very tensors it works on, after two runs.
+
+    What no step changes is taken to stay as it is: what follows from it is not computed again.
+
+    Raises:
+        UnsupportedModelError: What it does depends on the values of tensors, or differs from one run to the next.
+    """
+    first, second = _record(step), _record(step)
+    if [done.description for done in first] != [done.description for done in second]:
+        raise UnsupportedModelError("the model's step does something else each time: it counts in Python.")
+    return partial(_replay, [done.again() for done in _changing(second)])
+
+
+@dataclass(frozen=True)
+class _Done:
+    """An operation that was done, and what it made."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    made: Any
+    ran: list[Ran]
+
+    @property
+    def description(self) -> str:
+        """The operation and its arguments, of tensors their shape."""
+        return f"{self.op} {tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), (self.args, self.kwargs))}"
+
+    @cached_property
+    def read(self) -> set[int]:
+        """The storages it was given."""
+        return {_storage(tensor) for tensor in _tensors((self.args, self.kwargs))}
+
+    @cached_property
+    def written(self) -> set[int]:
+        """The storages it was given and changed."""
+        names = [argument.name for argument in self.op._schema.arguments]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        changed = [given.get(argument.name) for argument in self.op._schema.arguments if argument.is_write]
+        return {_storage(tensor) for tensor in _tensors(changed)}
+
+    @cached_property
+    def new(self) -> list[Tensor]:
+        """The tensors it made that are no part of what it was given."""
+        return [tensor for tensor in _tensors(self.made) if _storage(tensor) not in self.read]
+
+    @property
+    def _ran_on_these(self) -> bool:
+        """Whether it was one call of the kernels, on nothing but what it was given and made."""
+        known = self.read | {_storage(tensor) for tensor in self.new}
+        return len(self.ran) == 1 and {_storage(tensor) for tensor in self.ran[0].tensors} <= known
+
+    def again(self) -> Callable[[], object]:
+        """Return a call that does it again, in the same memory."""
+        if self._ran_on_these:
+            return self.ran[0].again
+        if not self.new:
+            return partial(self.op, *self.args, **self.kwargs)
+        if self.op.overloadpacket in _COPYING:
+            return partial(self.new[0].copy_, self.args[0])
+        for function in _into(self.op):
+            again = partial(function, *self.args, **self.kwargs, out=self.made)
+            with suppress(TypeError):
+                again()
+                return again
+        return partial(_copy, self.new, partial(self.op, *self.args, **self.kwargs))
+
+
+class _Recording(TorchDispatchMode):
+    """Keeps what is done within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[_Done] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.overloadpacket in _READING:
+            raise UnsupportedModelError(f"the model's step reads the value of a tensor in Python ({op.name()}).")
+        with _kernels_watched() as ran:
+            made = op(*args, **(kwargs or {}))
+        self.done.append(_Done(op, args, kwargs or {}, made, ran))
+        return made
+
+
+def _record(step: Callable[[], object]) -> list[_Done]:
+    with _Recording() as recording:
+        step()
+    done: list[_Done] = recording.done
+    return done
+
+
+def _changing(done: Sequence[_Done]) -> list[_Done]:
+    """Return what must be done again: all that changes what it was given, or makes what differs between steps."""
+    changing = set().union(*(one.written for one in done))
+    size = -1
+    # Until nothing is added: what is written late is read early in the next step.
+    while size != len(changing):
+        size = len(changing)
+        for one in done:
+            if changing & one.read:
+                changing |= {_storage(tensor) for tensor in one.new}
+    return [one for one in done if one.written or any(_storage(tensor) in changing for tensor in one.new)]
+
+
+def _kernels_watched() -> AbstractContextManager[list[Ran]]:
+    return nullcontext([]) if missing() else library().watched()
+
+
+def _replay(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
+def _copy(to: Sequence[Tensor], call: Callable[[], Any]) -> None:
+    for tensor, made in zip(to, _tensors(call()), strict=True):
+        tensor.copy_(made)
+
+
+def _into(op: Any) -> Iterator[Callable[..., object]]:
+    """Yield functions that take the same arguments and put their one result into `out`, the quickest first."""
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments]
+    for name in op.overloadpacket.overloads():
+        other = getattr(op.overloadpacket, name)
+        *same, last = [(argument.name, str(argument.type)) for argument in other._schema.arguments]
+        if last == ("out", "Tensor") and same == wanted:
+            # Called by name in `torch`, most take half as long.
+            yield from (f for f in [getattr(torch, op._schema.name.removeprefix("aten::"), None), other] if f)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
