@@ -126,8 +126,9 @@ def decode(name: str) -> str:
     document = load(name)
     rows = []
     for r in document["records"]:
-        if r["run"] == "generate":
-            rows.append(["Hugging Face generate, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
+        if "split_us" not in r:
+            name = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
+            rows.append([f"{name}, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
             continue
         label = "dense" if r["run"] == "dense" else f"`{r['method']}` at {r['sparsity']:.0%}"
         parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]

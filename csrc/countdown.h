@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 2
+#define COUNTDOWN_ABI 3
 
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16 };
 enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
@@ -72,6 +72,31 @@ typedef struct {
     void *workspace;
 } countdown_attend_call;
 
+/* A small operation on floats: computed in float32, rounded to the dtype of the result. */
+enum countdown_small {
+    COUNTDOWN_COPY,
+    COUNTDOWN_ADD,
+    COUNTDOWN_MULTIPLY,
+    COUNTDOWN_NEGATE,
+    COUNTDOWN_SQUARE,
+    COUNTDOWN_INVERSE_ROOT,
+    COUNTDOWN_MEAN, /* of the last dimension: the result's stride there is 0 */
+    COUNTDOWN_ACTIVATE,
+};
+
+typedef struct {
+    void *data;
+    int64_t dtype, strides[4];
+} countdown_tensor;
+
+typedef struct {
+    int64_t operation, activation, sizes[4];
+    countdown_tensor result, first, second;
+    float value;        /* the second operand where `second` has no data */
+    const int64_t *at;  /* where in `result` to write, in units of at_stride, below at_limit; or NULL */
+    int64_t at_stride, at_limit;
+} countdown_small_call;
+
 COUNTDOWN_API int64_t countdown_abi(void);
 
 /* Bytes of workspace that a call needs with so many threads; its own pointer to one is not looked at. */
@@ -82,6 +107,9 @@ COUNTDOWN_API int64_t countdown_attend_workspace(const countdown_attend_call *ca
 COUNTDOWN_API void countdown_ffn(const countdown_ffn_call *call, int threads);
 COUNTDOWN_API void countdown_project(const countdown_project_call *call, int threads);
 COUNTDOWN_API void countdown_attend(const countdown_attend_call *call, int threads);
+
+/* Small operations, one after the other, on the calling thread. */
+COUNTDOWN_API void countdown_small(const countdown_small_call *calls, int64_t count);
 
 /* Name of the place-th variant that this CPU runs, the best first, NULL beyond the last. */
 COUNTDOWN_API const char *countdown_variant(int place);

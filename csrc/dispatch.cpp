@@ -46,6 +46,10 @@ void countdown_ffn(const countdown_ffn_call *call, int threads) { taken()->ffn(*
 void countdown_project(const countdown_project_call *call, int threads) { taken()->project(*call, threads); }
 void countdown_attend(const countdown_attend_call *call, int threads) { taken()->attend(*call, threads); }
 
+void countdown_small(const countdown_small_call *calls, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) taken()->small(calls[k]);
+}
+
 const char *countdown_variant(int place) {
     const countdown::Variant *variant = countdown::find(place);
     return variant ? variant->name : nullptr;

@@ -15,6 +15,7 @@ struct Variant {
     void (*ffn)(const countdown_ffn_call &, int threads);
     void (*project)(const countdown_project_call &, int threads);
     void (*attend)(const countdown_attend_call &, int threads);
+    void (*small)(const countdown_small_call &);
 };
 
 extern const Variant portable, avx2, avx512, avx512_bf16;

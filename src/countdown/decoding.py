@@ -256,7 +256,8 @@ def _attention(
 
 def largest(logits: Tensor) -> Tensor:
     """Return the place of the largest logit `[1, 1]` of `[1, vocabulary]`, in two stages: one is slow on a GPU."""
-    tiles = F.pad(logits, (0, -logits.shape[1] % TILE), value=float("-inf")).view(-1, TILE)
+    missing = -logits.shape[1] % TILE
+    tiles = (F.pad(logits, (0, missing), value=float("-inf")) if missing else logits).view(-1, TILE)
     tile = tiles.amax(dim=-1).argmax(dim=0, keepdim=True)
     place: Tensor = tile * TILE + tiles.index_select(0, tile).argmax(dim=-1)
     return place.view(1, 1)

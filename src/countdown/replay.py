@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from countdown.errors import UnsupportedModelError
-from countdown.ops.cpu.library import Ran, library, missing
+from countdown.ops.cpu.library import Ran, SmallCall, library, missing
+from countdown.ops.cpu.small import SmallCalls, small_calls
 
 _aten = torch.ops.aten
 # What is done next may depend on the value that these give Python.
@@ -37,7 +39,7 @@ def recorded(step: Callable[[], object]) -> Callable[[], None]:
     first, second = _record(step), _record(step)
     if [done.description for done in first] != [done.description for done in second]:
         raise UnsupportedModelError("the model's step does something else each time: it counts in Python.")
-    return partial(_replay, [done.again() for done in _changing(second)])
+    return partial(_replay, list(_calls(_changing(second))))
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class _Done:
         """Whether it was one call of the kernels, on nothing but what it was given and made."""
         known = self.read | {_storage(tensor) for tensor in self.new}
         return len(self.ran) == 1 and {_storage(tensor) for tensor in self.ran[0].tensors} <= known
+
+    @property
+    def small(self) -> list[SmallCall]:
+        """What it is as calls of our library, none where that does not know it."""
+        return [] if missing() else small_calls(self.op._schema.name, self.args, self.kwargs, self.made)
 
     def again(self) -> Callable[[], object]:
         """Return a call that does it again, in the same memory."""
@@ -133,6 +140,17 @@ def _changing(done: Sequence[_Done]) -> list[_Done]:
 
 def _kernels_watched() -> AbstractContextManager[list[Ran]]:
     return nullcontext([]) if missing() else library().watched()
+
+
+def _calls(done: Sequence[_Done]) -> Iterator[Callable[[], object]]:
+    """Yield what must be called: for small operations in a row one call of our library."""
+    for small, some in groupby(((one, one.small) for one in done), key=lambda pair: bool(pair[1])):
+        if small:
+            row = list(some)
+            tensors = [tensor for one, _ in row for tensor in _tensors((one.args, one.kwargs, one.made))]
+            yield SmallCalls([call for _, calls in row for call in calls], tensors).again
+        else:
+            yield from (one.again() for one, _ in some)
 
 
 def _replay(calls: Sequence[Callable[[], object]]) -> None:

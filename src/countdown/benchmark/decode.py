@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown.benchmark import llama_cpp
 from countdown.benchmark.timing import bandwidth, step_time, wait
 from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
@@ -89,11 +90,13 @@ class DecodeBenchmark:
         context: Tokens of the prompt.
         new_tokens: Tokens that are timed.
         generate: Measure Hugging Face's generate of the dense model, static cache and compiled, as well.
+        llama_cpp: Measure llama.cpp on the dense weights, as they are and quantised, as well.
     """
 
     context: int = 512
     new_tokens: int = 128
     generate: bool = False
+    llama_cpp: bool = False
 
 
 def run(
@@ -103,7 +106,7 @@ def run(
     *,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record of the dense model, one of each sparse one in the same loop, and one of generate if asked for.
+    """Yield a record of the dense model, one of each sparse one in the same loop, and those of others if asked for.
 
     Args:
         model: A dense model on a CUDA device or a CPU; left dense.
@@ -116,6 +119,8 @@ def run(
     """
     device = next(model.parameters()).device
     check_whats(whats)
+    if benchmark.llama_cpp:
+        llama_cpp.check(model)
     check_context(model, benchmark.context + 2 * benchmark.new_tokens)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +156,10 @@ def run(
     if benchmark.generate:
         say("measuring Hugging Face's generate")
         yield common | {"run": "generate", "tokens_per_s": _generate(model, ids, benchmark.new_tokens)}
+    if benchmark.llama_cpp:
+        say("measuring llama.cpp")
+        for record in llama_cpp.measure(model, ids, benchmark.new_tokens):
+            yield common | {"run": llama_cpp.NAME} | record
 
 
 def check_whats(whats: Sequence[Method | Profile]) -> None:

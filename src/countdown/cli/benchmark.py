@@ -97,6 +97,7 @@ def decode(
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
     generate: Annotated[bool, typer.Option("--generate", help="Measure Hugging Face's generate, too.")] = False,
+    versus: Annotated[str | None, typer.Option(help="Measure another program, too: llama.cpp.")] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
@@ -108,14 +109,19 @@ def decode(
     debug: o.Debug = False,
 ) -> None:
     """A whole model, dense and sparse in the same loop: tokens/s, and where a token's time goes."""
+    from countdown.benchmark import llama_cpp
     from countdown.benchmark.decode import DecodeBenchmark, check_whats, random_model, run
+    from countdown.config import check_choice
     from countdown.models.loading import resolve_device
     from countdown.results import meta
 
     if (model is None) == (shape is None):
         raise ConfigError("give a model, or --shape for random weights.")
+    if versus is not None:
+        check_choice("--versus", versus, [llama_cpp.NAME])
+        llama_cpp.check()
     where = resolve_device(device)
-    benchmark = DecodeBenchmark(context=context, new_tokens=new_tokens, generate=generate)
+    benchmark = DecodeBenchmark(context, new_tokens, generate=generate, llama_cpp=versus is not None)
     say = printing.say if o.show_progress() else lambda _: None
     if shape is not None:
         if profile is not None:

@@ -149,8 +149,9 @@ def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None
     header = ["", "tokens/s", "× dense", "of floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms"]
     rows = []
     for r in records:
-        if r["run"] == "generate":
-            rows.append(("Hugging Face generate", f"{r['tokens_per_s']:.1f}", *[""] * 7))
+        if "split_us" not in r:
+            name = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
+            rows.append((name, f"{r['tokens_per_s']:.1f}", *[""] * 7))
             continue
         parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
         speeds = (f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}", f"{r['floor_share']:.0%}")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 2
+ABI = 3
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -68,6 +68,27 @@ class AttendCall(ctypes.Structure):
     )
 
 
+class TensorView(ctypes.Structure):
+    """`countdown_tensor`."""
+
+    _fields_ = (("data", _Pointer), ("dtype", _Int), ("strides", _Int * 4))
+
+
+class SmallCall(ctypes.Structure):
+    """`countdown_small_call`."""
+
+    _fields_ = (
+        ("operation", _Int),
+        ("activation", _Int),
+        ("sizes", _Int * 4),
+        *((name, TensorView) for name in ("result", "first", "second")),
+        ("value", ctypes.c_float),
+        ("at", _Pointer),
+        ("at_stride", _Int),
+        ("at_limit", _Int),
+    )
+
+
 Call = FFNCall | ProjectCall | AttendCall
 
 
@@ -114,6 +135,9 @@ class Library:
                 (AttendCall, "countdown_attend"),
             )
         }
+        # Takes an array of `SmallCall` and its length.
+        self.small = functions.countdown_small
+        self.small.argtypes, self.small.restype = (_Pointer, _Int), None
         functions.countdown_variant.restype = ctypes.c_char_p
         runtime = _openmp()
         if runtime is not None:

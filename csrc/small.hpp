@@ -1,0 +1,130 @@
+// Small operations on floats of any strides: what is left of a step beside the weights.
+#pragma once
+
+#include <math.h>
+
+#include "countdown.h"
+
+namespace countdown {
+namespace VARIANT {
+
+// Floats of a row that are worked on at once, and a vector more.
+constexpr int64_t PIECE = 1024;
+constexpr int64_t BUFFER = PIECE + 16;
+
+// Entries of one of a tensor's rows.
+struct Entries {
+    char *data;
+    int64_t dtype, stride;
+
+    Entries(const countdown_tensor &tensor, int64_t offset)
+        : data(static_cast<char *>(tensor.data) + offset * size(tensor.dtype)), dtype(tensor.dtype),
+          stride(tensor.strides[3]) {}
+
+    static int64_t size(int64_t dtype) { return dtype == COUNTDOWN_FLOAT32 ? 4 : 2; }
+
+    void read(int64_t start, int64_t count, float *to) const {
+        switch (dtype) {
+            case COUNTDOWN_FLOAT32: return read_as<float>(start, count, to);
+            case COUNTDOWN_BFLOAT16: return read_as<Bf16>(start, count, to);
+            default: return read_as<Fp16>(start, count, to);
+        }
+    }
+
+    void write(int64_t start, int64_t count, const float *from) const {
+        switch (dtype) {
+            case COUNTDOWN_FLOAT32: return write_as<float>(start, count, from);
+            case COUNTDOWN_BFLOAT16: return write_as<Bf16>(start, count, from);
+            default: return write_as<Fp16>(start, count, from);
+        }
+    }
+
+  private:
+    template <class W>
+    void read_as(int64_t start, int64_t count, float *to) const {
+        const W *from = reinterpret_cast<const W *>(data) + start * stride;
+        if (stride == 1) {
+            int64_t k = 0;
+            for (; k + Vec::width <= count; k += Vec::width) store(to + k, load(from + k));
+            if (k < count) store(to + k, load(from + k, count - k));
+        } else {
+            for (int64_t k = 0; k < count; ++k) to[k] = widened(from + k * stride);
+        }
+    }
+
+    template <class W>
+    void write_as(int64_t start, int64_t count, const float *from) const {
+        W *to = reinterpret_cast<W *>(data) + start * stride;
+        if (stride == 1) {
+            for (int64_t k = 0; k < count; k += Vec::width) store(to + k, load(from + k), least(Vec::width, count - k));
+        } else {
+            for (int64_t k = 0; k < count; ++k) {
+                W value;
+                narrow(from[k], &value);
+                memcpy(to + k * stride, &value, sizeof value);
+            }
+        }
+    }
+};
+
+static Vec small_result(const countdown_small_call &call, Vec a, Vec b) {
+    switch (call.operation) {
+        case COUNTDOWN_ADD: return a + b;
+        case COUNTDOWN_MULTIPLY: return a * b;
+        case COUNTDOWN_NEGATE: return splat(0) - a;
+        case COUNTDOWN_SQUARE: return a * a;
+        case COUNTDOWN_ACTIVATE: return activated(a, call.activation);
+        default: return a;
+    }
+}
+
+static void small_row(const countdown_small_call &call, const Entries &to, const Entries &a, const Entries &b) {
+    float first[BUFFER], second[BUFFER];
+    for (int64_t start = 0; start < call.sizes[3]; start += PIECE) {
+        int64_t count = least(PIECE, call.sizes[3] - start);
+        a.read(start, count, first);
+        if (call.second.data) b.read(start, count, second);
+        for (int64_t k = 0; k < count; k += Vec::width) {
+            Vec other = call.second.data ? load(second + k) : splat(call.value);
+            store(first + k, small_result(call, load(first + k), other));
+        }
+        if (call.operation == COUNTDOWN_INVERSE_ROOT)
+            for (int64_t k = 0; k < count; ++k) first[k] = 1 / sqrtf(first[k]);
+        to.write(start, count, first);
+    }
+}
+
+static void small_mean(const countdown_small_call &call, const Entries &to, const Entries &a) {
+    float some[BUFFER];
+    Vec total = splat(0);
+    for (int64_t start = 0; start < call.sizes[3]; start += PIECE) {
+        int64_t count = least(PIECE, call.sizes[3] - start);
+        a.read(start, count, some);
+        for (int64_t k = count; k < ceil_to(count, Vec::width); ++k) some[k] = 0;
+        for (int64_t k = 0; k < count; k += Vec::width) total = total + load(some + k);
+    }
+    float mean = sum(total) / float(call.sizes[3]);
+    to.write(0, 1, &mean);
+}
+
+static void run_small(const countdown_small_call &call) {
+    int64_t moved = 0;
+    if (call.at) {
+        if (*call.at < 0 || *call.at >= call.at_limit) return;
+        moved = *call.at * call.at_stride;
+    }
+    for (int64_t i = 0; i < call.sizes[0]; ++i)
+        for (int64_t j = 0; j < call.sizes[1]; ++j)
+            for (int64_t k = 0; k < call.sizes[2]; ++k) {
+                auto row = [&](const countdown_tensor &of, int64_t more) {
+                    return Entries(of, i * of.strides[0] + j * of.strides[1] + k * of.strides[2] + more);
+                };
+                if (call.operation == COUNTDOWN_MEAN)
+                    small_mean(call, row(call.result, moved), row(call.first, 0));
+                else
+                    small_row(call, row(call.result, moved), row(call.first, 0), row(call.second, 0));
+            }
+}
+
+}  // namespace VARIANT
+}  // namespace countdown

@@ -1,0 +1,144 @@
+"""Small operations of torch as calls of the library, for steps that do hundreds of them: norms, rotations, residuals.
+
+torch takes a microsecond or two for each, of which the work on a token is a tenth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from countdown.ops.cpu.library import ACTIVATIONS, DTYPES, SmallCall, TensorView, library
+
+COPY, ADD, MULTIPLY, NEGATE, SQUARE, INVERSE_ROOT, MEAN, ACTIVATE = range(8)
+_DIMENSIONS = 4
+_UNARY = {"aten::neg": NEGATE, "aten::rsqrt": INVERSE_ROOT, "aten::silu": ACTIVATE, "aten::relu": ACTIVATE}
+_BINARY = {"aten::add": ADD, "aten::mul": MULTIPLY}
+_COPYING = ("aten::_to_copy", "aten::clone", "aten::copy_")
+
+
+class SmallCalls:
+    """Small operations in a row.
+
+    Args:
+        calls: What to do.
+        tensors: Those whose addresses the calls hold; kept alive.
+    """
+
+    def __init__(self, calls: Sequence[SmallCall], tensors: Sequence[Tensor]) -> None:
+        self._calls, self._tensors = (SmallCall * len(calls))(*calls), list(tensors)
+        self._run = library().small
+
+    def again(self) -> None:
+        """Do them all."""
+        self._run(self._calls, len(self._calls))
+
+
+def small_calls(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> list[SmallCall]:
+    """Return the calls that do again what an operation did, none where it is not one of the small ones.
+
+    Args:
+        name: The operation's, such as `aten::mul`.
+        args, kwargs: What it was given.
+        made: What it returned, where the result goes.
+    """
+    tensors = [x for x in (made, *args) if isinstance(x, Tensor)]
+    if name == "aten::cat":
+        tensors = [made, *args[0]]
+    if name == "aten::index_copy_":
+        tensors = [made, args[3]]
+    if not all(_fits(x) for x in tensors):
+        return []
+    for names, calls in _KNOWN:
+        if name in names:
+            return calls(name, args, kwargs, made)
+    return []
+
+
+def _fits(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype in DTYPES
+        and tensor.device.type == "cpu"
+        and tensor.dim() <= _DIMENSIONS
+    )
+
+
+def _unary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    activation = ACTIVATIONS.get(name.removeprefix("aten::"), 0)
+    return [_call(_UNARY[name], made, args[0], activation=activation)]
+
+
+def _binary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    one, other = args
+    if kwargs or not isinstance(one, Tensor):
+        return []
+    return [_call(_BINARY[name], made, one, other)]
+
+
+def _power(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    return [_call(SQUARE, made, args[0])] if args[1] == 2 else []
+
+
+def _mean(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    x, dimensions, *keep = args
+    if kwargs or list(dimensions) not in ([-1], [x.dim() - 1]) or keep != [True]:
+        return []
+    return [_call(MEAN, made.expand(x.shape), x)]
+
+
+def _gelu(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    which = "gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu"
+    return [_call(ACTIVATE, made, args[0], activation=ACTIVATIONS[which])]
+
+
+def _copied(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    return [_call(COPY, made, args[1] if name == "aten::copy_" else args[0])]
+
+
+def _joined(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    parts, dimension = args[0], args[1] if len(args) > 1 else 0
+    places = made.split([part.shape[dimension] for part in parts], dimension)
+    return [_call(COPY, place, part) for place, part in zip(places, parts, strict=True)]
+
+
+def _placed(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    whole, dimension, index, source = args
+    if index.numel() != 1 or index.dtype != torch.int64:
+        return []
+    call = _call(COPY, whole.narrow(dimension, 0, 1), source)
+    call.at, call.at_stride, call.at_limit = index.data_ptr(), whole.stride(dimension), whole.shape[dimension]
+    return [call]
+
+
+_KNOWN: list[tuple[Any, Callable[[str, Sequence[Any], dict[str, Any], Any], list[SmallCall]]]] = [
+    (_UNARY, _unary),
+    (_BINARY, _binary),
+    (("aten::pow",), _power),
+    (("aten::mean",), _mean),
+    (("aten::gelu",), _gelu),
+    (_COPYING, _copied),
+    (("aten::cat",), _joined),
+    (("aten::index_copy_",), _placed),
+]
+
+
+def _call(operation: int, result: Tensor, first: Tensor, second: Tensor | float = 0.0, *, activation: int = 0) -> Any:
+    shape = result.shape
+    sizes = (ctypes.c_int64 * _DIMENSIONS)(*[1] * (_DIMENSIONS - len(shape)), *shape)
+    call = SmallCall(operation, activation, sizes, _view(result, shape), _view(first, shape))
+    if isinstance(second, Tensor):
+        call.second = _view(second, shape)
+    else:
+        call.value = second
+    return call
+
+
+def _view(tensor: Tensor, shape: torch.Size) -> TensorView:
+    strides = tensor.expand(shape).stride()
+    padded = (ctypes.c_int64 * _DIMENSIONS)(*[0] * (_DIMENSIONS - len(strides)), *strides)
+    return TensorView(tensor.data_ptr(), DTYPES[tensor.dtype], padded)
