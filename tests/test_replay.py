@@ -92,3 +92,11 @@ def test_a_step_that_counts_in_python_is_refused():
     x, numbers = torch.ones(4), iter(range(9))
     with pytest.raises(UnsupportedModelError, match="counts in Python"):
         recorded(lambda: x.add_(next(numbers)))
+
+
+def test_everything_is_done_again_where_its_time_is_wanted():
+    x, made = torch.ones(3), []
+    again = recorded(lambda: made.append(x * 2), everything=True)
+    x.fill_(5)
+    again()
+    assert made[-1].tolist() == [10.0, 10.0, 10.0]

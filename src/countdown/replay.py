@@ -28,10 +28,14 @@ _READING = (_aten._local_scalar_dense, _aten.is_nonzero, _aten.equal)
 _COPYING = (_aten._to_copy, _aten.clone)
 
 
-def recorded(step: Callable[[], object]) -> Callable[[], None]:
+def recorded(step: Callable[[], object], *, everything: bool = False) -> Callable[[], None]:
     """Return `step` as the operations it does, on the very tensors it works on, after two runs.
 
     What no step changes is taken to stay as it is: what follows from it is not computed again.
+
+    Args:
+        step: What to record.
+        everything: Compute that again nevertheless, so that time is taken.
 
     Raises:
         UnsupportedModelError: What it does depends on the values of tensors, or differs from one run to the next.
@@ -39,7 +43,7 @@ def recorded(step: Callable[[], object]) -> Callable[[], None]:
     first, second = _record(step), _record(step)
     if [done.description for done in first] != [done.description for done in second]:
         raise UnsupportedModelError("the model's step does something else each time: it counts in Python.")
-    return partial(_replay, list(_calls(_changing(second))))
+    return partial(_replay, list(_calls(_changing(second, everything))))
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,11 @@ def _record(step: Callable[[], object]) -> list[_Done]:
     return done
 
 
-def _changing(done: Sequence[_Done]) -> list[_Done]:
+def _changing(done: Sequence[_Done], everything: bool) -> list[_Done]:
     """Return what must be done again: all that changes what it was given, or makes what differs between steps."""
     changing = set().union(*(one.written for one in done))
+    if everything:
+        changing.update(_storage(tensor) for one in done for tensor in one.new)
     size = -1
     # Until nothing is added: what is written late is read early in the next step.
     while size != len(changing):

@@ -26,6 +26,7 @@ from countdown.models.sites import GatedFFN
 from countdown.modules import sparse_sites
 from countdown.ops.activations import ACTIVATIONS
 from countdown.profile import Profile
+from countdown.replay import recorded
 from countdown.sparsify import reset_counters, restore_, sparsify_, status
 
 # By type of device, the tokens of a prompt that is timed, and how often.
@@ -91,12 +92,14 @@ class DecodeBenchmark:
         new_tokens: Tokens that are timed.
         generate: Measure Hugging Face's generate of the dense model, static cache and compiled, as well.
         llama_cpp: Measure llama.cpp on the dense weights, as they are and quantised, as well.
+        prompt: Its tokens, int64 `[1, context]`; random ones when omitted, which active sets are not calibrated for.
     """
 
     context: int = 512
     new_tokens: int = 128
     generate: bool = False
     llama_cpp: bool = False
+    prompt: Tensor | None = None
 
 
 def run(
@@ -124,7 +127,8 @@ def run(
     check_context(model, benchmark.context + 2 * benchmark.new_tokens)
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator).to(device)
+    ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator)
+    ids = (ids if benchmark.prompt is None else benchmark.prompt).to(device)
     ffns = find_ffns(model)
     size = token_bytes(model, ffns)
     common = {
@@ -134,6 +138,7 @@ def run(
         "tokens": 1,
         "context": benchmark.context,
         "new_tokens": benchmark.new_tokens,
+        "prompt": "random tokens" if benchmark.prompt is None else "text",
         **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
         "bandwidth": bandwidth(device).floor,
     }
@@ -241,8 +246,8 @@ def _prefill(model: nn.Module, ids: Tensor) -> float:
 def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: float) -> dict[str, float]:
     """Return µs of a token in FFNs, the linears of attention, the head, and all the rest.
 
-    Each part is timed by itself, captured on a GPU, with the kernels of the step and the inputs that the prompt's last
-    token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
+    Each part is timed by itself, captured or recorded, with the kernels of the step and the inputs that the prompt's
+    last token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
     sparse = sparse_sites(model)
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
@@ -265,11 +270,10 @@ def _split(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor, total: 
         for group in attention:
             _project(group, inputs)
 
-    parts = {
-        "ffn": step_time(run_ffns, ids.device),
-        "attention_linears": step_time(run_linears, ids.device),
-        "head": step_time(lambda: largest(_project([head], inputs)), ids.device),
-    }
+    steps = {"ffn": run_ffns, "attention_linears": run_linears, "head": lambda: largest(_project([head], inputs))}
+    if not ids.is_cuda:
+        steps = {name: recorded(step, everything=True) for name, step in steps.items()}
+    parts = {name: step_time(step, ids.device) for name, step in steps.items()}
     return parts | {"rest": total - sum(parts.values())}
 
 

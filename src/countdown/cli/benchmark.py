@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,12 @@ from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from countdown.models.loading import Source
+    from countdown.profile import Profile
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine's GPU.")
 
@@ -94,7 +100,7 @@ def decode(
         list[str] | None, typer.Option("--method", help="Method, with --shape; may be repeated.")
     ] = None,
     sparsity: o.Sparsity = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 128,
     generate: Annotated[bool, typer.Option("--generate", help="Measure Hugging Face's generate, too.")] = False,
     versus: Annotated[str | None, typer.Option(help="Measure another program, too: llama.cpp.")] = None,
@@ -112,7 +118,7 @@ def decode(
     from countdown.benchmark import llama_cpp
     from countdown.benchmark.decode import DecodeBenchmark, check_whats, random_model, run
     from countdown.config import check_choice
-    from countdown.models.loading import resolve_device
+    from countdown.models.loading import Source, load_model, resolve_device
     from countdown.results import meta
 
     if (model is None) == (shape is None):
@@ -121,22 +127,24 @@ def decode(
         check_choice("--versus", versus, [llama_cpp.NAME])
         llama_cpp.check()
     where = resolve_device(device)
-    benchmark = DecodeBenchmark(context, new_tokens, generate=generate, llama_cpp=versus is not None)
     say = printing.say if o.show_progress() else lambda _: None
+    loaded: Any
+    whats: list[Any]
     if shape is not None:
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
-        settings = {} if sparsity is None else {"sparsity": sparsity}
-        whats: list[Any] = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
+        whats = [
+            method(name, **({} if sparsity is None else {"sparsity": sparsity})) for name in methods or [DEFAULT_METHOD]
+        ]
         check_whats(whats)
-        loaded, name = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape
+        loaded, name, prompt = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape, None
     else:
         if methods:
             raise ConfigError("--method goes with --shape; a model is measured with its --profile.")
-        loaded, what, name = _model_and_profile(
-            str(model), profile, sparsity, device, dtype, revision, trust_remote_code
-        )
-        whats = [what]
+        source = Source.parse(str(model), revision=revision, trust_remote_code=trust_remote_code)
+        whats, name, prompt = [_profile(source, profile, sparsity)], source.label, _prompt(source, context)
+        loaded = load_model(source, dtype=dtype, device=device)
+    benchmark = DecodeBenchmark(context, new_tokens, generate=generate, llama_cpp=versus is not None, prompt=prompt)
     records = _written(
         json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, whats, benchmark, say=say))
     )
@@ -155,22 +163,24 @@ def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[st
     return kept
 
 
-def _model_and_profile(
-    model: str, path: Path | None, sparsity: float | None, device: str, dtype: str, revision: str | None, trust: bool
-) -> tuple[Any, Any, str]:
-    from countdown.models.loading import Source, load_model
+def _prompt(source: Source, length: int) -> Tensor:
+    """Return the beginning of a text that calibration does not read."""
+    from countdown.calibration.text import load_text, windows
+    from countdown.models.loading import load_tokenizer
+
+    return windows(load_tokenizer(source), load_text("python-docs", "evaluation").content, count=1, length=length)
+
+
+def _profile(source: Source, path: Path | None, sparsity: float | None) -> Profile:
     from countdown.profile import Profile
     from countdown.saving import own_profile
 
-    source = Source.parse(model, revision=revision, trust_remote_code=trust)
     profile = own_profile(source) if path is None else Profile.load(path)
     if profile is None:
         raise ConfigError(
             f"{source.label} has no profile of its own: give --profile DIR (made by countdown calibrate)."
         )
-    if sparsity is not None:
-        profile = profile.with_settings(sparsity=sparsity)
-    return load_model(source, dtype=dtype, device=device), profile, source.label
+    return profile if sparsity is None else profile.with_settings(sparsity=sparsity)
 
 
 def _sizes(text: str) -> tuple[int, int]:
