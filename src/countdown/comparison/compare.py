@@ -24,6 +24,8 @@ from countdown.recipe import Recipe
 from countdown.results import meta
 
 PROFILE = "profile"
+# Speeds of one model that differ by less than this are the same.
+SAME_SPEED = 0.05
 
 
 def compare(
@@ -95,6 +97,7 @@ def compare(
     if cells[0].error is not None:
         raise CountdownError(f"the dense model cannot be measured: {cells[0].error}")
     caveats = _caveats(session, plan, [outcomes for _, outcomes in found], quantised)
+    caveats += _other_sessions(cells)
     advice = _recommended(session, plan, cells, wish)
     if advice is None:
         caveats.append(nearest(cells, wish))
@@ -193,6 +196,18 @@ def _caveats(
             "(int4, proxies) fits their grid by luck, and costs less here than on weights that were never rounded."
         )
     return [caveat for caveat in found if caveat]
+
+
+def _other_sessions(cells: Sequence[Cell]) -> list[str]:
+    """Return a caveat where dense ran at another speed beside some cells: they are of another session."""
+    speeds = [cell.speed for cell in cells if cell.speed is not None]
+    dense = [speed.tokens_per_s / speed.speedup for speed in speeds]
+    if not dense or max(dense) <= (1 + SAME_SPEED) * min(dense):
+        return []
+    return [
+        f"Speeds come from several sessions, in which dense ran at {min(dense):.1f} to {max(dense):.1f} tokens/s; "
+        "each speed-up is over dense in its own session, so compare those, not tokens/s."
+    ]
 
 
 def _has_proxy(recipe: Recipe) -> bool:

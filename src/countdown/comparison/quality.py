@@ -14,15 +14,14 @@ from countdown.comparison.results import CURVE, Layer, Quality
 from countdown.errors import CountdownError
 from countdown.evaluation.diagnostics import SelectorQuality, diagnose
 from countdown.evaluation.evaluate import Sums, counted, perplexity, realised_sparsity
-from countdown.models.sites import GatedFFN
-from countdown.modules import running, sparse_sites
+from countdown.modules import SparseFFN, running, sparse_sites
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters
 
 # Logits of the dense model that are kept between configurations, rather than computed again.
 KEPT_BYTES = 1 << 30
-# Enough tokens for shares that are stable to a point.
-DIAGNOSED_WINDOWS = 2
+# 512 tokens: enough for shares that are stable to a point or two.
+DIAGNOSED_WINDOWS = 1
 
 
 @dataclass
@@ -86,6 +85,9 @@ def measure_quality(model: nn.Module, dense: DenseLogits, *, label: str, seed: i
         CountdownError: Logits are not finite, or a token was not computed sparsely.
     """
     sparse = bool(sparse_sites(model))
+    judged: list[SelectorQuality] = []
+    if any(isinstance(module, SparseFFN) for module in sparse_sites(model).values()):
+        judged = diagnose(model, dense.windows[:DIAGNOSED_WINDOWS])
     if sparse:
         reset_counters(model)
     scored = score(model, dense, label=label, progress=progress)
@@ -99,7 +101,7 @@ def measure_quality(model: nn.Module, dense: DenseLogits, *, label: str, seed: i
         kl=sum(sums.kl for sums in scored) / tokens,
         top1=sum(sums.agree for sums in scored) / tokens,
         realised_sparsity=realised_sparsity(sites) if sparse else None,
-        layers=_layers(model, dense.windows[:DIAGNOSED_WINDOWS], sites),
+        layers=_layers(sites, judged),
         window_nll=[sums.nll / sums.tokens for sums in scored],
     )
 
@@ -110,10 +112,9 @@ def _logits(model: nn.Module, window: Tensor) -> Tensor:
     return logits
 
 
-def _layers(model: nn.Module, windows: Tensor, sites: Sequence[SiteStatus]) -> list[Layer]:
-    has_ffn = any(site.kind == GatedFFN.kind for site in sites)
-    judged = {found.name: found for found in diagnose(model, windows)} if has_ffn else {}
-    return [_layer(site, judged.get(site.name)) for site in sites]
+def _layers(sites: Sequence[SiteStatus], judged: Sequence[SelectorQuality]) -> list[Layer]:
+    by_name = {found.name: found for found in judged}
+    return [_layer(site, by_name.get(site.name)) for site in sites]
 
 
 def _layer(site: SiteStatus, found: SelectorQuality | None) -> Layer:

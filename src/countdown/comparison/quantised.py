@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +21,8 @@ from countdown.errors import UnsupportedModelError
 from countdown.models.find import find_linears
 
 Linears = Mapping[str, Any]
-# Weights of a row that share a scale, the first that divides every row: torchao's default, and what fits small models.
-GROUPS = (128, 64, 32)
+# Weights that share a scale in int4: the smallest there is, which loses least. Larger groups cost small models much.
+GROUP = 32
 # What tensor cores of this compute capability and above multiply.
 FP8_CAPABILITY = (8, 9)
 
@@ -42,7 +41,7 @@ def missing() -> str | None:
 
 
 def settings(scheme: str, device: torch.device) -> dict[str, Any]:
-    """Return how a scheme quantises on a device, for the record; the group of int4 depends on the model."""
+    """Return how a scheme quantises on a device, for the record; scales: of each row, or of so many weights."""
     return {"quantised": scheme, "by": "torchao", "weight_only": True, "linears": "layers", **_HOW[device.type, scheme]}
 
 
@@ -53,12 +52,10 @@ class Quantised:
     Args:
         model: The copy. All that is not quantised it shares with the dense model.
         saved: By linear, how many bytes fewer than the dense weight it reads, scales and zero points counted.
-        group: Weights that share a scale; None for a row.
     """
 
     model: nn.Module
     saved: dict[str, int]
-    group: int | None = None
 
 
 def quantise(model: nn.Module, scheme: str) -> Quantised:
@@ -72,12 +69,13 @@ def quantise(model: nn.Module, scheme: str) -> Quantised:
     made = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     linears: dict[str, Any] = {site.name: site.module for site in find_linears(made)}
     dense = {name: linear.weight.nbytes for name, linear in linears.items()}
-    group = _group(linears) if scheme == "int4" else None
+    if scheme == "int4":
+        _check_rows(linears)
     try:
-        stored = _MAKERS[device.type](made, linears, scheme, group)
+        stored = _MAKERS[device.type](made, linears, scheme)
     except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
         raise UnsupportedModelError(f"torchao cannot compute {scheme} here: {str(error).splitlines()[0]}") from error
-    return Quantised(made, {name: dense[name] - bytes_ for name, bytes_ in stored.items()}, group)
+    return Quantised(made, {name: dense[name] - bytes_ for name, bytes_ in stored.items()})
 
 
 class Int8Linear(nn.Module):
@@ -126,18 +124,18 @@ class Int4Linear(Int8Linear):
         return y[:, : self.out_features]  # type: ignore[no-any-return]
 
 
-def _on_cpu(model: nn.Module, linears: Linears, scheme: str, group: int | None) -> dict[str, int]:
+def _on_cpu(model: nn.Module, linears: Linears, scheme: str) -> dict[str, int]:
     """Quantise and replace the linears of a model, and return the bytes that each reads."""
-    _apply(model, linears, _cpu_config(scheme, group))
+    _apply(model, linears, _cpu_config(scheme))
     packed = {name: _PACKED[scheme](linear) for name, linear in linears.items()}
     for name, module in packed.items():
         model.set_submodule(name, module)
     return {name: sum(buffer.nbytes for buffer in module.buffers()) for name, module in packed.items()}
 
 
-def _on_cuda(model: nn.Module, linears: Linears, scheme: str, group: int | None) -> dict[str, int]:
+def _on_cuda(model: nn.Module, linears: Linears, scheme: str) -> dict[str, int]:
     """Quantise the linears of a model in place, and return the bytes that each reads."""
-    _apply(model, linears, _cuda_config(scheme, group))
+    _apply(model, linears, _cuda_config(scheme))
     return {name: _stored(linear.weight) for name, linear in linears.items()}
 
 
@@ -147,17 +145,17 @@ def _apply(model: nn.Module, linears: Linears, config: Any) -> None:
     quantize_(model, config, filter_fn=lambda _, name: name in linears)
 
 
-def _cpu_config(scheme: str, group: int | None) -> Any:
+def _cpu_config(scheme: str) -> Any:
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
     # Not torchao's settings of the compiler: all configurations are compiled alike.
     if scheme == "int8":
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    return PrototypeInt4WeightOnlyConfig(group_size=group, set_inductor_config=False)
+    return PrototypeInt4WeightOnlyConfig(group_size=GROUP, set_inductor_config=False)
 
 
-def _cuda_config(scheme: str, group: int | None) -> Any:
+def _cuda_config(scheme: str) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
     from torchao.quantization.quantize_.workflows import Int4PackingFormat
 
@@ -166,7 +164,7 @@ def _cuda_config(scheme: str, group: int | None) -> Any:
         "fp8": lambda: Float8WeightOnlyConfig(set_inductor_config=False),
         # The packing whose kernel is torch's own.
         "int4": lambda: Int4WeightOnlyConfig(
-            group_size=group,
+            group_size=GROUP,
             int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D,
             set_inductor_config=False,
         ),
@@ -174,14 +172,13 @@ def _cuda_config(scheme: str, group: int | None) -> Any:
     return makers[scheme]()
 
 
-def _group(linears: Linears) -> int:
+def _check_rows(linears: Linears) -> None:
+    """Raise UnsupportedModelError if some row is not made of whole groups, which torchao would leave as it is."""
     rows = {linear.in_features for linear in linears.values()}
-    for group in GROUPS:
-        if not any(row % group for row in rows):
-            return group
-    raise UnsupportedModelError(
-        f"int4 takes rows of a multiple of {GROUPS[-1]} weights, and the model's linears have {sorted(rows)}."
-    )
+    if any(row % GROUP for row in rows):
+        raise UnsupportedModelError(
+            f"int4 takes rows of a multiple of {GROUP} weights, and the model's linears have {sorted(rows)}."
+        )
 
 
 def _stored(weight: Tensor) -> int:
@@ -198,17 +195,14 @@ _HOW = {
     ("cpu", "int8"): {"config": "Int8WeightOnlyConfig", "scales": "row", "kernel": "aten::_weight_int8pack_mm"},
     ("cpu", "int4"): {
         "config": "PrototypeInt4WeightOnlyConfig",
-        "scales": "group",
+        "scales": GROUP,
         "kernel": "aten::_weight_int4pack_mm_for_cpu",
     },
     ("cuda", "int8"): {"config": "Int8WeightOnlyConfig", "scales": "row", "kernel": "compiled"},
     ("cuda", "fp8"): {"config": "Float8WeightOnlyConfig", "scales": "row", "kernel": "compiled"},
     ("cuda", "int4"): {
         "config": "Int4WeightOnlyConfig, TILE_PACKED_TO_4D",
-        "scales": "group",
+        "scales": GROUP,
         "kernel": "aten::_weight_int4pack_mm",
     },
 }
-
-# Extensions that it does not find, and that nothing here needs.
-logging.getLogger("torchao").setLevel(logging.ERROR)
