@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import llama
-from countdown.comparison.quantised import quantise, schemes, settings
+from countdown.comparison.quantised import GROUP, quantise, schemes, settings
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
 from countdown.models.find import find_linears
@@ -58,8 +58,8 @@ def test_what_is_saved_counts_scales(scheme, bits):
     for site in find_linears(model):
         weight = site.module.weight
         out, row = weight.shape
-        # A bfloat16 scale a row; or a scale and a zero point for each group of 32 to 128.
-        scales = 2 * out if scheme == "int8" else 4 * out * row // made.group
+        # A bfloat16 scale a row; or a scale and a zero point for each group.
+        scales = 2 * out if scheme == "int8" else 4 * out * row // GROUP
         assert made.saved[site.name] == weight.nbytes - weight.numel() * bits // 8 - scales
 
 

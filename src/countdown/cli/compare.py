@@ -35,7 +35,7 @@ def compare(
     min_speedup: MinSpeedup = None,
     quantised: Quantised = True,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure no speed; go by bytes.")] = False,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to score.")] = 16,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to score.")] = 12,
     tokens: o.Tokens = 16384,
     text: o.TextName = "python-docs",
     text_dir: o.TextDir = None,

@@ -191,7 +191,7 @@ def _stored(weight: Tensor) -> int:
 
 _PACKED: dict[str, type[Int8Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 _MAKERS = {"cpu": _on_cpu, "cuda": _on_cuda}
-_HOW = {
+_HOW: dict[tuple[str, str], dict[str, Any]] = {
     ("cpu", "int8"): {"config": "Int8WeightOnlyConfig", "scales": "row", "kernel": "aten::_weight_int8pack_mm"},
     ("cpu", "int4"): {
         "config": "PrototypeInt4WeightOnlyConfig",

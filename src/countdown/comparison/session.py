@@ -37,11 +37,11 @@ from countdown.recipe import Recipe
 from countdown.sparsify import restore_, sparsify_, status
 
 TOKENS = 16384
-WINDOWS = 16
+WINDOWS = 12
 PROMPT = "Explain in three sentences why the sky is blue."
 SAMPLE_TOKENS = 64
 # Of the decode loop: tokens of the prompt, taken from the text, and tokens that are timed.
-CONTEXT, NEW_TOKENS = 512, 128
+CONTEXT, NEW_TOKENS = 512, 64
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,10 @@ class Arm:
     Args:
         model: Dense, sparsified or quantised.
         saved: Of a quantised one, see `Quantised`.
-        settings: What only the model told of how it was made.
     """
 
     model: nn.Module
     saved: Mapping[str, int] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -330,7 +328,7 @@ class Session:
                 restore_(self._model)
         elif configuration.scheme is not None:
             made = quantise(self._model, configuration.scheme)
-            yield Arm(made.model, made.saved, {} if made.group is None else {"group": made.group})
+            yield Arm(made.model, made.saved)
             del made
             gc.collect()
         else:
@@ -343,9 +341,7 @@ class Session:
         sites = status(arm.model) if sparse_sites(arm.model) else []
         shares = {site.name: site.weights_read or 0.0 for site in sites}
         whole, ffns = self._read(arm, shares)
-        return {"quality": asdict(quality), "weights_read": whole, "ffn_weights_read": ffns} | {
-            "settings": arm.settings
-        }
+        return {"quality": asdict(quality), "weights_read": whole, "ffn_weights_read": ffns}
 
     def _speed(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
         yardstick = self._yardstick
@@ -398,7 +394,7 @@ class Session:
         return Cell(
             label=configuration.label,
             kind=configuration.kind,
-            settings=configuration.settings(self.device) | values.get("settings", {}),
+            settings=configuration.settings(self.device),
             sparsity=configuration.sparsity,
             weights_read=values.get("weights_read"),
             ffn_weights_read=values.get("ffn_weights_read"),
