@@ -17,6 +17,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from countdown.calibration.calibrate import calibrate
     from countdown.calibration.text import load_text
+    from countdown.comparison.compare import compare
+    from countdown.comparison.results import Comparison
     from countdown.errors import (
         ConfigError,
         CountdownError,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
+    "compare": "countdown.comparison.compare",
+    "Comparison": "countdown.comparison.results",
     "choose": "countdown.evaluation.choice",
     "load_text": "countdown.calibration.text",
     "load_tokenizer": "countdown.models.loading",
@@ -59,6 +63,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "ConfigError",
     "CountdownError",
     "Profile",
@@ -71,6 +76,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "choose",
+    "compare",
     "evaluate",
     "export",
     "from_pretrained",

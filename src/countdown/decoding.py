@@ -201,7 +201,8 @@ def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
 def _bare(module: nn.Module) -> bool:
     """Return whether a module is a linear with nothing put on it that would be bypassed."""
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked
+    # A weight of another class, as quantised ones are, computes in its own way.
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooked
 
 
 def _projections(linears: list[nn.Linear]) -> list[Callable[[Tensor], Tensor]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from countdown.config import check_fields
 from countdown.errors import ConfigError
-from countdown.methods import Method, method, method_class
+from countdown.methods import Method, method, method_class, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -102,6 +102,18 @@ class Recipe:
             return {"method": settings.pop("name"), "indicator": indicator, **settings, **pattern}
         entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
         return {"method": "recipe", "recipe": entries}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that `record` described.
+
+        Raises:
+            ConfigError: It names a method, or settings, that do not exist here.
+        """
+        single = {"name": record["method"], **{k: v for k, v in record.items() if k not in ("method", "indicator")}}
+        entries = [dict(entry) for entry in record.get("recipe", [single])]
+        patterns = [entry.pop("pattern", "*") for entry in entries]
+        return cls(tuple(RecipeEntry(parse_method(e), p) for e, p in zip(entries, patterns, strict=True)))
 
     def __str__(self) -> str:
         return "; ".join(self.lines())

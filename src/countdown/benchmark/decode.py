@@ -143,7 +143,7 @@ def run(
         "bandwidth": bandwidth(device).floor,
     }
     say("measuring dense")
-    dense = _arm(model, ids, benchmark)
+    dense = measure_arm(model, ids, benchmark)
     yield common | {"run": "dense"} | _compared(dense, dense, size.total / common["bandwidth"])
     some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
     for what in whats:
@@ -151,7 +151,7 @@ def run(
         profile = what if isinstance(what, Profile) else _calibrated(model, what, some)
         sparsify_(model, profile)
         try:
-            sparse = _arm(model, ids, benchmark)
+            sparse = measure_arm(model, ids, benchmark)
         finally:
             restore_(model)
         shares = sparse.pop("weights_read_by_ffn")
@@ -192,7 +192,16 @@ def _compared(arm: dict[str, Any], dense: dict[str, Any], floor: float) -> dict[
 
 
 @torch.no_grad()
-def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str, Any]:
+def measure_arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark, *, split: bool = True) -> dict[str, Any]:
+    """Return what the loop measures of one model, dense, sparsified or quantised, after a prompt of `ids` `[1, n]`.
+
+    Args:
+        model, ids, benchmark: As for `run`.
+        split: Time the parts of a token as well, which takes linears that are plain.
+
+    Raises:
+        ConfigError, UnsupportedModelError: See `DecodeLoop`.
+    """
     found: dict[str, Any] = {"prefill_ms": _prefill(model, ids)}
     started = time.perf_counter()
     loop = DecodeLoop(model, ids, new_tokens=2 * benchmark.new_tokens)
@@ -208,7 +217,7 @@ def _arm(model: nn.Module, ids: Tensor, benchmark: DecodeBenchmark) -> dict[str,
     found |= {"tokens_per_s": 1 / per_token, "time_us": per_token * 1e6}
     if sparse_sites(model):
         found |= _counted(model)
-    found["split_us"] = _split(model, loop.linears, ids, per_token * 1e6)
+    found["split_us"] = _split(model, loop.linears, ids, per_token * 1e6) if split else {}
     del loop
     torch._dynamo.reset()
     gc.collect()

@@ -11,6 +11,7 @@ import typer
 
 from countdown.cli import benchmark, printing
 from countdown.cli import options as o
+from countdown.cli.compare import compare
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
 from countdown.methods import method, method_class, method_names
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 
 app.add_typer(benchmark.app, name="benchmark")
+app.command()(compare)
 
 
 @app.callback()

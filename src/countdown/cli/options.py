@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ def _set_quiet(value: bool) -> None:
 def _set_verbose(value: bool) -> None:
     # transformers says much that users of countdown can do nothing about. It reads this when imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if value else "error")
+    # And where torchao is installed, transformers imports it, which says what extensions it does not find.
+    for name in () if value else ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _print_version(value: bool) -> None:

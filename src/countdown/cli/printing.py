@@ -15,6 +15,7 @@ from countdown.errors import ProfileWarning
 if TYPE_CHECKING:
     from torch import nn
 
+    from countdown.comparison.results import Cell, Comparison
     from countdown.demo import Demo
     from countdown.evaluation.evaluate import Evaluation
     from countdown.evaluation.generation import Generation
@@ -160,6 +161,50 @@ def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None
     for r in records:
         if r["run"] == "sparse":
             out.print(f"{r['method']}: realised sparsity {r['realised_sparsity']:.1%}, backend {r['backend']}")
+
+
+def print_comparison(out: Console, found: Comparison) -> None:
+    """Print a row for each configuration, what failed, what must be said beside, and what to take."""
+    header = ["", "read", "perplexity", "loss", "95%", "KL", "same top", "tokens/s", "× dense"]
+    print_table(out, header, [_comparison_row(cell) for cell in found.cells])
+    for cell in found.cells:
+        if cell.error:
+            out.print(f"{cell.label} failed: {cell.error}", markup=False)
+    meta = found.meta
+    out.print(
+        f"{meta['windows']} windows of {meta['window_tokens']} tokens, every token sparse; loss is the rise of "
+        "perplexity over dense; read: share of a whole token's weight bytes; same top: tokens both put first",
+        markup=False,
+    )
+    for caveat in meta["caveats"]:
+        out.print(caveat, markup=False)
+    advice = found.recommendation
+    if advice is None:
+        out.print("Recommended: nothing.", style="bold")
+        return
+    out.print(f"Recommended: {advice.label}", markup=False, style="bold")
+    out.print(advice.reason, markup=False)
+    if advice.confirmed_loss is not None:
+        low, high = advice.interval
+        verdict = "as expected" if advice.confirmed else "not as expected; measure on more --windows"
+        out.print(
+            f"On other windows it costs {advice.confirmed_loss:+.1%}, {verdict} "
+            f"({low:+.1%} to {high:+.1%} for the best of so many)."
+        )
+
+
+def _comparison_row(cell: Cell) -> tuple[str, ...]:
+    read = "" if cell.weights_read is None else f"{cell.weights_read:.0%}"
+    quality, speed = ("",) * 5, ("", "")
+    if cell.quality is not None:
+        low, high = cell.quality.loss_interval
+        interval = "" if cell.kind == "dense" else f"{low:+.1%} to {high:+.1%}"
+        loss = "" if cell.kind == "dense" else f"{cell.quality.loss:+.1%}"
+        numbers = (f"{cell.quality.perplexity:.2f}", loss, interval)
+        quality = (*numbers, f"{cell.quality.kl:.3f}", f"{cell.quality.top1:.1%}")
+    if cell.speed is not None:
+        speed = (f"{cell.speed.tokens_per_s:.1f}", f"{cell.speed.speedup:.2f}")
+    return (escape(cell.label), read, *quality, *speed)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -117,7 +117,7 @@ def choose(
         return judge(config.sparsity) if max_loss is None else _highest(judge, max_loss)
 
     wanted = {} if sparsity is None else {"sparsity": sparsity}
-    trials = [trial(config) for config in _candidates(wanted)]
+    trials = [trial(config) for config in candidates(wanted)]
     best = _best(trials, max_loss)
     own = best.config
     others: list[dict[str, str]] = [{"weighting": name} for name in own.weightings if name != own.weighting]
@@ -150,19 +150,19 @@ def trial_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
 def check_wishes(sparsity: float | None, max_loss: float | None) -> None:
     """Raise ConfigError unless at most one of them is wished for, and can be had."""
     if sparsity is not None:
-        _candidates({"sparsity": sparsity})
+        candidates({"sparsity": sparsity})
     if sparsity is not None and max_loss is not None:
         raise ConfigError("give a sparsity or a largest loss, not both: one follows from the other.")
     if max_loss is not None and not max_loss > 0:
         raise ConfigError(f"the largest loss is {max_loss}, expected more than 0 (0.02 lets perplexity rise by 2%).")
 
 
-def _candidates(wanted: Mapping[str, Any]) -> list[Method]:
-    """Return the methods to try, weighted as most do best."""
+def candidates(wanted: Mapping[str, Any] | None = None) -> list[Method]:
+    """Return the methods to try, with these settings, weighted as most do best."""
     classes = {name: method_class(name) for name in method_names()}
     usual = {name: "rms" if "rms" in cls.weightings else "none" for name, cls in classes.items()}
     fitting = [name for name, cls in classes.items() if cls.kind == "ffn" and "threshold" in cls.decisions]
-    found = [method(name, weighting=usual[name], decision="threshold", **wanted) for name in fitting]
+    found = [method(name, weighting=usual[name], decision="threshold", **wanted or {}) for name in fitting]
     return [config for config in found if config.weights_read(0.0) <= MOST_TO_DECIDE]
 
 

@@ -27,12 +27,14 @@ class SelectorQuality:
         recall: Share of the exact sets that is active.
         precision: Share of the active sets that is exact.
         lost: Share of Σ s_i² over all neurons that is inactive.
+        activity: Share of the tokens for which each neuron is active, by neuron.
     """
 
     name: str
     recall: float
     precision: float
     lost: float
+    activity: list[float] = field(default_factory=list, repr=False)
 
 
 @dataclass
@@ -42,6 +44,14 @@ class _Sums:
     active: int = 0
     kept: float = 0.0
     mass: float = 0.0
+    tokens: int = 0
+    active_by_neuron: Tensor | None = None
+
+    def count(self, active: Tensor) -> None:
+        """Count who is active, of active sets `[tokens, h]`."""
+        found = active.sum(dim=0)
+        self.active_by_neuron = found if self.active_by_neuron is None else self.active_by_neuron + found
+        self.tokens += len(active)
 
     def quality(self, name: str) -> SelectorQuality:
         return SelectorQuality(
@@ -49,6 +59,7 @@ class _Sums:
             recall=self.both / self.exact if self.exact else 1.0,
             precision=self.both / self.active if self.active else 1.0,
             lost=1 - self.kept / self.mass if self.mass else 0.0,
+            activity=[] if self.active_by_neuron is None else (self.active_by_neuron / self.tokens).tolist(),
         )
 
 
@@ -66,6 +77,7 @@ class _Judge:
         found.exact += int(exact.sum())
         found.active += int(active.sum())
         found.kept += float((size.double().square() * active).sum())
+        found.count(active.flatten(0, -2))
         found.mass += float(size.double().square().sum())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from countdown.errors import ConfigError, CountdownError
 from countdown.models.loading import cache_argument, check_context
 from countdown.modules import running
 from countdown.progress import track
-from countdown.sparsify import reset_counters, status
+from countdown.sparsify import SiteStatus, reset_counters, status
 
 PROTOCOLS = ("all", "decode")
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
@@ -71,7 +71,16 @@ class Evaluation:
 
 
 @dataclass
-class _Sums:
+class Sums:
+    """What scored positions sum up to.
+
+    Args:
+        nll, dense_nll: Negative log-likelihoods of the tokens that followed, in nats.
+        kl: KL(dense ‖ sparse), in nats.
+        agree: Positions at which both put the same token first.
+        tokens: Positions.
+    """
+
     nll: float = 0.0
     dense_nll: float = 0.0
     kl: float = 0.0
@@ -118,14 +127,14 @@ def evaluate(
     reset_counters(model)
     device = next(model.parameters()).device
     score = _score_all if protocol == "all" else _score_decode
-    sums, sparse_tokens = _Sums(), 0
+    sums, sparse_tokens = Sums(), 0
     with torch.inference_mode():
         for sequence in track(sequences, f"evaluating ({protocol})", show=progress):
             sparse_tokens += score(model, sequence[None].to(device), sums)
     return _result(model, protocol, sums, sparse_tokens)
 
 
-def _score_all(model: nn.Module, window: Tensor, sums: _Sums) -> int:
+def _score_all(model: nn.Module, window: Tensor, sums: Sums) -> int:
     """Score every next-token prediction within a window; return how many tokens were fed sparsely."""
     with running(model, "dense"):
         dense = model(window, use_cache=False).logits
@@ -135,7 +144,7 @@ def _score_all(model: nn.Module, window: Tensor, sums: _Sums) -> int:
     return window.numel()
 
 
-def _score_decode(model: nn.Module, window: Tensor, sums: _Sums) -> int:
+def _score_decode(model: nn.Module, window: Tensor, sums: Sums) -> int:
     """Score the predictions made from the second half of a window, fed one token at a time."""
     half = window.shape[1] // 2
     steps = zip(_decode(model, window, half, "dense"), _decode(model, window, half, "decode"), strict=True)
@@ -157,32 +166,46 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
         yield out.logits[:, -1]
 
 
-def _perplexity(nll: float, tokens: int) -> float:
+def perplexity(nll: float, tokens: int) -> float:
+    """Return exp of the mean negative log-likelihood."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
 
 
-def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) -> Evaluation:
+def counted(model: nn.Module, tokens: int) -> list[SiteStatus]:
+    """Return `status` of a model all of whose sparse modules computed so many tokens.
+
+    Raises:
+        CountdownError: One computed more or fewer of them sparsely.
+    """
     sites = status(model)
     for site in sites:
-        if site.tokens != sparse_tokens:
+        if site.tokens != tokens:
             raise CountdownError(
-                f"{site.name} computed {site.tokens} tokens sparsely, expected {sparse_tokens}: the numbers would "
+                f"{site.name} computed {site.tokens} tokens sparsely, expected {tokens}: the numbers would "
                 "mix dense and sparse. This is a defect in countdown or in a replaced forward; please report it."
             )
-    realised = {site.name: site.realised_sparsity or 0.0 for site in sites}
-    size = {site.name: site.size for site in sites}
-    whole = sum(size.values())
+    return sites
+
+
+def realised_sparsity(sites: Sequence[SiteStatus]) -> float:
+    """Return the share of inactive terms over all modules, each by its weights."""
+    return sum((site.realised_sparsity or 0.0) * site.size for site in sites) / sum(site.size for site in sites)
+
+
+def _result(model: nn.Module, protocol: str, sums: Sums, sparse_tokens: int) -> Evaluation:
+    sites = counted(model, sparse_tokens)
+    whole = sum(site.size for site in sites)
     return Evaluation(
         protocol=protocol,
         tokens=sums.tokens,
-        perplexity=_perplexity(sums.nll, sums.tokens),
-        dense_perplexity=_perplexity(sums.dense_nll, sums.tokens),
+        perplexity=perplexity(sums.nll, sums.tokens),
+        dense_perplexity=perplexity(sums.dense_nll, sums.tokens),
         kl=sums.kl / sums.tokens,
         top1=sums.agree / sums.tokens,
-        realised_sparsity=sum(realised[name] * size[name] for name in size) / whole,
-        weights_read=sum((site.weights_read or 0.0) * size[site.name] for site in sites) / whole,
-        layers=[LayerSparsity(site.name, site.target_sparsity, realised[site.name]) for site in sites],
+        realised_sparsity=realised_sparsity(sites),
+        weights_read=sum((site.weights_read or 0.0) * site.size for site in sites) / whole,
+        layers=[LayerSparsity(site.name, site.target_sparsity, site.realised_sparsity or 0.0) for site in sites],
     )

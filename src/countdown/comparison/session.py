@@ -1,0 +1,445 @@
+"""Measures cells, each part once: found in the cache, or measured and kept. Nothing loads before it is needed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from countdown.benchmark.decode import DecodeBenchmark, measure_arm
+from countdown.benchmark.timing import bandwidth
+from countdown.calibration.calibrate import calibrate, calibration_sequences
+from countdown.calibration.text import BUILT_IN, WINDOW, Text, load_text, windows
+from countdown.comparison.cache import Cache
+from countdown.comparison.grid import CALIBRATED_AT, Configuration
+from countdown.comparison.identity import environment, model_hash
+from countdown.comparison.intervals import FEWEST_WINDOWS
+from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
+from countdown.comparison.quantised import quantise
+from countdown.comparison.results import Cell, Quality, Sample, Speed
+from countdown.cost import TokenBytes, token_bytes
+from countdown.errors import ConfigError, CountdownError
+from countdown.evaluation.generation import encode_prompt, generate
+from countdown.models.find import find_ffns
+from countdown.models.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
+from countdown.models.sites import GatedFFN
+from countdown.modules import sparse_sites
+from countdown.ops.request import requested
+from countdown.profile import Profile
+from countdown.recipe import Recipe
+from countdown.sparsify import restore_, sparsify_, status
+
+TOKENS = 16384
+WINDOWS = 12
+PROMPT = "Explain in three sentences why the sky is blue."
+SAMPLE_TOKENS = 64
+# Of the decode loop: tokens of the prompt, taken from the text, and tokens that are timed.
+CONTEXT, NEW_TOKENS = 512, 64
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every configuration is measured.
+
+    Args:
+        text: What to evaluate on: `wikitext2`, `python-docs` (calibration takes their other split) or a file
+            (calibration takes `python-docs`).
+        text_dir: Of WikiText-2, see `load_text`.
+        windows: Windows of 512 tokens to evaluate on, dealt from the whole text at random; as many others, or what is
+            left of it, confirm the recommendation.
+        tokens: To calibrate on.
+        prompt: What every configuration answers.
+        dtype, device: See `load_model`.
+        seed: Of dealing windows and of resampling them.
+
+    Raises:
+        ConfigError: Too few windows to estimate a spread from.
+    """
+
+    text: str = "python-docs"
+    text_dir: str | Path | None = None
+    windows: int = WINDOWS
+    tokens: int = TOKENS
+    prompt: str = PROMPT
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.windows < FEWEST_WINDOWS:
+            raise ConfigError(f"windows is {self.windows}, expected at least {FEWEST_WINDOWS} to estimate a spread.")
+        if not self.prompt.strip():
+            raise ConfigError("the prompt is empty.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of measuring a part of a cell.
+
+    Args:
+        value: As JSON can hold it; None if it failed.
+        problem: One line that says why it failed.
+        refused: Whether it was refused on purpose, as it would be again.
+    """
+
+    value: dict[str, Any] | None = None
+    problem: str | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration ready to run.
+
+    Args:
+        model: Dense, sparsified or quantised.
+        saved: Of a quantised one, see `Quantised`.
+    """
+
+    model: nn.Module
+    saved: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the speeds of a session are measured against: bytes/s of the memory, and the dense model's speed."""
+
+    bandwidth: float
+    dense: dict[str, Any]
+
+
+class Session:
+    """A model and what its configurations are measured with.
+
+    Args:
+        source: Where the model comes from.
+        protocol: How to measure.
+        cache: Where measurements are kept.
+        speed: Measure speed, too.
+        progress: Show progress on stderr.
+        say: Called with a line at the start of each step.
+
+    Raises:
+        ConfigError, TextError: What is wrong with the settings or the texts.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        protocol: Protocol,
+        cache: Cache,
+        *,
+        speed: bool = True,
+        progress: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        requested()  # a backend that does not exist is said before the model loads
+        resolve_dtype(protocol.dtype, source)
+        self.source, self.protocol, self.cache = source, protocol, cache
+        self.progress, self.say = progress, say
+        self._profiles: dict[Recipe, Profile] = {}
+        self.device = resolve_device(protocol.device)
+        self.text = load_text(protocol.text, "evaluation", text_dir=protocol.text_dir)
+        other = protocol.text if protocol.text in BUILT_IN else "python-docs"
+        self.calibration: Text = load_text(other, "calibration", text_dir=protocol.text_dir)
+        self._measure: dict[str, Callable[[Configuration, Arm], dict[str, Any]]] = {
+            "quality": self._quality,
+            **({"speed": self._speed} if speed else {}),
+            "sample": self._sample,
+        }
+
+    # What measurements depend on
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What two comparisons must share to be put together."""
+        return {
+            "model": self.source.label,
+            "weights": model_hash(self.source),
+            "text": self.text.sha256,
+            "calibration text": self.calibration.sha256,
+            "calibration tokens": self.protocol.tokens,
+            "windows": self.protocol.windows,
+            "prompt": self.protocol.prompt,
+            "seed": self.protocol.seed,
+            **environment(self.device, self.protocol.dtype),
+        }
+
+    def _key(self, part: str, configuration: Configuration | None = None) -> dict[str, Any]:
+        """Return all that a part of a cell depends on."""
+        key: dict[str, Any] = {"part": part} | self.identity
+        del key["model"]  # a name
+        if part in ("speed", "profile", "sample"):
+            del key["windows"]
+        if part != "sample":
+            del key["prompt"]
+        if part in ("sample", "profile"):
+            del key["text"]
+        if configuration is not None:
+            key["configuration"] = configuration.settings(self.device)
+        sizes = {"speed": [CONTEXT, NEW_TOKENS], "sample": [SAMPLE_TOKENS]}
+        return key | {"sizes": sizes.get(part, [WINDOW])}
+
+    # What is loaded
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.source)
+
+    @cached_property
+    def _windows(self) -> tuple[Tensor, Tensor]:
+        """The windows to evaluate on, and the others, dealt at random."""
+        every = windows(self._tokenizer, self.text.content, at_least=self.protocol.windows)
+        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.protocol.seed))
+        count = self.protocol.windows
+        return every[order[:count]], every[order[count : 2 * count]]
+
+    @cached_property
+    def _model(self) -> Any:
+        # What is wrong with the texts shows before the model loads.
+        evaluated, _ = self._windows
+        calibration_sequences(self._tokenizer, self.calibration, self.protocol.tokens)
+        self.say(f"loading {self.source.label}")
+        torch.manual_seed(self.protocol.seed)
+        model = load_model(self.source, dtype=self.protocol.dtype, device=self.protocol.device)
+        check_context(model, evaluated.shape[1])
+        return model
+
+    @cached_property
+    def _bytes(self) -> tuple[TokenBytes, list[GatedFFN]]:
+        ffns = find_ffns(self._model)
+        return token_bytes(self._model, ffns), ffns
+
+    @cached_property
+    def _dense(self) -> DenseLogits:
+        return DenseLogits(self._model, self._windows[0])
+
+    @cached_property
+    def _yardstick(self) -> Yardstick | Exception:
+        """What speeds are measured against, or why none are."""
+        self.say("measuring bandwidth and dense speed")
+        try:
+            return Yardstick(bandwidth(self.device).floor, self._timed(self._model, split=True))
+        except Exception as error:
+            return error
+
+    # What is asked for
+
+    def facts(self) -> dict[str, Any]:
+        """Return what only the loaded model and tokenizer can tell: dtype, and how many windows are left to confirm."""
+        key = self._key("facts")
+        found = self.cache.get(key, dict)
+        if found is None:
+            dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+            found = {"dtype": dtype, "others": len(self._windows[1])}
+            self.cache.put(key, found)
+        return found
+
+    def cell(self, configuration: Configuration) -> tuple[Cell, dict[str, Outcome]]:
+        """Return a cell, and what came of each of its parts. What fails is said in it, and does not raise."""
+        found = {part: self._stored(part, configuration) for part in self._measure}
+        if missing := [part for part, outcome in found.items() if outcome is None]:
+            self.say(f"measuring {configuration.label}")
+            found |= self._measured(configuration, missing)
+        outcomes = {part: outcome for part, outcome in found.items() if outcome is not None}
+        return self._cell(configuration, outcomes), outcomes
+
+    def profile(self, configuration: Configuration) -> Profile:
+        """Return the profile of a sparse configuration, at its sparsity.
+
+        Raises:
+            CountdownError: See `calibrate`.
+        """
+        assert configuration.recipe is not None
+        recipe = configuration.recipe.with_settings(sparsity=CALIBRATED_AT)
+        if recipe not in self._profiles:
+            key = self._key("profile") | {"recipe": recipe.record()}
+            profile = self.cache.get_profile(key)
+            if profile is None:
+                profile = self._calibrated(recipe)
+                self.cache.put_profile(key, profile)
+            self._profiles[recipe] = profile
+        return self._profiles[recipe].with_settings(sparsity=configuration.sparsity)
+
+    def confirm(self, configuration: Configuration) -> list[float]:
+        """Return, for windows that no decision saw, the differences to the dense model; see `quality.differences`.
+
+        Raises:
+            CountdownError: It cannot be measured.
+        """
+        key = self._key("confirmation", configuration)
+        found = self.cache.get(key, lambda value: [float(d) for d in value])
+        if found is None:
+            self.say(f"confirming {configuration.label} on other windows")
+            with self._applied(configuration) as arm:
+                dense = DenseLogits(self._model, self._windows[1])
+                found = differences(score(arm.model, dense, label=configuration.label, progress=self.progress))
+            self.cache.put(key, found)
+        return found
+
+    # How it is measured
+
+    def _calibrated(self, recipe: Recipe) -> Profile:
+        tokens, progress = self.protocol.tokens, self.progress
+        made = calibrate(self._model, self._tokenizer, self.calibration, recipe, tokens=tokens, progress=progress)
+        # transformers names a GGUF model after its folder.
+        return replace(made, base_model=made.base_model | {"name": self.source.label})
+
+    def _stored(self, part: str, configuration: Configuration) -> Outcome | None:
+        return self.cache.get(self._key(part, configuration), lambda value: _checked(part, Outcome(**value)))
+
+    def _measured(self, configuration: Configuration, parts: list[str]) -> dict[str, Outcome]:
+        """Return what comes of measuring these parts."""
+        # What fails here is wrong with the model or the texts, not with a configuration.
+        _ = self._bytes
+        if "speed" in parts:
+            _ = self._yardstick  # while the model is dense
+        found: dict[str, Outcome] = {}
+
+        def measure() -> dict[str, Any]:
+            with self._applied(configuration) as arm:
+                for part in parts:
+                    found[part] = _attempt(lambda part=part: self._measure[part](configuration, arm))  # type: ignore[misc]
+            return {}
+
+        failed = _attempt(measure)
+        found |= {part: failed for part in parts if part not in found}
+        for part, outcome in found.items():
+            if outcome.problem is None or outcome.refused:
+                self.cache.put(self._key(part, configuration), asdict(outcome))
+        return found
+
+    @contextmanager
+    def _applied(self, configuration: Configuration) -> Iterator[Arm]:
+        """Within the context, the model as the configuration has it."""
+        if configuration.recipe is not None:
+            sparsify_(self._model, self.profile(configuration))
+            try:
+                yield Arm(self._model)
+            finally:
+                restore_(self._model)
+        elif configuration.scheme is not None:
+            made = quantise(self._model, configuration.scheme)
+            yield Arm(made.model, made.saved)
+            del made
+            gc.collect()
+        else:
+            yield Arm(self._model)
+
+    def _quality(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
+        quality = measure_quality(
+            arm.model, self._dense, label=configuration.label, seed=self.protocol.seed, progress=self.progress
+        )
+        sites = status(arm.model) if sparse_sites(arm.model) else []
+        shares = {site.name: site.weights_read or 0.0 for site in sites}
+        whole, ffns = self._read(arm, shares)
+        return {"quality": asdict(quality), "weights_read": whole, "ffn_weights_read": ffns}
+
+    def _speed(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
+        yardstick = self._yardstick
+        if isinstance(yardstick, Exception):
+            raise yardstick
+        plain = not arm.saved and configuration.only_ffns
+        found = yardstick.dense if arm.model is self._model and not sparse_sites(arm.model) else None
+        found = found or self._timed(arm.model, split=plain)
+        read, _ = self._read(arm, found.get("weights_read_by_ffn", {}))
+        total, _ = self._bytes
+        speed = Speed(
+            tokens_per_s=found["tokens_per_s"],
+            speedup=found["tokens_per_s"] / yardstick.dense["tokens_per_s"],
+            floor_us=read * total.total / yardstick.bandwidth * 1e6,
+            split_us=found["split_us"],
+            backend=found.get("backend", "torchao" if arm.saved else ""),
+        )
+        return {"speed": asdict(speed), "bandwidth": yardstick.bandwidth}
+
+    def _sample(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
+        prompt = encode_prompt(self._tokenizer, self.protocol.prompt)
+        found = generate(arm.model, self._tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+        return {"sample": asdict(Sample(found.tokens, pieces(self._tokenizer, found.tokens)))}
+
+    def _timed(self, model: nn.Module, *, split: bool) -> dict[str, Any]:
+        # Real text, so that active sets are those of a model at work.
+        ids = windows(self._tokenizer, self.text.content).flatten()[:CONTEXT]
+        benchmark = DecodeBenchmark(context=len(ids), new_tokens=NEW_TOKENS)
+        return measure_arm(model, ids[None].to(self.device), benchmark, split=split)
+
+    def _read(self, arm: Arm, shares: Mapping[str, float]) -> tuple[float, float]:
+        """Return the shares of weight bytes that a token reads, of the whole token's and of the FFNs'.
+
+        Args:
+            arm: What runs.
+            shares: By sparse module, the share of its weights that is read.
+        """
+        bytes_, ffns = self._bytes
+        sizes = {site.name: site.size * bytes_.itemsize for site in (status(arm.model) if shares else [])}
+        saved = dict(arm.saved) | {name: sizes[name] * (1 - share) for name, share in shares.items()}
+        inside = tuple(f"{ffn.name}." for ffn in ffns)
+        of_ffns = sum(bytes_ for name, bytes_ in saved.items() if f"{name}.".startswith(inside))
+        return 1 - sum(saved.values()) / bytes_.total, 1 - of_ffns / bytes_.own
+
+    def _cell(self, configuration: Configuration, outcomes: Mapping[str, Outcome]) -> Cell:
+        values: dict[str, Any] = {}
+        for outcome in outcomes.values():
+            values |= outcome.value or {}
+        problems = [o.problem for part, o in outcomes.items() if o.problem and not (part == "speed" and o.refused)]
+        return Cell(
+            label=configuration.label,
+            kind=configuration.kind,
+            settings=configuration.settings(self.device),
+            sparsity=configuration.sparsity,
+            weights_read=values.get("weights_read"),
+            ffn_weights_read=values.get("ffn_weights_read"),
+            quality=Quality.parse(values["quality"]) if "quality" in values else None,
+            speed=Speed(**values["speed"]) if "speed" in values else None,
+            sample=Sample(**values["sample"]) if "sample" in values else None,
+            error=problems[0] if problems else None,
+        )
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """Return what each token adds to the text, "" for those that only begin a character."""
+    found, written = [], ""
+    for count in range(1, len(tokens) + 1):
+        text = str(tokenizer.decode(tokens[:count], skip_special_tokens=True))
+        # A character of several tokens decodes to U+FFFD until it is complete.
+        whole = text if count == len(tokens) or not text.endswith("�") else written
+        found.append(whole[len(written) :])
+        written = whole
+    return found
+
+
+def _attempt(measure: Callable[[], dict[str, Any]]) -> Outcome:
+    """Return what comes of measuring: one configuration that fails, however it does, must not stop the others."""
+    try:
+        return Outcome(measure())
+    except CountdownError as error:
+        return Outcome(problem=_line(str(error)), refused=True)
+    except Exception as error:
+        return Outcome(problem=_line(f"{type(error).__name__}: {error}"))
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())[:500]
+
+
+def _checked(part: str, outcome: Outcome) -> Outcome:
+    """Return an outcome from the cache, or raise where its value is not what belongs there."""
+    parsers: dict[str, Callable[[Any], object]] = {
+        "quality": Quality.parse,
+        "speed": lambda value: Speed(**value),
+        "sample": lambda value: Sample(**value),
+    }
+    if outcome.value is not None:
+        parsers[part](outcome.value[part])
+    elif outcome.problem is None:
+        raise ValueError("neither a value nor a problem")
+    return outcome

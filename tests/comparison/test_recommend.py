@@ -1,0 +1,104 @@
+"""Which cell is recommended, and what is said about it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from countdown.comparison.grid import Wish
+from countdown.comparison.recommend import nearest, recommend
+from countdown.comparison.results import Cell, Quality, Speed
+from countdown.errors import ConfigError
+
+DENSE_NLL = [2.0, 2.5, 3.0, 2.2]
+
+
+def cell(label: str, loss: float, speedup: float | None = None, *, kind: str = "sparse", read: float = 0.8) -> Cell:
+    """A cell whose windows all lose a little more or less than `loss`, and whose interval is 1% to either side."""
+    shift = math.log1p(loss)
+    nll = [d + shift + wobble for d, wobble in zip(DENSE_NLL, (0.001, -0.001, 0.002, -0.002), strict=True)]
+    quality = Quality(100, 10.0 * (1 + loss), loss, (loss - 0.01, loss + 0.01), 0.0, 1.0, window_nll=nll)
+    speed = None if speedup is None else Speed(100 * speedup, speedup, 1000.0)
+    return Cell(label, kind, {}, 0.5 if kind == "sparse" else None, read, read, quality, speed)
+
+
+def dense(speed: float | None = 1.0) -> Cell:
+    quality = Quality(100, 10.0, 0.0, (0.0, 0.0), 0.0, 1.0, window_nll=DENSE_NLL)
+    return Cell("dense", "dense", {}, None, 1.0, 1.0, quality, speed and Speed(100.0, speed, 1000.0))
+
+
+CELLS = [
+    dense(),
+    cell("careful", 0.005, 1.1),
+    cell("near the limit", 0.018, 1.3),
+    cell("bold", 0.2, 1.8),
+    cell("slow", 0.001, 0.9),
+    cell("int8", 0.006, 1.2, kind="quantised"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wish", "label"),
+    [
+        # 1.8% loses at most 2.8%, by the upper end of its interval.
+        (Wish(max_loss=0.02), "int8"),
+        (Wish(max_loss=0.03), "near the limit"),
+        (Wish(max_loss=0.5), "bold"),
+        (Wish(max_loss=0.001), "dense"),
+        (Wish(min_speedup=1.05), "careful"),
+        (Wish(min_speedup=1.15), "int8"),
+        (Wish(min_speedup=1.5), "bold"),
+        (Wish(max_loss=0.03, min_speedup=1.25), "near the limit"),
+        (Wish(), "bold"),  # 1.8 / 1.2 is more than 1.3 / 1.018
+    ],
+)
+def test_what_is_picked(wish, label):
+    assert recommend(CELLS, wish, 4).label == label
+
+
+@pytest.mark.parametrize("wish", [Wish(min_speedup=2.0), Wish(max_loss=0.02, min_speedup=1.5)])
+def test_nothing_where_nothing_fits(wish):
+    assert recommend(CELLS, wish, 4) is None
+    assert "bold, 1.80 times as fast" in nearest(CELLS, wish)
+
+
+def test_nothing_slower_than_dense_is_picked():
+    cells = [dense(), cell("slow", 0.001, 0.9), cell("int4", 0.01, 0.7, kind="quantised")]
+    advice = recommend(cells, Wish(), 4)
+    assert (advice.label, advice.expected_loss, advice.interval) == ("dense", 0.0, (0.0, 0.0))
+    assert advice.reason.startswith("Stay dense: of 2 configurations, none is better")
+
+
+def test_without_speed_bytes_decide():
+    cells = [dense(None), cell("half", 0.01, read=0.5), cell("most", 0.0, read=0.9)]
+    advice = recommend(cells, Wish(max_loss=0.05), 4)
+    assert advice.label == "half"
+    assert "2.00 times fewer weight bytes" in advice.reason
+
+
+def test_a_cell_without_speed_among_those_with_is_not_picked():
+    cells = [dense(), cell("untimed", 0.0, None, read=0.1), cell("timed", 0.01, 1.2)]
+    assert recommend(cells, Wish(max_loss=0.1), 4).label == "timed"
+
+
+def test_failed_cells_take_no_part():
+    failed = Cell("failed", "sparse", {}, 0.5, error="out of memory")
+    assert recommend([dense(), failed, cell("good", 0.01, 1.2)], Wish(), 4).label == "good"
+
+
+def test_the_interval_holds_the_expected_loss_and_the_reason_the_rival():
+    advice = recommend(CELLS, Wish(max_loss=0.02), 4)
+    assert advice.interval[0] < advice.expected_loss < advice.interval[1]
+    assert "Best of the sparse ones: careful, 1.10 times as fast" in advice.reason
+
+
+def test_a_rival_that_does_not_fulfil_the_wish_is_called_so():
+    cells = [dense(), cell("careful", 0.005, 1.1), cell("int4", 0.3, 1.9, kind="quantised")]
+    assert "No quantised one fulfils it; nearest in loss: int4" in recommend(cells, Wish(max_loss=0.02), 4).reason
+
+
+@pytest.mark.parametrize("wish", [{"max_loss": 0.0}, {"max_loss": math.nan}, {"min_speedup": 1.0}])
+def test_wishes_that_mean_nothing(wish):
+    with pytest.raises(ConfigError, match="expected more than"):
+        Wish(**wish)
