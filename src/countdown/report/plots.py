@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 from countdown.report.formats import change, number
@@ -33,6 +32,8 @@ LINEAR_LOSS = 0.01
 LINEAR_PERPLEXITY = 3.0
 # Shares by layer: an axis shorter than this would make much of little.
 LEAST_SPAN = 0.1
+# More sparsities than this do not fit under an axis.
+MOST_TICKS = 8
 
 # Colours of the drawing stand for variables of the page, which has them for light and for dark.
 _SERIES = [f"#0000{index:02x}" for index in range(1, 8)]
@@ -211,7 +212,8 @@ def perplexities(frame: Frame, lines: Sequence[Line], levels: Sequence[Named]) -
         values = [y for line in lines for y in line.y] + [level.y for level in levels]
         if max(values) > LINEAR_PERPLEXITY * min(values):
             _log_axis(axes, min(values), max(values))
-        axes.set_xticks(sorted({x for line in lines for x in line.x}))
+        if len(at := {x for line in lines for x in line.x}) <= MOST_TICKS:
+            axes.set_xticks(sorted(at))
         axes.xaxis.set_major_formatter(_percent)
     return parts[0]
 
@@ -238,8 +240,9 @@ def curves(frame: Frame, lines: Sequence[Line], *, shares_across: bool = False, 
             axes.set_ylim(0, 1.02)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            middle = fmean(axes.get_ylim())
-            axes.set_ylim(min(axes.get_ylim()[0], middle - LEAST_SPAN / 2), max(axes.get_ylim()[1], middle + LEAST_SPAN / 2))
+            low, high = axes.get_ylim()
+            spare = max(0.0, LEAST_SPAN - (high - low)) / 2
+            axes.set_ylim(low - spare, high + spare)
     return parts[0]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from countdown.comparison.results import Sample
+from countdown.report.formats import count
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def mark(label: str, sample: Sample, dense: Sample | None) -> Marked:
 
 def _note(tokens: Sequence[int], dense: Sequence[int], steps: Sequence[tuple[str, int, int, int, int]]) -> str:
     if list(tokens) == list(dense):
-        return f"All {len(dense)} tokens are the dense model's."
+        return f"The same {count(len(dense), 'token')} as dense."
     first = next(start for kind, _, _, start, _ in steps if kind != "equal")
     kept = sum(stop - start for kind, _, _, start, stop in steps if kind == "equal")
-    return f"The first {first} tokens are the dense model's; of {len(tokens)} tokens {len(tokens) - kept} differ."
+    start = f"As dense up to token {first}" if first else "Other than dense from the first token on"
+    return f"{start}; {len(tokens) - kept} of {count(len(tokens), 'token')} differ."

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from countdown.comparison.results import Cell, Comparison, Recommendation
 from countdown.report.formats import change, interval, number, share, times
 
+NOTHING_FITS = "Nothing measured fits what was asked for"
+NO_WISH = "Nothing was asked for, so nothing is recommended"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -35,7 +38,7 @@ def verdict(comparison: Comparison) -> Verdict:
     label = found.label if found else None
     rivals = [cell for cell in comparison.cells if cell.kind != "sparse" or cell.label == label]
     if found is None:
-        return Verdict("Nothing measured fits what was asked for", "", "", None, [], rivals)
+        return Verdict(NOTHING_FITS if comparison.meta.get("wish") else NO_WISH, "", "", None, [], rivals)
     chosen = next((cell for cell in comparison.cells if cell.label == label), None)
     headline = "Stay dense" if chosen and chosen.kind == "dense" else f"Take {label}"
     figures = _figures(found, chosen)
