@@ -186,6 +186,7 @@ def _meta() -> dict[str, object]:
         "dtype": "bfloat16",
         "device": "cpu",
         "bandwidth": 21.4e9,
+        "identity": {"weights": "00ff00ff", "windows": 16, "dtype": "bfloat16"},
         "prompt": "Explain in one sentence why the sky is blue.",
         "caveats": ["Every number in this report is made up: it shows what a report looks like, and nothing else."],
     }

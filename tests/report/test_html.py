@@ -71,8 +71,8 @@ def test_the_recommendation_comes_first_with_wish_interval_and_confirmation(html
     assert WISH in verdict
     assert "Take d-proxy at 0.5" in verdict
     assert f"+{100 * quality.loss:.1f}%" in verdict
-    assert "95% interval +1.4% to +2.1%" in verdict
-    assert "On text that no decision saw, perplexity changes by +1.9%: inside the interval." in verdict
+    assert "perplexity; on other windows +1.4% to +2.1% (95%)" in verdict
+    assert "On text that no decision saw, perplexity changes by +1.9%: inside that range." in verdict
 
 
 def test_a_loss_that_held_out_text_does_not_confirm_is_a_warning():
@@ -139,6 +139,7 @@ def test_it_says_how_it_was_measured(html):
     for text in (meta["text"], meta["calibration"][0]):
         assert text["sha256"] in measured
     assert "21.4 GB/s" in measured
+    assert "<dd>weights: 00ff00ff</dd>" in measured  # of the identity what is not said elsewhere
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -262,7 +262,7 @@ def activity(comparison: Comparison, shown: Sequence[Shown]) -> Figure:
     figure = Figure(frame.name, frame.title, caption, measured(comparison, quality=True), header, rows)
     if not lines:
         return replace(figure, missing="How often neurons are active was not measured.")
-    svg = plots.curves(_described_lines(frame, lines), lines, shares_across=True, markers=False)
+    svg = plots.curves(_described_lines(frame, lines), lines, shares_across=True)
     return replace(figure, svg=svg)
 
 

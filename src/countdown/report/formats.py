@@ -12,7 +12,10 @@ def number(value: float | None, digits: int = 2) -> str:
     """Return a number with so many digits after the point, thousands apart."""
     if value is None or math.isnan(value):
         return NOT_MEASURED
-    return ("∞" if value > 0 else "−∞") if math.isinf(value) else f"{value:,.{digits}f}".replace("-", "−")
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    rounded = round(value, digits) + 0.0  # of a negative zero it makes a zero
+    return f"{rounded:,.{digits}f}".replace("-", "−")
 
 
 def share(value: float | None, digits: int = 0) -> str:

@@ -88,10 +88,12 @@ def _samples(comparison: Comparison, dense: Cell | None) -> list[Marked]:
 def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
     """Return all that the comparison says of how it was measured, but what is shown elsewhere."""
     facts = [(key, value) for key, value in meta.items() if key not in _ELSEWHERE and value not in (None, "", [], {})]
-    return [(key.replace("_", " "), _fact(key, value)) for key, value in facts]
+    return [(key.replace("_", " "), _fact(key, value, meta)) for key, value in facts]
 
 
-def _fact(key: str, value: Any) -> str:
+def _fact(key: str, value: Any, meta: dict[str, Any]) -> str:
+    if key == "identity" and isinstance(value, dict):
+        return formats.described({name: part for name, part in value.items() if meta.get(name) != part})
     if key == "bandwidth" and isinstance(value, (int, float)):
         return f"{value / 1e9:,.1f} GB/s"
     return formats.described(value)

@@ -34,6 +34,8 @@ LINEAR_PERPLEXITY = 3.0
 LEAST_SPAN = 0.1
 # More sparsities than this do not fit under an axis.
 MOST_TICKS = 8
+# Of the points of a smooth curve every so many is marked.
+SPARSE_MARKERS = 8
 
 # Colours of the drawing stand for variables of the page, which has them for light and for dark.
 _SERIES = [f"#0000{index:02x}" for index in range(1, 8)]
@@ -48,6 +50,7 @@ _VARIABLES = {
     _FRONT: "front",
 }
 _MARKERS = "os^DvPX"
+_BEST: dict[str, Any] = {"color": _FRONT, "linewidth": 6, "marker": "o", "markersize": 14, "markeredgewidth": 0}
 _LINES = ("-", "--", ":")
 # Where a point's name may stand: offsets in points and alignment, the first one preferred.
 _PLACES = [
@@ -173,7 +176,8 @@ def front(
     with _canvas(frame, handles) as (figure, axes, parts):
         axes.axhline(origin.y, color=_SOFT, linewidth=0.8, linestyle=":")
         axes.axvline(origin.x, color=_SOFT, linewidth=0.8, linestyle=":")
-        axes.plot(*zip(*best, strict=True), color=_FRONT, linewidth=7, solid_capstyle="round", zorder=1)
+        # Steps: no configuration lies between two of them.
+        axes.plot(*zip(*best, strict=True), **_BEST, drawstyle="steps-pre", zorder=1)
         for line in lines:
             _draw(axes, line)
             if line.low:
@@ -209,6 +213,7 @@ def perplexities(frame: Frame, lines: Sequence[Line], levels: Sequence[Named]) -
             axes.axhline(level.y, color=_INK, linewidth=1.1, linestyle=styles[index % len(styles)], zorder=1)
         for line in lines:
             _draw(axes, line)
+        axes.margins(y=0.08)
         values = [y for line in lines for y in line.y] + [level.y for level in levels]
         if max(values) > LINEAR_PERPLEXITY * min(values):
             _log_axis(axes, min(values), max(values))
@@ -218,12 +223,12 @@ def perplexities(frame: Frame, lines: Sequence[Line], levels: Sequence[Named]) -
     return parts[0]
 
 
-def curves(frame: Frame, lines: Sequence[Line], *, shares_across: bool = False, markers: bool = True) -> str:
+def curves(frame: Frame, lines: Sequence[Line], *, shares_across: bool = False) -> str:
     """Return shares by block of the model, or over another share if `shares_across`."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    handles = [_handle(line, markers) for line in lines]
+    handles = [_handle(line) for line in lines]
     if any(line.target for line in lines):
         handles.append(Line2D([], [], color=_SOFT, linestyle=":", linewidth=1.2, label="target"))
     with _canvas(frame, handles) as (_, axes, parts):
@@ -232,7 +237,7 @@ def curves(frame: Frame, lines: Sequence[Line], *, shares_across: bool = False, 
                 axes.fill_between(line.x, line.low, line.high, color=_colour(line.index), alpha=0.18, linewidth=0)
             if line.target:
                 axes.plot(line.x, line.target, color=_SOFT, linestyle=":", linewidth=1.2, zorder=1)
-            _draw(axes, line, markers)
+            _draw(axes, line, SPARSE_MARKERS if shares_across else 1)
         axes.yaxis.set_major_formatter(_percent)
         if shares_across:
             axes.xaxis.set_major_formatter(_percent)
@@ -322,25 +327,27 @@ def _colour(index: int) -> str:
 
 
 def _style(index: int) -> dict[str, Any]:
+    # Where colours begin anew, markers and strokes do not.
+    turn = index // len(_SERIES)
     return {
         "color": _colour(index),
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _LINES[index // len(_SERIES) % len(_LINES)],
+        "marker": _MARKERS[(index + 3 * turn) % len(_MARKERS)],
+        "linestyle": _LINES[turn % len(_LINES)],
         "markeredgecolor": _PAPER,
         "markeredgewidth": 0.7,
     }
 
 
-def _handle(line: Line, markers: bool = True) -> Any:
+def _handle(line: Line) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=_short(line.name), **_style(line.index) | ({} if markers else {"marker": ""}))
+    return Line2D([], [], label=_short(line.name), **_style(line.index))
 
 
 def _front_handles(competitors: bool, recommended: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    kinds: list[dict[str, Any]] = [{"color": _FRONT, "linewidth": 7, "label": "not beaten by any other"}]
+    kinds: list[dict[str, Any]] = [_BEST | {"label": "not beaten by any other"}]
     if competitors:
         kinds.append({"color": _INK, "marker": "D", "linestyle": "", "label": "quantised dense"})
     if recommended:
@@ -349,11 +356,11 @@ def _front_handles(competitors: bool, recommended: bool) -> list[Any]:
     return [Line2D([], [], **kind) for kind in kinds]
 
 
-def _draw(axes: Any, line: Line, markers: bool = True) -> None:
-    """Draw a line and its points, each an artist of its own if it has something to say."""
+def _draw(axes: Any, line: Line, every: int = 1) -> None:
+    """Draw a line and its points, each an artist of its own if it has something to say; else mark some only."""
     style = _style(line.index)
-    if not markers or not line.tips:
-        axes.plot(line.x, line.y, **style | ({} if markers else {"marker": ""}), zorder=3)
+    if not line.tips:
+        axes.plot(line.x, line.y, **style, markevery=(line.index % every, every), zorder=3)
         return
     axes.plot(line.x, line.y, color=style["color"], linestyle=style["linestyle"], zorder=3)
     for x, y, tip in zip(line.x, line.y, line.tips, strict=True):

@@ -47,7 +47,7 @@ def verdict(comparison: Comparison) -> Verdict:
 
 def _figures(found: Recommendation, chosen: Cell | None) -> list[tuple[str, str]]:
     ends = interval(found.interval)
-    figures = [(change(found.expected_loss), f"perplexity, 95% interval {ends}" if ends else "perplexity")]
+    figures = [(change(found.expected_loss), f"perplexity; on other windows {ends} (95%)" if ends else "perplexity")]
     if chosen and chosen.speed:
         figures.append((times(chosen.speed.speedup), f"dense speed, {number(chosen.speed.tokens_per_s, 1)} tokens/s"))
     if chosen and chosen.weights_read is not None:
@@ -59,4 +59,4 @@ def _confirmation(found: Recommendation) -> str:
     if found.confirmed_loss is None:
         return "No text was left to confirm the loss on: expect it to be somewhat larger than measured."
     where = "inside" if found.confirmed else "outside"
-    return f"On text that no decision saw, perplexity changes by {change(found.confirmed_loss)}: {where} the interval."
+    return f"On text that no decision saw, perplexity changes by {change(found.confirmed_loss)}: {where} that range."
