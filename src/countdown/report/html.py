@@ -1,21 +1,24 @@
-"""Renders the demo's findings as one HTML file that needs nothing else: no script, no request."""
+"""Renders a comparison as one HTML file that needs nothing else: no script, no request."""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from countdown.demo import Demo
+from countdown.comparison.results import Cell, Comparison
 from countdown.errors import ConfigError
-from countdown.evaluation.generation import first_difference
-from countdown.results import hardware, versions, write_text
+from countdown.report import formats
+from countdown.report.figures import all_figures, measured
+from countdown.report.samples import Marked, mark
+from countdown.report.selection import all_series, by_layer
+from countdown.report.verdict import verdict
+from countdown.results import write_text
 
-# Legible on white and on near-black alike.
-COLOURS = ("#2a78d6", "#d9730d", "#3f9142", "#a846a0")
-_INK = "#808081"  # replaced by the page's own text colour
+# Answers that are open; more are folded away.
+OPEN_SAMPLES = 5
+# Shown elsewhere on the page.
+_ELSEWHERE = ("model", "wish", "prompt", "caveats", "command")
 
 
 def check_installed() -> None:
@@ -25,75 +28,72 @@ def check_installed() -> None:
         raise ConfigError(f"the report needs {' and '.join(missing)}: pip install 'countdown-llm[report]'")
 
 
-def render(demo: Demo) -> str:
+def render(comparison: Comparison) -> str:
     """Return the report as HTML.
 
     Raises:
         ConfigError: matplotlib or jinja2 is not installed.
     """
     check_installed()
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
         loader=PackageLoader("countdown", "report"),
         autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    dense = next((cell for cell in comparison.cells if cell.kind == "dense"), None)
     return environment.get_template("report.html.j2").render(
-        demo=demo,
-        dense_perplexity=demo.rows[0].evaluation.dense_perplexity,
-        plot=plot(demo),
-        parted=first_difference(demo.dense.tokens, demo.sparse.tokens),
-        hardware=hardware(),
-        versions=versions(),
+        **{name: comparison.meta.get(name) for name in _ELSEWHERE},
+        cells=comparison.cells,
+        failed=[cell for cell in comparison.cells if cell.error],
+        recommended=comparison.recommendation.label if comparison.recommendation else None,
+        verdict=verdict(comparison),
+        figures=all_figures(comparison),
+        dense=dense,
+        samples=_samples(comparison, dense),
+        open_samples=OPEN_SAMPLES,
+        facts=_facts(comparison.meta),
+        measured=measured(comparison, quality=True, speed=True),
+        f=formats,
     )
 
 
-def write_report(demo: Demo, path: Path) -> None:
-    """Render the report and write it to `path`."""
-    write_text(path, render(demo))
+def write_report(comparison: Comparison, path: Path) -> None:
+    """Render the report and write it to `path`, whole or not at all.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed, or the file cannot be written.
+    """
+    write_text(path, render(comparison))
 
 
-def plot(demo: Demo) -> str:
-    """Return an SVG: perplexity against weights read, a line for each method."""
-    import matplotlib
+def _samples(comparison: Comparison, dense: Cell | None) -> list[Marked]:
+    """Return what configurations wrote: the recommended one first, then quantised ones and one of each method."""
+    found = comparison.recommendation
+    shown = [one.cell.label for one in by_layer(all_series(comparison.cells))]
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    def rank(cell: Cell) -> int:
+        if found and cell.label == found.label:
+            return 0
+        return 1 if cell.kind == "quantised" else 2 if cell.label in shown else 3
 
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "countdown",
-        "font.family": "sans-serif",
-        "font.size": 11,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(7.2, 3.8))
-        for (label, points), colour in zip(_lines(demo).items(), COLOURS, strict=False):
-            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
-        dense = demo.rows[0].evaluation.dense_perplexity
-        axes.axhline(dense, color=_INK, linestyle=":", linewidth=1)
-        axes.annotate("dense", (0.01, dense), xycoords=("axes fraction", "data"), va="bottom")
-        axes.set_xlabel("share of the FFN's weight bytes read, selector included")
-        axes.set_ylabel("perplexity")
-        axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    others = sorted((cell for cell in comparison.cells if cell.kind != "dense"), key=rank)
+    reference = dense.sample if dense else None
+    return [mark(cell.label, cell.sample, reference) for cell in others if cell.sample]
 
 
-def _lines(demo: Demo) -> dict[str, list[tuple[float, float]]]:
-    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in demo.rows:
-        lines[row.method.label].append((row.evaluation.weights_read, row.evaluation.perplexity))
-    return lines
+def _facts(meta: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return all that the comparison says of how it was measured, but what is shown elsewhere."""
+    facts = [(key, value) for key, value in meta.items() if key not in _ELSEWHERE and value not in (None, "", [], {})]
+    return [(key.replace("_", " "), _fact(key, value, meta)) for key, value in facts]
+
+
+def _fact(key: str, value: Any, meta: dict[str, Any]) -> str:
+    if key == "identity" and isinstance(value, dict):
+        return formats.described({name: part for name, part in value.items() if meta.get(name) != part})
+    if key == "bandwidth" and isinstance(value, (int, float)):
+        return f"{value / 1e9:,.1f} GB/s"
+    return formats.described(value)

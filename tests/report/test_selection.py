@@ -1,0 +1,66 @@
+"""Which configurations belong together, which are shown, and what the front is."""
+
+from __future__ import annotations
+
+import pytest
+
+from countdown.comparison.results import Cell, Layer, Quality
+from countdown.report.selection import MOST_LINES, all_series, by_block, by_layer, front
+from report.sample import sample
+
+
+def cell(name: str, sparsity: float, loss: float = 0.1, **settings: object) -> Cell:
+    layers = [Layer("layers.0.mlp", sparsity, sparsity)]
+    quality = Quality(10, 40.0, loss, (0.0, 1.0), 0.1, 0.9, sparsity, layers)
+    return Cell(
+        f"{name} at {sparsity:g}",
+        "sparse",
+        {"method": name, "sparsity": sparsity} | settings,
+        sparsity,
+        quality=quality,
+    )
+
+
+def test_series_differ_in_sparsity_alone():
+    cells = [cell("one", 0.7), cell("two", 0.5), cell("one", 0.5), cell("one", 0.5, weighting="rms")]
+    found = all_series(cells)
+    assert [[c.sparsity for c in one.cells] for one in found] == [[0.5, 0.7], [0.5], [0.5]]
+    assert [one.name for one in found] == ["one", "two", "one"]
+
+
+def test_recipes_are_one_series_although_each_entry_has_a_sparsity():
+    def entries(sparsity: float) -> list[dict[str, object]]:
+        return [{"pattern": "*.mlp", "name": "one", "sparsity": sparsity}]
+
+    cells = [cell("recipe", sparsity, recipe=entries(sparsity)) for sparsity in (0.3, 0.6)]
+    assert len(all_series(cells)) == 1
+
+
+@pytest.mark.parametrize(("sparsities", "nearest"), [((0.3, 0.6, 0.9), 0.6), ((0.1, 0.45), 0.45), ((0.9,), 0.9)])
+def test_layers_are_shown_at_the_sparsity_nearest_half(sparsities, nearest):
+    (shown,) = by_layer(all_series([cell("one", sparsity) for sparsity in sparsities]))
+    assert shown.cell.sparsity == nearest
+
+
+def test_of_too_many_methods_those_that_lose_least_are_shown_in_their_order():
+    cells = [cell(f"m{place}", 0.5, loss=1 - place / 10) for place in range(MOST_LINES + 2)]
+    assert [one.series.name for one in by_layer(all_series(cells))] == [f"m{p}" for p in range(2, MOST_LINES + 2)]
+
+
+def test_a_series_without_layers_is_not_shown():
+    cells = [cell for cell in sample().cells if cell.kind != "sparse"]
+    assert by_layer(all_series(cells)) == []
+
+
+def test_the_front_is_what_no_other_beats():
+    points = [(1.0, 0.0), (1.2, 0.1), (1.1, 0.2), (1.5, 0.05), (2.0, 0.3), (2.0, 0.4)]
+    assert front(points) == [0, 3, 4]
+
+
+def test_modules_of_a_block_are_averaged():
+    layers = [Layer(f"model.layers.{block}.{part}", 0.5, 0.5) for block in (10, 2) for part in ("q_proj", "o_proj")]
+    assert by_block(layers, [0.1, 0.3, 0.5, 0.7]) == {2: pytest.approx(0.6), 10: pytest.approx(0.2)}
+
+
+def test_modules_without_a_number_stand_at_their_place():
+    assert by_block([Layer("first", 0.5, 0.5), Layer("second", 0.5, 0.5)], [0.1, 0.2]) == {0: 0.1, 1: 0.2}
