@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from countdown.errors import ConfigError, CountdownError
 from countdown.models.loading import check_context
 from countdown.modules import running
 from countdown.progress import track
-from countdown.sparsify import reset_counters, status
+from countdown.sparsify import SiteStatus, reset_counters, status
 
 PROTOCOLS = ("all", "decode")
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
@@ -155,32 +155,44 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
         yield out.logits[:, -1]
 
 
-def _perplexity(nll: float, tokens: int) -> float:
+def perplexity(nll: float, tokens: int) -> float:
+    """Return exp of the mean negative log-likelihood."""
     try:
         return math.exp(nll / tokens)
     except OverflowError:
         return math.inf
 
 
-def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) -> Evaluation:
-    sites = status(model)
+def check_sparse(sites: Sequence[SiteStatus], tokens: int) -> None:
+    """Raise CountdownError unless every sparse module has counted so many tokens."""
     for site in sites:
-        if site.tokens != sparse_tokens:
+        if site.tokens != tokens:
             raise CountdownError(
-                f"{site.name} computed {site.tokens} tokens sparsely, expected {sparse_tokens}: the numbers would "
+                f"{site.name} computed {site.tokens} tokens sparsely, expected {tokens}: the numbers would "
                 "mix dense and sparse. This is a defect in countdown or in a replaced forward; please report it."
             )
-    realised = {site.name: site.realised_sparsity or 0.0 for site in sites}
-    size = {site.name: site.size for site in sites}
-    whole = sum(size.values())
+
+
+def overall(sites: Sequence[SiteStatus]) -> tuple[float, float]:
+    """Return realised sparsity and weights read over all sparse modules, each by its weights."""
+    whole = sum(site.size for site in sites)
+    realised = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / whole
+    read = sum((site.weights_read or 0.0) * site.size for site in sites) / whole
+    return realised, read
+
+
+def _result(model: nn.Module, protocol: str, sums: _Sums, sparse_tokens: int) -> Evaluation:
+    sites = status(model)
+    check_sparse(sites, sparse_tokens)
+    realised, read = overall(sites)
     return Evaluation(
         protocol=protocol,
         tokens=sums.tokens,
-        perplexity=_perplexity(sums.nll, sums.tokens),
-        dense_perplexity=_perplexity(sums.dense_nll, sums.tokens),
+        perplexity=perplexity(sums.nll, sums.tokens),
+        dense_perplexity=perplexity(sums.dense_nll, sums.tokens),
         kl=sums.kl / sums.tokens,
         top1=sums.agree / sums.tokens,
-        realised_sparsity=sum(realised[name] * size[name] for name in size) / whole,
-        weights_read=sum((site.weights_read or 0.0) * size[site.name] for site in sites) / whole,
-        layers=[LayerSparsity(site.name, site.target_sparsity, realised[site.name]) for site in sites],
+        realised_sparsity=realised,
+        weights_read=read,
+        layers=[LayerSparsity(site.name, site.target_sparsity, site.realised_sparsity or 0.0) for site in sites],
     )
