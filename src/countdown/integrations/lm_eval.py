@@ -372,7 +372,7 @@ def _broken(folder: Path) -> str:
         try:
             yaml.compose(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            return f", and {path} is not YAML ({error})"
+            return f", and {path} is not YAML ({_said(error)})"
     return ""
 
 
