@@ -93,10 +93,10 @@ def print_tasks(out: Console, recipe: Recipe, result: TaskEvaluation) -> None:
         rows.append((score.task, name, str(score.documents), *values, _interval(score.low, score.high, "+.4f")))
     print_table(out, header, rows)
     _print_about(out, recipe, result)
-    sparse = "every token" if result.protocol == "all" else "generated tokens"
+    sparse = "every token" if result.protocol == "all" else "every generated token"
     out.print(
-        f"{sparse} sparse: {result.tokens} tokens fed to every module; intervals: Student's t over the differences by "
-        "document."
+        f"{sparse} sparse: {result.tokens} tokens fed to every module\n"
+        "intervals: Student's t over the differences by document"
     )
 
 
@@ -105,10 +105,10 @@ def print_continuations(out: Console, recipe: Recipe, result: Continuations) -> 
     rows = []
     for one in result.continuations:
         parted = "same" if one.first_divergence is None else str(one.first_divergence)
-        prompt = one.prompt if len(one.prompt) <= 44 else f"{one.prompt[:43]}…"
+        prompt = one.prompt if len(one.prompt) <= 40 else f"{one.prompt[:39]}…"
         perplexities = (f"{one.dense_perplexity:.2f}", f"{one.perplexity:.2f}")
         rows.append((escape(prompt), str(one.tokens), parted, f"{one.edit_distance:.0%}", *perplexities))
-    header = ["prompt", "tokens", "parts at", "edit distance", "perplexity, dense text", "sparse text"]
+    header = ["prompt", "tokens", "parts at", "edit distance", "perplexity: dense", "sparse"]
     print_table(out, header, rows)
     means = {
         "tokens before they part": (result.shared_tokens, ".1f"),
@@ -122,8 +122,8 @@ def print_continuations(out: Console, recipe: Recipe, result: Continuations) -> 
     print_table(out, [f"means of {len(rows)} prompts", "", "95% interval"], cells)
     _print_about(out, recipe, result)
     out.print(
-        f"{result.identical:.0%} of the prompts have the same text; perplexities are the dense model's, their means "
-        "geometric; intervals: Student's t over prompts."
+        f"{result.identical:.0%} of the prompts have the same text; perplexities are the dense model's\n"
+        "means of perplexities are geometric; intervals: Student's t over prompts"
     )
 
 
