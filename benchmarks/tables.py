@@ -147,6 +147,47 @@ def _miss(record: dict[str, Any]) -> str:
     return f"{whole:+.1f} ({min(layers):+.1f} to {max(layers):+.1f})"
 
 
+def tasks(name: str) -> str:
+    """Return accuracies by method and sparsity, with the paired difference from dense and its interval."""
+    document = load(name)
+    records = [r for r in document["records"] if r["run"] == "sparse"]
+    checks = {r["metric"]: r for r in document["records"] if r["run"] == "dense"}
+    lines = [row(["method", "sparsity", "weights read", *checks]), row(["---"] + ["---:"] * (2 + len(checks)))]
+    lines.append(row(["dense", "", "100%", *(f"{r['dense']:.1%}" for r in checks.values())]))
+    for method, weighting, sparsity in dict.fromkeys((r["method"], r["weighting"], r["sparsity"]) for r in records):
+        found = {
+            r["metric"]: r
+            for r in records
+            if (r["method"], r["weighting"], r["sparsity"]) == (method, weighting, sparsity)
+        }
+        first = next(iter(found.values()))
+        label = method if weighting == "none" else f"{method} × {weighting}"
+        shares = [f"{sparsity:.0%} ({first['realised_sparsity']:.1%})", f"{first['weights_read']:.0%}"]
+        lines.append(row([label, *shares, *(_against_dense(found[metric]) for metric in checks)]))
+    note = "\nIn brackets: realised sparsity; difference from dense in points, and its 95% interval.\n"
+    return "\n".join(lines) + "\n" + note + _tasks_source(name, document, checks)
+
+
+def _against_dense(record: dict[str, Any]) -> str:
+    points = [100 * record[key] for key in ("difference", "low", "high")]
+    return "{:.1%} ({:+.1f}, {:+.1f} to {:+.1f})".format(record["sparse"], *points)
+
+
+def _tasks_source(name: str, document: dict[str, Any], checks: dict[str, dict[str, Any]]) -> str:
+    meta, records = document["meta"], document["records"]
+    text = next(r for r in records if r["run"] == "perplexity")
+    same = all(r["dense"] == r["lm_eval"] for r in checks.values())
+    precise = ", ".join(f"{metric} {r['float32']:.1%}" for metric, r in checks.items())
+    return (
+        f"\nDense accuracies are {'exactly' if same else 'NOT'} those of lm-eval's own `HFLM`; with log-probabilities "
+        f"in float32 they are {precise}. Perplexity of {text['text']}, {text['tokens']} scored tokens: "
+        f"{text['dense_perplexity']:.2f} by `evaluate`, {text['lm_eval']:.2f} by lm-eval's rolling log-likelihood.\n"
+        f"\n{records[0]['documents']} documents, {meta['batch_size']} in a call; {meta['hardware']['cpu']}, "
+        f"{records[0]['dtype']}, torch {meta['versions']['torch']}, transformers {meta['versions']['transformers']}, "
+        f"lm-eval {meta['lm_eval']}, commit {meta['commit'][:8]}; `benchmarks/results/{name}.json`.\n"
+    )
+
+
 def census(name: str) -> str:
     """Return how many classes are accepted, which, and which are refused for what reason."""
     document = load(name)
@@ -246,6 +287,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
     "survivors": lambda: proxy_tables.survivors(("smollm2", "gemma3")),
+    "tasks-smollm2": lambda: tasks("tasks-smollm2"),
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),

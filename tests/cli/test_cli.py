@@ -156,6 +156,56 @@ def test_generate(on_reference, made, model_folder):
     assert "backend reference" in both.stderr
 
 
+TASK = """
+task: choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: documents.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{goal}}"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.fixture(scope="module")
+def local_task(made):
+    """A task in the folder `tasks`, whose documents are in the folder where the command line runs."""
+    documents = [{"goal": f"count to {n}", "sol1": "one", "sol2": "two, three", "label": n % 2} for n in range(5)]
+    (made / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (made / "tasks").mkdir()
+    (made / "tasks" / "choice.yaml").write_text(TASK)
+
+
+@pytest.mark.usefixtures("local_task")
+def test_evaluate_on_a_local_task(made, model_folder):
+    options = ["--tasks", "choice", "--tasks-dir", "tasks", "--limit", "4", "--json", "t.json"]
+    result = run("evaluate", model_folder, "--profile", "p", *options, cwd=made)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == "scoring choice, dense and sparse\n"
+    document = json.loads((made / "t.json").read_text())
+    (record,) = document["records"]
+    assert (record["task"], record["metric"], record["documents"], record["limit"]) == ("choice", "acc", 4, 4)
+    assert (record["method"], record["apply_to"]) == ("m-countdown", "all")
+    assert document["meta"]["lm_eval"]
+    assert [line.split()[:3] for line in result.stdout.splitlines()[1:2]] == [["choice", "acc", "4"]]
+    assert f"every token sparse: {record['tokens']} tokens" in result.stdout
+
+
+def test_evaluate_on_prompts(made, model_folder):
+    (made / "prompts.jsonl").write_text('{"prompt": "hello there"}\n{"prompt": "go [on] and on"}\n{"prompt": "why"}\n')
+    options = ["--prompts", "prompts.jsonl", "--max-new-tokens", "6", "--json", "c.json", "-q"]
+    result = run("evaluate", model_folder, "--profile", "p", *options, cwd=made)
+    assert result.returncode == 0, result.stderr
+    means, *each = json.loads((made / "c.json").read_text())["records"]
+    assert (means["prompts"], means["max_new_tokens"], means["apply_to"]) == (3, 6, "decode")
+    assert [record["prompt"] for record in each] == ["hello there", "go [on] and on", "why"]
+    assert result.stdout.splitlines()[2].startswith("go [on] and on ")
+    assert "m-countdown × rms, threshold at 0.6\n" in result.stdout
+
+
 RECIPE = """
 - method: m-countdown
   weighting: rms
@@ -320,6 +370,17 @@ MISTAKES = {
     "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),
     "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
 }
+EVALUATED = ["evaluate", "{model}", "--profile", "p"]
+MISTAKES |= {
+    "two subjects to evaluate": ([*EVALUATED, "--tasks", "piqa", "--prompts", "x"], "--tasks or --prompts, not both"),
+    "text and tasks": ([*EVALUATED, "--tasks", "x", "--windows", "2"], "--windows does not go with --tasks"),
+    "tasks that are not": ([*EVALUATED, "--limit", "3"], "--limit belongs to --tasks, which is not given"),
+    "no prompts": ([*EVALUATED, "--max-new-tokens", "8"], "--max-new-tokens belongs to --prompts"),
+    "no such task": ([*EVALUATED, "--tasks", "piqua"], "task 'piqua' is not found. Did you mean 'piqa'"),
+    "no such file of prompts": ([*EVALUATED, "--prompts", "nope.txt"], "file of prompts nope.txt cannot be read"),
+    "protocol": ([*EVALUATED, "--protocol", "some"], "--protocol is 'some'"),
+    "dense by protocol": ([*EVALUATED, "--tasks", "tasks/choice.yaml", "--protocol", "decode"], "'all' fits"),
+}
 MISTAKES["no clock"] = (["benchmark", "ffn", "--device", "meta"], "benchmarks run on cuda and cpu")
 
 
@@ -327,6 +388,7 @@ if not torch.cuda.is_available():
     MISTAKES["no gpu"] = (["benchmark", "ffn", "--device", "cuda"], "device 'cuda' cannot be used")
 
 
+@pytest.mark.usefixtures("local_task")
 @pytest.mark.parametrize("arguments, message", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, made, model_folder):
     before = sorted(made.rglob("*"))

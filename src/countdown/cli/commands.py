@@ -17,7 +17,7 @@ from countdown.errors import ConfigError
 from countdown.methods import method, method_class, method_names
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from countdown.calibration.text import Text
     from countdown.evaluation.generation import Generation
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from countdown.recipe import Recipe
 
 AUTO = "auto"
-# Enough tokens for shares that are stable to a point.
-DIAGNOSED_WINDOWS = 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -174,10 +172,18 @@ def evaluate(
     weighting: o.Weighting = None,
     allocation: o.Allocation = None,
     bits: o.Bits = None,
-    text: o.TextName = "python-docs",
+    text: Annotated[str | None, typer.Option("--text", help=f"{o.TEXT_HELP} [python-docs]")] = None,
     text_dir: o.TextDir = None,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows of 512 tokens to score.")] = 16,
-    protocol: Annotated[str, typer.Option(help="all: every token sparse. decode: dense prompt.")] = "all",
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of 512 tokens to score. [16]")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a task in a call. [1]")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead of text: a file of prompts to continue.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a continuation. [64]")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="all: every token sparse. decode: dense prompt. [all; decode for --prompts]")
+    ] = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -189,38 +195,36 @@ def evaluate(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Measure what sparsity costs: perplexity, KL and agreement with the same model run dense."""
-    from countdown.calibration.text import load_text
-    from countdown.calibration.text import windows as cut
-    from countdown.config import check_choice
-    from countdown.evaluation.evaluate import PROTOCOLS
-    from countdown.evaluation.evaluate import evaluate as measure
+    """Measure what sparsity costs against the same model run dense: on a text, on tasks, or on its own answers."""
+    from countdown.cli.evaluation import subject
     from countdown.models.loading import Source, load_tokenizer
     from countdown.results import meta
     from countdown.sparsify import sparsify_
 
-    check_choice("--protocol", protocol, PROTOCOLS)
+    what = subject(
+        text=text, text_dir=text_dir, windows=windows,
+        tasks=tasks, tasks_dir=tasks_dir, limit=limit, batch_size=batch_size,
+        prompts=prompts, max_new_tokens=max_new_tokens,
+        protocol=protocol, details=json is not None,
+    )  # fmt: skip
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     chosen = _chosen(profile, method_name, _given(sparsity, decision, weighting, allocation, bits), source)
     if chosen is None:
         raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
-    loaded_text = load_text(text, "evaluation", text_dir=text_dir)
-    _check_unseen(chosen, loaded_text)
-    calibration_text = _calibration_text(chosen, text, text_dir)
+    calibration_text = _calibration_text(chosen, text or "python-docs", text_dir)
     tokenizer = load_tokenizer(source)
-    ids = cut(tokenizer, loaded_text.content, count=windows)
+    # What is wrong with it shows before the model loads.
+    what.prepare(tokenizer, chosen)
     loaded = _load(source, dtype, device, seed)
     made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
     sparsify_(loaded, made)
-    result = measure(loaded, ids, protocol=protocol, progress=o.show_progress())
-    printing.print_evaluation(printing.table_console(json), made.recipe, result)
-    judged = _diagnosed(loaded, ids) if json and "ffn" in made.kinds else {}
-    about = {"model": source.label, **made.recipe.record(), "text": loaded_text.source, "windows": windows}
+    records = what.run(loaded, tokenizer, made.recipe, printing.table_console(json))
+    about = {"model": source.label, **made.recipe.record()}
     printing.emit(
         json,
         {
-            "meta": meta(text=loaded_text.describe(), calibration=made.calibration),
-            "records": [about | result.record() | judged],
+            "meta": meta(**what.meta(), calibration=made.calibration),
+            "records": [about | record for record in records],
         },
     )
 
@@ -372,15 +376,6 @@ def _check_file_free(path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{path} exists already; give another --output or --overwrite.")
 
 
-def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:
-    """Return how the active sets of FFNs compare with the exact ones, by FFN, on a few windows, every token sparse."""
-    from countdown.evaluation.diagnostics import diagnose
-
-    found = diagnose(model, ids[:DIAGNOSED_WINDOWS])
-    parts = ("recall", "precision", "lost")
-    return {f"{part}_by_ffn": [round(getattr(one, part), 5) for one in found] for part in parts}
-
-
 def _given(
     sparsity: float | None, decision: str | None, weighting: str | None, allocation: str | None, bits: int | None
 ) -> dict[str, Any]:
@@ -468,16 +463,6 @@ def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None
     if text in BUILT_IN:
         return [load_text(text, "calibration", text_dir=text_dir)]
     return [load_text("python-docs", "calibration")]
-
-
-def _check_unseen(chosen: Profile | Recipe, text: Text) -> None:
-    """Refuse to evaluate a profile on the text it was calibrated on."""
-    from countdown.profile import Profile
-
-    if not isinstance(chosen, Profile):
-        return
-    if any(seen.get("sha256") == text.sha256 for seen in chosen.calibration["texts"]):
-        raise ConfigError(f"the profile was calibrated on this very text ({text.source}); evaluate it on another.")
 
 
 def _as_profile(

@@ -12,7 +12,7 @@ import typer
 
 from countdown import __version__
 
-_flags = {"debug": False, "quiet": False}
+_flags = {"debug": False, "quiet": False, "verbose": False}
 
 
 def debugging() -> bool:
@@ -23,6 +23,11 @@ def debugging() -> bool:
 def show_progress() -> bool:
     """Return whether --quiet was not given."""
     return not _flags["quiet"]
+
+
+def verbose() -> bool:
+    """Return whether --verbose was given."""
+    return _flags["verbose"]
 
 
 def _set_debug(value: bool) -> None:
@@ -37,6 +42,7 @@ def _set_quiet(value: bool) -> None:
 
 
 def _set_verbose(value: bool) -> None:
+    _flags["verbose"] = value
     # transformers says much that users of countdown can do nothing about. It reads this when imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if value else "error")
     # And where torchao is installed, transformers imports it, which says what extensions it does not find.
@@ -62,7 +68,7 @@ Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) o
 Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
 Weighting = Annotated[str | None, typer.Option(help="none, rms or rms-norm.")]
 Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3, for methods that have one.")]
-TextName = Annotated[str, typer.Option("--text", help="wikitext2, python-docs, or a text file.")]
+TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, typer.Option(help="Folder with WikiText-2's valid.txt and test.txt.")]
 Tokens = Annotated[int, typer.Option(help="How many tokens to calibrate on.")]

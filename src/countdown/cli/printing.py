@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from countdown.comparison.results import Cell, Comparison
     from countdown.demo import Demo
+    from countdown.evaluation.continuations import Continuations
     from countdown.evaluation.evaluate import Evaluation
     from countdown.evaluation.generation import Generation
+    from countdown.integrations.lm_eval import TaskEvaluation
     from countdown.recipe import Recipe
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -80,6 +82,60 @@ def print_evaluation(out: Console, recipe: Recipe, result: Evaluation) -> None:
         f"{result.tokens} scored tokens, {every}; "
         f"realised sparsity of the modules {min(layers):.1%} to {max(layers):.1%}"
     )
+
+
+def print_tasks(out: Console, recipe: Recipe, result: TaskEvaluation) -> None:
+    """Print a row for each task and metric: dense, sparse, and the difference with its interval."""
+    header = ["task", "metric", "documents", "dense", "sparse", "difference", "95% interval"]
+    rows = []
+    for score in result.scores:
+        name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+        values = (f"{score.dense:.4f}", f"{score.sparse:.4f}", f"{score.difference:+.4f}")
+        rows.append((score.task, name, str(score.documents), *values, _interval(score.low, score.high, "+.4f")))
+    print_table(out, header, rows)
+    _print_about(out, recipe, result)
+    sparse = "every token" if result.protocol == "all" else "every generated token"
+    out.print(
+        f"{sparse} sparse: {result.tokens} tokens fed to every module\n"
+        "intervals: Student's t over the differences by document"
+    )
+
+
+def print_continuations(out: Console, recipe: Recipe, result: Continuations) -> None:
+    """Print the means, and how the two texts of each prompt compare."""
+    rows = []
+    for one in result.continuations:
+        parted = "same" if one.first_divergence is None else str(one.first_divergence)
+        prompt = one.prompt if len(one.prompt) <= 40 else f"{one.prompt[:39]}…"
+        perplexities = (f"{one.dense_perplexity:.2f}", f"{one.perplexity:.2f}")
+        rows.append((escape(prompt), str(one.tokens), parted, f"{one.edit_distance:.0%}", *perplexities))
+    header = ["prompt", "tokens", "parts at", "edit distance", "perplexity: dense", "sparse"]
+    print_table(out, header, rows)
+    means = {
+        "tokens before they part": (result.shared_tokens, ".1f"),
+        "edit distance": (result.edit_distance, ".1%"),
+        "perplexity of the dense text": (result.dense_perplexity, ".2f"),
+        "perplexity of the sparse text": (result.perplexity, ".2f"),
+        "ratio of the two": (result.perplexity_ratio, ".2f"),
+    }
+    out.print()
+    cells = [(name, f"{one.mean:{form}}", _interval(one.low, one.high, form)) for name, (one, form) in means.items()]
+    print_table(out, [f"means of {len(rows)} prompts", "", "95% interval"], cells)
+    _print_about(out, recipe, result)
+    out.print(
+        f"{result.identical:.0%} of the prompts have the same text; perplexities are the dense model's\n"
+        "means of perplexities are geometric; intervals: Student's t over prompts"
+    )
+
+
+def _print_about(out: Console, recipe: Recipe, result: TaskEvaluation | Continuations) -> None:
+    for entry in recipe.lines():
+        out.print(entry, markup=False)
+    out.print(f"realised sparsity {result.realised_sparsity:.1%}, weights read {result.weights_read:.0%}")
+
+
+def _interval(low: float | None, high: float | None, form: str) -> str:
+    return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
 
 def print_demo(demo: Demo) -> None:

@@ -13,10 +13,10 @@ from countdown.comparison.intervals import loss_interval
 from countdown.comparison.results import CURVE, Layer, Quality
 from countdown.errors import CountdownError
 from countdown.evaluation.diagnostics import SelectorQuality, diagnose
-from countdown.evaluation.evaluate import Sums, counted, perplexity, realised_sparsity
+from countdown.evaluation.evaluate import Sums, check_sparse, overall, perplexity
 from countdown.modules import SparseFFN, running, sparse_sites
 from countdown.progress import track
-from countdown.sparsify import SiteStatus, reset_counters
+from countdown.sparsify import SiteStatus, reset_counters, status
 
 # Logits of the dense model that are kept between configurations, rather than computed again.
 KEPT_BYTES = 1 << 30
@@ -91,7 +91,8 @@ def measure_quality(model: nn.Module, dense: DenseLogits, *, label: str, seed: i
     if sparse:
         reset_counters(model)
     scored = score(model, dense, label=label, progress=progress)
-    sites = counted(model, dense.windows.numel()) if sparse else []
+    sites = status(model) if sparse else []
+    check_sparse(sites, dense.windows.numel())
     tokens = sum(sums.tokens for sums in scored)
     return Quality(
         tokens=tokens,
@@ -100,7 +101,7 @@ def measure_quality(model: nn.Module, dense: DenseLogits, *, label: str, seed: i
         loss_interval=loss_interval(differences(scored), seed=seed),
         kl=sum(sums.kl for sums in scored) / tokens,
         top1=sum(sums.agree for sums in scored) / tokens,
-        realised_sparsity=realised_sparsity(sites) if sparse else None,
+        realised_sparsity=overall(sites)[0] if sparse else None,
         layers=_layers(sites, judged),
         window_nll=[sums.nll / sums.tokens for sums in scored],
     )

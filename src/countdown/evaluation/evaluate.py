@@ -174,30 +174,28 @@ def perplexity(nll: float, tokens: int) -> float:
         return math.inf
 
 
-def counted(model: nn.Module, tokens: int) -> list[SiteStatus]:
-    """Return `status` of a model all of whose sparse modules computed so many tokens.
-
-    Raises:
-        CountdownError: One computed more or fewer of them sparsely.
-    """
-    sites = status(model)
+def check_sparse(sites: Sequence[SiteStatus], tokens: int) -> None:
+    """Raise CountdownError unless every sparse module has counted so many tokens."""
     for site in sites:
         if site.tokens != tokens:
             raise CountdownError(
                 f"{site.name} computed {site.tokens} tokens sparsely, expected {tokens}: the numbers would "
                 "mix dense and sparse. This is a defect in countdown or in a replaced forward; please report it."
             )
-    return sites
 
 
-def realised_sparsity(sites: Sequence[SiteStatus]) -> float:
-    """Return the share of inactive terms over all modules, each by its weights."""
-    return sum((site.realised_sparsity or 0.0) * site.size for site in sites) / sum(site.size for site in sites)
+def overall(sites: Sequence[SiteStatus]) -> tuple[float, float]:
+    """Return realised sparsity and weights read over all sparse modules, each by its weights."""
+    whole = sum(site.size for site in sites)
+    realised = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / whole
+    read = sum((site.weights_read or 0.0) * site.size for site in sites) / whole
+    return realised, read
 
 
 def _result(model: nn.Module, protocol: str, sums: Sums, sparse_tokens: int) -> Evaluation:
-    sites = counted(model, sparse_tokens)
-    whole = sum(site.size for site in sites)
+    sites = status(model)
+    check_sparse(sites, sparse_tokens)
+    realised, read = overall(sites)
     return Evaluation(
         protocol=protocol,
         tokens=sums.tokens,
@@ -205,7 +203,7 @@ def _result(model: nn.Module, protocol: str, sums: Sums, sparse_tokens: int) -> 
         dense_perplexity=perplexity(sums.dense_nll, sums.tokens),
         kl=sums.kl / sums.tokens,
         top1=sums.agree / sums.tokens,
-        realised_sparsity=realised_sparsity(sites),
-        weights_read=sum((site.weights_read or 0.0) * site.size for site in sites) / whole,
+        realised_sparsity=realised,
+        weights_read=read,
         layers=[LayerSparsity(site.name, site.target_sparsity, site.realised_sparsity or 0.0) for site in sites],
     )
