@@ -340,7 +340,7 @@ def report(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for report and profile.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the comparison and its report.")] = Path(
         "countdown-demo"
     ),
     overwrite: o.Overwrite = False,
@@ -348,24 +348,20 @@ def demo(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Calibrate and compare SmolLM2-135M on this CPU, offline; print the numbers and write a report."""
-    from countdown.demo import as_comparison, run_demo
-    from countdown.profile import check_free
+    """Compare SmolLM2-135M dense, sparse and quantised on this CPU, offline; print the numbers and write a report."""
+    from countdown.demo import run_demo
     from countdown.report.html import check_installed, write_report
 
     check_installed()
-    report, profile = output / "report.html", output / "profile"
+    report = output / "report.html"
     _check_file_free(report, overwrite=overwrite)
-    check_free(profile, overwrite=overwrite)
-
+    shown = o.show_progress()
     found = run_demo(
-        progress=o.show_progress(),
-        say=printing.say if o.show_progress() else lambda _: None,
+        output, overwrite=overwrite, progress=shown, say=printing.say if shown else lambda _: None
     )
-    found.profile.save(profile, overwrite=overwrite)
-    write_report(as_comparison(found), report)
-    printing.print_demo(found)
-    typer.echo(f"report: {report}\nprofile: {profile}")
+    write_report(found, report)
+    printing.print_comparison(printing.table_console(None), found)
+    typer.echo(f"report: {report}")
 
 
 def _check_file_free(path: Path, *, overwrite: bool) -> None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from countdown.comparison.results import Cell, Comparison
-    from countdown.demo import Demo
     from countdown.evaluation.continuations import Continuations
     from countdown.evaluation.evaluate import Evaluation
     from countdown.evaluation.generation import Generation
@@ -136,27 +135,6 @@ def _print_about(out: Console, recipe: Recipe, result: TaskEvaluation | Continua
 
 def _interval(low: float | None, high: float | None, form: str) -> str:
     return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
-
-
-def print_demo(demo: Demo) -> None:
-    """Print what the demo found: the table, the two answers, and where they part."""
-    out = _stdout()
-    header = ["method", "sparsity", "realised", "weights read", "perplexity", "KL", "same top token"]
-    dense = demo.rows[0].evaluation.dense_perplexity
-    rows: list[tuple[str, ...]] = [("dense", "", "", "100%", f"{dense:.2f}", "", "")]
-    for row in demo.rows:
-        rows.append((row.method.label, f"{row.method.sparsity:.0%}", *evaluation_cells(row.evaluation)))
-    print_table(out, header, rows)
-    out.print(demo.caveat, markup=False)
-    for name, run in (("dense", demo.dense), (str(demo.shown), demo.sparse)):
-        speed = f", {run.tokens_per_s:.1f} tokens/s" if run.tokens_per_s else ""
-        out.print(f"\n{name}{speed}:", markup=False, style="bold")
-        out.print(run.text, markup=False)
-    out.print(f"\n{_parting(demo.dense, demo.sparse)}.")
-    out.print(
-        "tokens/s are those of Hugging Face's generate on this CPU, which spends much of a token in Python; small "
-        "models gain little or nothing (docs/speed.md)."
-    )
 
 
 def _parting(dense: Generation, sparse: Generation) -> str:
