@@ -9,7 +9,7 @@ graph; on a CPU its operations are recorded (`replay`), which takes a tenth of a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.models.loading import cache_argument, check_context
+from countdown.modules import sparse_sites
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 
@@ -63,10 +64,14 @@ class DecodeLoop:
         # One that slides keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
         layers = self.cache.layers
         self.cache.layers = [StaticLayer(max_cache_len=length) if layer.is_sliding else layer for layer in layers]
+        self._first = True
+        counters = [site.counters for site in sparse_sites(model).values()]
         # Not inference_mode: the cache is written inside compiled code and outside of it.
-        with torch.no_grad(), on_device(device):
+        with torch.no_grad(), on_device(device), _undone(counters, only_if_it_fails=True):
             self.token = self._next(prompt.to(device))
-            self._replay = self._trace()
+            # What warming up writes into the cache is written again by the first replays.
+            with _undone([self.token, *counters, *(layer.cumulative_length for layer in self.cache.layers)]):
+                self._replay = self._trace()
 
     @torch.no_grad()
     def run(self, steps: int) -> Tensor:
@@ -81,8 +86,11 @@ class DecodeLoop:
         tokens = torch.empty(steps, dtype=torch.int64, device=self.token.device)
         with on_device(self.token.device):
             for position in range(steps):
+                # The first came with the prompt.
+                if not self._first:
+                    self._replay()
+                self._first = False
                 tokens[position] = self.token[0, 0]
-                self._replay()
         return tokens
 
     def _next(self, ids: Tensor) -> Tensor:
@@ -91,9 +99,6 @@ class DecodeLoop:
         return largest(logits[:, -1])
 
     def _trace(self) -> Callable[[], object]:
-        before = [(layer, layer.cumulative_length.clone()) for layer in self.cache.layers]
-        first = self.token.clone()
-
         def step() -> None:
             self.token.copy_(following(self.token))
 
@@ -102,20 +107,29 @@ class DecodeLoop:
         following: Callable[[Tensor], Tensor] = self._next
         with _one_token(self.model, self.linears):
             try:
-                if self.token.is_cuda:
-                    following = torch.compile(self._next, fullgraph=True, dynamic=False, options=_options())
-                    replay: Callable[[], object] = record(step).replay
-                else:
-                    replay = recorded(step)
+                if not self.token.is_cuda:
+                    return recorded(step)
+                following = torch.compile(self._next, fullgraph=True, dynamic=False, options=_options())
+                return record(step).replay
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise UnsupportedModelError(
                     f"{type(self.model).__name__} does not compile as one graph: {str(error).splitlines()[0]}"
                 ) from error
-        # What warming up wrote into the cache is written again by the first replays.
-        self.token.copy_(first)
-        for layer, length in before:
-            layer.cumulative_length.copy_(length)
-        return replay
+
+
+@contextmanager
+def _undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iterator[None]:
+    """Give tensors their values back after the context."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except Exception:
+        only_if_it_fails = False
+        raise
+    finally:
+        if not only_if_it_fails:
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
 
 
 def _options() -> dict[str, Any]:
