@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from datasets import Dataset
 
 def piqa(**_: Any) -> dict[str, Dataset]:
     """Return PIQA's validation split with its labels."""
-    folder = Path(os.environ.get("PIQA_DIR") or sys.exit("set PIQA_DIR to the folder of valid.jsonl"))
+    if "PIQA_DIR" not in os.environ:
+        raise RuntimeError("set PIQA_DIR to the folder of valid.jsonl and valid-labels.lst")
+    folder = Path(os.environ["PIQA_DIR"])
     lines, labels = (_lines(folder / name) for name in ("valid.jsonl", "valid-labels.lst"))
     rows = [json.loads(line) | {"label": int(label)} for line, label in zip(lines, labels, strict=True)]
     return {"validation": Dataset.from_list(rows)}

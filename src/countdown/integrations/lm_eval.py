@@ -363,7 +363,7 @@ def _load(manager: Any, name: str, tasks_dir: str | Path | None) -> dict[str, An
             f"the data of task {name} are not found: {_said(error)}. Relative data_files start at the current folder."
         ) from error
     except Exception as error:  # whatever the task's files make lm-eval, datasets or jinja raise
-        raise ConfigError(f"task {name} cannot be loaded: {_said(error)}. {HELP[0].upper()}{HELP[1:]}.") from error
+        raise ConfigError(f"task {name} cannot be loaded: {_said(error)}; {HELP}.") from error
 
 
 def _broken(folder: Path) -> str:
