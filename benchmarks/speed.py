@@ -127,8 +127,8 @@ def decode(name: str) -> str:
     rows = []
     for r in document["records"]:
         if "split_us" not in r:
-            name = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
-            rows.append([f"{name}, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
+            other = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
+            rows.append([f"{other}, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
             continue
         label = "dense" if r["run"] == "dense" else f"`{r['method']}` at {r['sparsity']:.0%}"
         parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]

@@ -283,6 +283,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-ffn": lambda: speed.cpu_ffn("cpu-ffn"),
     "cpu-ffn-1-thread": lambda: speed.cpu_ffn("cpu-ffn-1-thread"),
     "cpu-decode": lambda: speed.decode("cpu-decode"),
+    "cpu-decode-1-thread": lambda: speed.decode("cpu-decode-1-thread"),
+    "cpu-decode-1.5b": lambda: speed.decode("cpu-decode-1.5b"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
