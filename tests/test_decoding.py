@@ -67,6 +67,16 @@ def test_latent_attention_keeps_what_does_not_fit_our_kernels():
     assert not any("kv_b_proj" in name for name, m in model.named_modules() if [m] in started.linears)
 
 
+def test_a_loop_goes_on_with_the_weights_it_started_with(tokenizer, text):
+    model = llama()
+    expected = model.generate(IDS, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    started = DecodeLoop(model, IDS, new_tokens=12)
+    profile = countdown.calibrate(model, tokenizer, text, method("cats", sparsity=0.9), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)  # stores W_down anew and lets go of what was
+    _ = [torch.full((53, 24), float("nan")) for _ in range(50)]
+    assert torch.equal(started.run(12), expected)
+
+
 def test_the_model_is_left_as_it_was():
     model = llama()
     before = model.config._attn_implementation

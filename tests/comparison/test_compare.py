@@ -14,7 +14,7 @@ from conftest import byte_tokenizer, llama
 from countdown.comparison import compare as module
 from countdown.comparison import quantised, session
 from countdown.comparison.compare import compare
-from countdown.comparison.results import CURVE, Comparison
+from countdown.comparison.results import CURVE, Cell, Comparison, Speed
 from countdown.comparison.session import pieces
 from countdown.errors import ConfigError, TextError, UnsupportedModelError
 from countdown.profile import Profile
@@ -266,14 +266,14 @@ def test_without_torchao_the_rest_goes_on(run, monkeypatch):
     assert any("torchao is missing" in caveat for caveat in found.meta["caveats"])
 
 
-def test_speeds_of_other_sessions_are_said(run):
-    found = run()
-    slower = [cell for cell in found.cells if cell.speed is not None]
-    assert module._other_sessions(slower) == []
-    from dataclasses import replace
-
-    slower[1] = replace(slower[1], speed=replace(slower[1].speed, tokens_per_s=1.2 * slower[1].speed.tokens_per_s))
-    assert "compare those, not tokens/s" in module._other_sessions(slower)[0]
+def test_where_the_machine_drifts_it_is_said():
+    cells = [
+        Cell(str(speed), "sparse", {}, 0.5, speed=Speed(speed, ratio, 100.0))
+        for speed, ratio in ((150.0, 1.5), (204.0, 2.0))
+    ]
+    assert module._drift(cells) == []
+    drifted = [*cells, Cell("late", "sparse", {}, 0.5, speed=Speed(120.0, 1.5, 100.0))]
+    assert "Dense ran at 80.0 to 102.0 tokens/s" in module._drift(drifted)[0]
 
 
 def test_sparse_linears_are_measured_as_well(run):

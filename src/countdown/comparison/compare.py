@@ -97,7 +97,7 @@ def compare(
     if cells[0].error is not None:
         raise CountdownError(f"the dense model cannot be measured: {cells[0].error}")
     caveats = _caveats(session, plan, [outcomes for _, outcomes in found], quantised)
-    caveats += _other_sessions(cells)
+    caveats += _drift(cells)
     advice = _recommended(session, plan, cells, wish)
     if advice is None:
         caveats.append(nearest(cells, wish))
@@ -198,15 +198,15 @@ def _caveats(
     return [caveat for caveat in found if caveat]
 
 
-def _other_sessions(cells: Sequence[Cell]) -> list[str]:
-    """Return a caveat where dense ran at another speed beside some cells: they are of another session."""
+def _drift(cells: Sequence[Cell]) -> list[str]:
+    """Return a caveat where dense ran at another speed beside some cells."""
     speeds = [cell.speed for cell in cells if cell.speed is not None]
     dense = [speed.tokens_per_s / speed.speedup for speed in speeds]
     if not dense or max(dense) <= (1 + SAME_SPEED) * min(dense):
         return []
     return [
-        f"Speeds come from several sessions, in which dense ran at {min(dense):.1f} to {max(dense):.1f} tokens/s; "
-        "each speed-up is over dense in its own session, so compare those, not tokens/s."
+        f"Dense ran at {min(dense):.1f} to {max(dense):.1f} tokens/s while the others were timed, as other work came "
+        "and went: each speed-up is over dense timed beside it, so compare those, not tokens/s."
     ]
 
 

@@ -170,7 +170,9 @@ class Library:
         call.workspace = memory.data_ptr()
         run(address, threads)
         if self._seen is not None:
-            self._seen.append(Ran(partial(run, address, threads), [t for t in tensors if t is not None], memory))
+            # Detached, they keep the memory that they have now, whatever a parameter is given later.
+            held = [tensor.detach() for tensor in tensors if tensor is not None]
+            self._seen.append(Ran(partial(run, address, threads), held, memory))
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:

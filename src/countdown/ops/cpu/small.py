@@ -30,7 +30,8 @@ class SmallCalls:
     """
 
     def __init__(self, calls: Sequence[SmallCall], tensors: Sequence[Tensor]) -> None:
-        self._calls, self._tensors = (SmallCall * len(calls))(*calls), list(tensors)
+        self._calls = (SmallCall * len(calls))(*calls)
+        self._tensors = [tensor.detach() for tensor in tensors]
         self._run = library().small
 
     def again(self) -> None:
