@@ -16,21 +16,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import kernel_cases as cases
 import oracle
 from countdown.ops import gathering, reference
-from countdown.ops.cpu import dense_ops, ops
+from countdown.ops.cpu import dense_ops, ops, small
 from countdown.ops.cpu.library import Library
 
 
 def main() -> None:
     """Run them; the number of a case that fails is its seed."""
     library = Library(Path(sys.argv[1]))
-    ops.library = dense_ops.library = lambda: library
+    ops.library = dense_ops.library = small.library = lambda: library
     count = int(sys.argv[2])
     for seed in range(count):
         draw = random.Random(seed)
         torch.set_num_threads(draw.choice([1, 2, 3]))
         library.take_variant(draw.choice(library.variants))
         try:
-            draw.choice([check_ffn, check_ffn, check_ffn, check_dense])(draw, seed)
+            draw.choice([check_ffn, check_ffn, check_ffn, check_dense, check_small])(draw, seed)
         except Exception:
             print(f"case {seed} failed", file=sys.stderr)
             raise
@@ -92,6 +92,43 @@ def check_dense(draw: random.Random, seed: int) -> None:
     # What cancels is as exact as what it is made of.
     allowed = 2 * cases.TOLERANCE[dtype] * float(expected.norm() + 0.1 * values.double().norm())
     assert float((y.double() - expected).norm()) <= allowed
+
+
+def check_small(draw: random.Random, seed: int) -> None:
+    """A small operation on tensors of any shape, dtypes and strides."""
+    shape = [draw.choice([1, 2, 3, draw.randint(1, 1100)]) if place == 0 else draw.randint(1, 5) for place in range(4)]
+    dims = draw.randint(1, 4)
+    draw.shuffle(shape)
+    shape = shape[:dims]
+
+    def tensor(more: int) -> torch.Tensor:
+        skip, dtype = draw.randint(0, 3), draw.choice(list(cases.TOLERANCE))
+        sizes = [1 if more and draw.random() < 0.2 else size for size in shape]
+        whole = torch.randn([*sizes[:-1], sizes[-1] + skip], generator=torch.Generator().manual_seed(seed + more))
+        some = whole.to(dtype)[..., skip:]
+        return some.flip(0).transpose(0, -1).contiguous().transpose(0, -1) if draw.random() < 0.3 else some
+
+    x, z = tensor(0), tensor(1)
+    name, args, expected = draw.choice(
+        [
+            ("aten::add", (x, z), x + z),
+            ("aten::mul", (x, z), x * z),
+            ("aten::neg", (x,), -x),
+            ("aten::pow", (x, 2), x**2),
+            ("aten::relu", (x,), x.relu()),
+            ("aten::clone", (x,), x),
+            ("aten::mean", (x, [-1], True), x.double().mean(-1, keepdim=True).to(x.dtype)),
+            ("aten::cat", ([x, x.neg()], draw.randrange(dims)), None),
+        ]
+    )
+    expected = torch.cat(*args) if expected is None else expected
+    made = torch.full(expected.shape, 77.0, dtype=expected.dtype)
+    small.SmallCalls(
+        small.small_calls(name, args, {}, made), [made, x, z, *(args[0] if name == "aten::cat" else [])]
+    ).again()
+    torch.testing.assert_close(
+        made, expected, rtol=0 if name != "aten::mean" else 1e-2, atol=0 if name != "aten::mean" else 1e-2
+    )
 
 
 if __name__ == "__main__":
