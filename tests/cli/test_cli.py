@@ -139,6 +139,14 @@ def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
     assert "510 scored tokens, dense prompts" in result.stdout
 
 
+def test_sparse_linears_have_no_exact_sets_to_compare_with(model_folder, tmp_path):
+    result = run("evaluate", model_folder, "--method", "teal", *EVALUATE, "--json", "e.json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads((tmp_path / "e.json").read_text())["records"]
+    assert record["method"] == "teal"
+    assert not [name for name in record if name.endswith("_by_ffn")]
+
+
 def test_generate(on_reference, made, model_folder):
     dense = run("generate", model_folder, "hello", "--max-new-tokens", "8", "--raw", cwd=made)
     assert dense.returncode == 0, dense.stderr

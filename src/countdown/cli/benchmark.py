@@ -133,9 +133,8 @@ def decode(
     if shape is not None:
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
-        whats = [
-            method(name, **({} if sparsity is None else {"sparsity": sparsity})) for name in methods or [DEFAULT_METHOD]
-        ]
+        settings = {} if sparsity is None else {"sparsity": sparsity}
+        whats = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
         check_whats(whats)
         loaded, name, prompt = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape, None
     else:

@@ -37,7 +37,7 @@ def compare(
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure no speed; go by bytes.")] = False,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to score.")] = 12,
     tokens: o.Tokens = 16384,
-    text: Annotated[str, typer.Option(help="wikitext2, python-docs, or a text file.")] = "python-docs",
+    text: Annotated[str, typer.Option(help=o.TEXT_HELP)] = "python-docs",
     text_dir: o.TextDir = None,
     prompt: Annotated[str | None, typer.Option(help="What every configuration answers.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again, whatever was measured before.")] = False,

@@ -107,7 +107,8 @@ class OnText:
 
         result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
         printing.print_evaluation(out, recipe, result)
-        judged = _diagnosed(model, self._ids) if self.details else {}
+        ffns = any(entry.method.kind == "ffn" for entry in recipe.entries)
+        judged = _diagnosed(model, self._ids) if self.details and ffns else {}
         return [{"text": self._text.source, "windows": self.windows, **result.record(), **judged}]
 
     def meta(self) -> dict[str, Any]:
