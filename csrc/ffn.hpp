@@ -201,9 +201,8 @@ class FFN {
                 round(others, entries);
                 break;
             default:
-                proxy_range(call_.gate_levels, call_.gate_scales, gate_.bias, start, count, values);
+                proxy_range(start, count, values, others);
                 activate(values, entries);
-                proxy_range(call_.up_levels, call_.up_scales, up_.bias, start, count, others);
         }
         for (int64_t k = 0; k < entries; ++k) values[k] *= others[k];
     }
@@ -229,14 +228,27 @@ class FFN {
         for (int64_t t = 0; t < call_.tokens; ++t) out[t] += widened(matrix.bias + neuron);
     }
 
-    void proxy_range(const uint8_t *levels, const uint16_t *scales, const W *bias, int64_t start, int64_t count,
-                     float *out) {
-        ProxyRows rows(levels, scales, call_.words, call_.groups);
-        for (int64_t k = 0; k < count; ++k)
+    // Rows of what the proxy takes W_gate x + b_gate and W_up x + b_up for, for all tokens, [count, T] each.
+    void proxy_range(int64_t start, int64_t count, float *gate, float *up) {
+        for (int64_t k = 0; k < count; ++k) {
+            ProxyRows rows = proxy_rows(start + k);
+            prefetch_later(rows, call_.words, call_.groups);
             for (int64_t t = 0; t < call_.tokens; ++t) {
-                float product = rows.product(start + k, quantised_[t]) * quantised_[t].step;
-                out[k * call_.tokens + t] = bias ? product + widened(bias + start + k) : product;
+                float both[2];
+                proxy_products(rows, call_.words, call_.groups, quantised_[t], both);
+                gate[k * call_.tokens + t] = both[0] * quantised_[t].step;
+                up[k * call_.tokens + t] = both[1] * quantised_[t].step;
             }
+            add_bias(gate_, start + k, gate + k * call_.tokens);
+            add_bias(up_, start + k, up + k * call_.tokens);
+        }
+    }
+
+    ProxyRows proxy_rows(int64_t neuron) const {
+        int64_t level = neuron * call_.words * 4, scale = neuron * call_.groups;
+        return {{call_.gate_levels + level, call_.up_levels + level},
+                {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
+                 reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
     }
 
     // As the dense FFN rounds what it projects, so that active sets are those of the reference.

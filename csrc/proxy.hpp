@@ -6,7 +6,7 @@
 
 #include <math.h>
 
-#include "types.hpp"
+#include "rows.hpp"
 
 namespace countdown {
 namespace VARIANT {
@@ -62,57 +62,70 @@ static void quantise(const float *x, int64_t words, int64_t groups, Quantised &t
     }
 }
 
-// Rows of 4-bit levels of one matrix.
+// The 4-bit rows of a neuron, of gate and of up.
 struct ProxyRows {
-    const uint8_t *levels;
-    const Fp16 *scales;
-    int64_t words, groups;
-    int shift;
-
-    ProxyRows(const uint8_t *levels, const uint16_t *scales, int64_t words, int64_t groups)
-        : levels(levels), scales(reinterpret_cast<const Fp16 *>(scales)), words(words), groups(groups),
-          shift(shift_of(words, groups)) {}
-
-    // Row i times the token, in the token's steps.
-    float product(int64_t i, const Quantised &x) const {
-        switch (shift) {
-            case 0: return product<0>(i, x);
-            case 1: return product<1>(i, x);
-            case 2: return product<2>(i, x);
-            default: return product<3>(i, x);
-        }
-    }
-
-  private:
-    // A vector of scales at a time, and all words of their groups.
-    template <int SHIFT>
-    float product(int64_t i, const Quantised &x) const {
-        const uint8_t *row = levels + i * words * 4;
-        const Fp16 *scale = scales + i * groups;
-        Vec total = splat(0);
-        int64_t group = 0;
-        for (; group + Vec::width <= groups; group += Vec::width) {
-            Vec some = load(scale + group);
-            total = fma(some, load(x.halves + group), total);
-#pragma GCC unroll 8
-            for (int at = 0; at < Vec::width << SHIFT; at += Vec::width) {
-                int64_t w = (group << SHIFT) + at;
-                total = fma(products(row + 4 * w, x.low + 4 * w, x.high + 4 * w, x.starts + w),
-                            spread<SHIFT>(some, at), total);
-            }
-        }
-        if (group == groups) return sum(total);
-        Vec some = load(scale + group, groups - group);
-        total = fma(some, load(x.halves + group), total);
-        for (int64_t first = group << SHIFT, w = first; w < words; w += Vec::width) {
-            Vec part = w + Vec::width <= words
-                           ? products(row + 4 * w, x.low + 4 * w, x.high + 4 * w, x.starts + w)
-                           : products(row + 4 * w, x.low + 4 * w, x.high + 4 * w, x.starts + w, words - w);
-            total = fma(part, spread<SHIFT>(some, int(w - first)), total);
-        }
-        return sum(total);
-    }
+    const uint8_t *levels[2];
+    const Fp16 *scales[2];
 };
+
+// Rows of less than this are fetched ahead: short ones end before the processor's prefetchers follow them.
+constexpr int64_t short_row = 1024;
+
+// Start reading the rows of the same matrices that lie a page further on.
+static inline void prefetch_later(const ProxyRows &rows, int64_t words, int64_t groups) {
+    if (4 * words >= short_row) return;
+    for (int k = 0; k < 2; ++k) {
+        for (int64_t at = 0; at < 4 * words; at += line) prefetch(rows.levels[k] + page + at);
+        prefetch(rows.scales[k] + page / (4 * words) * groups);
+    }
+}
+
+// out[k] = row k times the token, in the token's steps: a vector of scales at a time, and all words of their groups. The
+// two rows share what is loaded of the token, and neither sum waits for the other.
+template <int SHIFT>
+static void proxy_products(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, float *out) {
+    Vec total[2] = {splat(0), splat(0)};
+    for (int64_t group = 0; group < groups; group += Vec::width) {
+        int64_t first = group << SHIFT;
+        Vec some[2], halves = load(x.halves + group);
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+            const Fp16 *scales = rows.scales[k] + group;
+            some[k] = group + Vec::width <= groups ? load(scales) : load(scales, groups - group);
+            total[k] = fma(some[k], halves, total[k]);
+        }
+        auto add = [&](int at, int64_t count) {
+            int64_t w = first + at;
+            const int8_t *low = x.low + 4 * w, *high = x.high + 4 * w;
+#pragma GCC unroll 2
+            for (int k = 0; k < 2; ++k) {
+                const uint8_t *levels = rows.levels[k] + 4 * w;
+                Vec part = count ? products(levels, low, high, x.starts + w, count)
+                                 : products(levels, low, high, x.starts + w);
+                total[k] = fma(part, spread<SHIFT>(some[k], at), total[k]);
+            }
+        };
+        constexpr int whole = Vec::width << SHIFT;
+        if (first + whole <= words) {
+#pragma GCC unroll 8
+            for (int at = 0; at < whole; at += Vec::width) add(at, 0);
+        } else {
+            int at = 0;
+            for (; first + at + Vec::width <= words; at += Vec::width) add(at, 0);
+            if (first + at < words) add(at, words - first - at);
+        }
+    }
+    for (int k = 0; k < 2; ++k) out[k] = sum(total[k]);
+}
+
+static void proxy_products(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, float *out) {
+    switch (shift_of(words, groups)) {
+        case 0: return proxy_products<0>(rows, words, groups, x, out);
+        case 1: return proxy_products<1>(rows, words, groups, x, out);
+        case 2: return proxy_products<2>(rows, words, groups, x, out);
+        default: return proxy_products<3>(rows, words, groups, x, out);
+    }
+}
 
 }  // namespace VARIANT
 }  // namespace countdown

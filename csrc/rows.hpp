@@ -41,6 +41,7 @@ constexpr int64_t page = 4096, line = 64;
 static inline void prefetch(const void *address) {
 #ifdef __GNUC__
     __builtin_prefetch(address);
+    asm volatile("");  // GCC takes a function that only prefetches for one without effect, and drops calls of it
 #else
     (void)address;
 #endif
