@@ -18,9 +18,10 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 3
+#define COUNTDOWN_ABI 4
 
-enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16 };
+/* Integers are for small operations alone. */
+enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
 enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
 /* What makes the active sets: a projection, both of them, a proxy, or the caller. */
 enum countdown_decider {
@@ -47,7 +48,7 @@ typedef struct {
     uint8_t *selected;    /* [T, h]: if there, only the active sets are computed, into it */
     int64_t *counters;    /* [2] or NULL: += T and active neurons */
     void *y;              /* [T, d] */
-    void *workspace;      /* countdown_ffn_workspace bytes */
+    void *workspace;      /* countdown_workspace bytes */
 } countdown_ffn_call;
 
 /* One token through one to three linears, side by side. */
@@ -72,7 +73,7 @@ typedef struct {
     void *workspace;
 } countdown_attend_call;
 
-/* A small operation on floats: computed in float32, rounded to the dtype of the result. */
+/* A small operation on floats, computed in float32 and rounded to the dtype of the result; integers are added. */
 enum countdown_small {
     COUNTDOWN_COPY,
     COUNTDOWN_ADD,
@@ -92,24 +93,26 @@ typedef struct {
 typedef struct {
     int64_t operation, activation, sizes[4];
     countdown_tensor result, first, second;
-    float value;        /* the second operand where `second` has no data */
+    double value;       /* the second operand where `second` has no data */
     const int64_t *at;  /* where in `result` to write, in units of at_stride, below at_limit; or NULL */
     int64_t at_stride, at_limit;
 } countdown_small_call;
 
+/* What is done, and its call. A small operation takes one thread. */
+enum countdown_kind { COUNTDOWN_FFN, COUNTDOWN_PROJECT, COUNTDOWN_ATTEND, COUNTDOWN_SMALL };
+
+typedef struct {
+    int64_t kind, threads;
+    const void *call;
+} countdown_step;
+
 COUNTDOWN_API int64_t countdown_abi(void);
 
-/* Bytes of workspace that a call needs with so many threads; its own pointer to one is not looked at. */
-COUNTDOWN_API int64_t countdown_ffn_workspace(const countdown_ffn_call *call, int threads);
-COUNTDOWN_API int64_t countdown_project_workspace(const countdown_project_call *call, int threads);
-COUNTDOWN_API int64_t countdown_attend_workspace(const countdown_attend_call *call, int threads);
+/* Bytes of workspace that a step's call needs, whose own pointer to one is not looked at. */
+COUNTDOWN_API int64_t countdown_workspace(const countdown_step *step);
 
-COUNTDOWN_API void countdown_ffn(const countdown_ffn_call *call, int threads);
-COUNTDOWN_API void countdown_project(const countdown_project_call *call, int threads);
-COUNTDOWN_API void countdown_attend(const countdown_attend_call *call, int threads);
-
-/* Small operations, one after the other, on the calling thread. */
-COUNTDOWN_API void countdown_small(const countdown_small_call *calls, int64_t count);
+/* Steps one after the other, each as if it ran alone. */
+COUNTDOWN_API void countdown_run(const countdown_step *steps, int64_t count);
 
 /* Name of the place-th variant that this CPU runs, the best first, NULL beyond the last. */
 COUNTDOWN_API const char *countdown_variant(int place);

@@ -62,22 +62,23 @@ class Projection {
 };
 
 // Attention: a thread sees a range of the keys, for every query, and leaves what it finds. The queries are then shared
-// out, and what the threads found about one is joined.
+// out, and what the threads found about one is joined. The few vectors of a key are loaded once for all queries of its
+// group, and their sums stay in registers over all keys.
 struct Seen {
     float largest, total;  // of exp(score - largest)
 };
 
 template <class W>
 struct AttendSpace {
-    float *scores;       // [threads, range, MOST_TOKENS]
+    float *scores;       // [threads, MOST_TOKENS, range]
     int32_t *keys;       // [threads, range]: those that the mask lets through
     Operand<W> *queries; // [threads, MOST_TOKENS, width]
     Seen *seen;          // [threads, heads]
     float *sums;         // [threads, heads, width]
-    int64_t range, width, bytes;
+    int64_t range, width, bytes;  // both whole vectors
 
     AttendSpace(const countdown_attend_call &call, int threads)
-        : range(call.length / threads + 1), width(ceil_to(call.size, PADDING)) {
+        : range(ceil_to(call.length / threads + 1, 16)), width(ceil_to(call.size, PADDING)) {
         Workspace space(call.workspace);
         scores = space.take<float>(threads * range * MOST_TOKENS);
         keys = space.take<int32_t>(threads * range);
@@ -122,54 +123,95 @@ class Attention {
             if (!call_.mask || call_.mask[key]) keys_[count_++] = int32_t(key);
     }
 
-    // The queries from `head` on, of one group, over this thread's keys.
     void attend(int64_t group, int64_t head, int64_t queries) {
-        for (int64_t q = 0; q < queries; ++q)
-            copy_token(static_cast<const W *>(call_.q) + (head + q) * call_.q_stride, call_.size, space_.width,
-                       queries_ + q * space_.width);
+        switch (queries) {
+            case 1: return attend<1>(group, head);
+            case 2: return attend<2>(group, head);
+            case 3: return attend<3>(group, head);
+            case 4: return attend<4>(group, head);
+            case 5: return attend<5>(group, head);
+            case 6: return attend<6>(group, head);
+            case 7: return attend<7>(group, head);
+            default: return attend<8>(group, head);
+        }
+    }
+
+    // T queries from `head` on, of one group, over this thread's keys.
+    template <int T>
+    void attend(int64_t group, int64_t head) {
+        for (int t = 0; t < T; ++t)
+            copy_token(static_cast<const W *>(call_.q) + (head + t) * call_.q_stride, call_.size, space_.width,
+                       queries_ + t * space_.width);
+        score<T>(static_cast<const W *>(call_.keys) + group * call_.keys_group_stride);
+        for (int t = 0; t < T; ++t)
+            space_.seen[team_.index * call_.heads + head + t] = weigh(scores_ + t * space_.range);
         float *sums = space_.sums + (team_.index * call_.heads + head) * space_.width;
-        memset(sums, 0, size_t(queries * space_.width) * sizeof(float));
-        const RowLoops<W> loops(queries);
-        const W *keys = static_cast<const W *>(call_.keys) + group * call_.keys_group_stride;
         const W *values = static_cast<const W *>(call_.values) + group * call_.values_group_stride;
-        for (int64_t at = 0; at < count_; at += loops.rows_at_once) {
-            int64_t count = least(loops.rows_at_once, count_ - at);
-            loops.products(rows(keys, call_.keys_stride, at, count), count, queries_, space_.width, call_.size,
-                           scores_ + at * queries);
-        }
-        weigh(head, queries);
-        for (int64_t at = 0; at < count_; at += loops.rows_at_once) {
-            int64_t count = least(loops.rows_at_once, count_ - at);
-            loops.add(rows(values, call_.values_stride, at, count), count, scores_ + at * queries, call_.size, sums,
-                      space_.width);
+        int64_t c = 0;
+        for (; c + 2 * Vec::width <= call_.size; c += 2 * Vec::width) sum_values<T, 2>(values, c, sums);
+        for (; c < call_.size; c += Vec::width) sum_values<T, 1>(values, c, sums);
+    }
+
+    template <int T>
+    void score(const W *keys) {
+        using P = Product<W>;
+        for (int64_t k = 0; k < count_; ++k) {
+            const W *key = keys + keys_[k] * call_.keys_stride;
+            Vec products[T];
+            for (int t = 0; t < T; ++t) products[t] = splat(0);
+            int64_t c = 0;
+            for (; c + P::step <= call_.size; c += P::step)
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) products[t] = P::add(key + c, queries_ + t * space_.width + c, products[t]);
+            if (c < call_.size)
+                for (int t = 0; t < T; ++t)
+                    products[t] = P::add(key + c, queries_ + t * space_.width + c, products[t], call_.size - c);
+            for (int t = 0; t < T; ++t) scores_[t * space_.range + k] = sum(products[t]) * call_.scale;
         }
     }
 
-    Rows<W> rows(const W *matrix, int64_t stride, int64_t at, int64_t count) const {
-        Rows<W> some;
-        for (int64_t k = 0; k < count; ++k) some.row[k] = matrix + keys_[at + k] * stride;
-        return some;
+    // Scores of a query become exp(score - largest). One that is NaN makes the total NaN.
+    Seen weigh(float *scores) const {
+        if (!count_) return {-INFINITY, 0};
+        int64_t padded = ceil_to(count_, Vec::width);
+        for (int64_t k = count_; k < padded; ++k) scores[k] = -INFINITY;
+        float most[Vec::width];
+        for (float &one : most) one = -INFINITY;
+        for (int64_t k = 0; k < padded; k += Vec::width)
+            for (int i = 0; i < Vec::width; ++i) most[i] = scores[k + i] > most[i] ? scores[k + i] : most[i];
+        Seen seen = {-INFINITY, 0};
+        for (float one : most) seen.largest = one > seen.largest ? one : seen.largest;
+        Vec total = splat(0);
+        for (int64_t k = 0; k < padded; k += Vec::width) {
+            Vec weights = exponential(load(scores + k) - splat(seen.largest));
+            store(scores + k, weights);
+            total = total + weights;
+        }
+        seen.total = sum(total);
+        return seen;
     }
 
-    // Scores become exp(score - largest) of their query.
-    void weigh(int64_t head, int64_t queries) {
-        for (int64_t q = 0; q < queries; ++q) {
-            Seen seen = {-INFINITY, 0};
-            for (int64_t k = q; k < count_ * queries; k += queries) {
-                scores_[k] *= call_.scale;
-                if (!(scores_[k] <= seen.largest)) seen.largest = scores_[k];  // also NaN
-            }
-            space_.seen[team_.index * call_.heads + head + q] = seen;
+    // N vectors of all queries' sums, from entry c on.
+    template <int T, int N>
+    void sum_values(const W *values, int64_t c, float *sums) const {
+        Vec total[T][N];
+        for (int t = 0; t < T; ++t)
+            for (int n = 0; n < N; ++n) total[t][n] = splat(0);
+        int64_t left = call_.size - c;
+        for (int64_t k = 0; k < count_; ++k) {
+            const W *value = values + keys_[k] * call_.values_stride + c;
+            Vec some[N];
+#pragma GCC unroll 2
+            for (int n = 0; n < N; ++n)
+                some[n] = N * Vec::width <= left ? load(value + n * Vec::width) : load(value, left);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n)
+                    total[t][n] = fma(some[n], splat(scores_[t * space_.range + k]), total[t][n]);
         }
-        Seen *seen = space_.seen + team_.index * call_.heads + head;
-        for (int64_t k = 0; k < count_; ++k)
-            for (int64_t q = 0; q < queries; ++q) scores_[k * queries + q] -= seen[q].largest;
-        int64_t entries = count_ * queries, whole = entries / Vec::width * Vec::width;
-        for (int64_t k = 0; k < whole; k += Vec::width) store(scores_ + k, exponential(load(scores_ + k)));
-        if (whole < entries)
-            store(scores_ + whole, exponential(load(scores_ + whole, entries - whole)), entries - whole);
-        for (int64_t k = 0; k < count_; ++k)
-            for (int64_t q = 0; q < queries; ++q) seen[q].total += scores_[k * queries + q];
+        for (int t = 0; t < T; ++t)
+            for (int n = 0; n < N; ++n) store(sums + t * space_.width + c + n * Vec::width, total[t][n]);
     }
 
     void join(int64_t head) {

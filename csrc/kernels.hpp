@@ -13,63 +13,58 @@
 namespace countdown {
 namespace VARIANT {
 
-// Run Part(call, space, member).run() on a team.
-template <class Part, class Call, class Space>
-static void run_parts(const Call &call, const Space &space, int threads) {
-    struct Job {
-        const Call &call;
-        const Space &space;
-    };
-    Job job = {call, space};
-    run_team(
-        threads,
-        [](const void *data, const Team &team) {
-            const Job &given = *static_cast<const Job *>(data);
-            Part(given.call, given.space, team).run();
-        },
-        &job);
-}
+template <template <class> class Part, template <class> class Space, class Call>
+struct Kernel {
+    static int64_t workspace(const void *given, int threads) {
+        const Call &call = *static_cast<const Call *>(given);
+        switch (call.dtype) {
+            case COUNTDOWN_FLOAT32: return Space<float>(call, threads).bytes;
+            case COUNTDOWN_BFLOAT16: return Space<Bf16>(call, threads).bytes;
+            default: return Space<Fp16>(call, threads).bytes;
+        }
+    }
 
-template <class W>
-struct Kernels {
-    static int64_t workspace(const countdown_ffn_call &call, int threads) { return FFNSpace<W>(call, threads).bytes; }
-    static int64_t workspace(const countdown_project_call &call, int threads) {
-        return ProjectSpace<W>(call, threads).bytes;
+    static void run(const void *given, const Team &member) {
+        const Call &call = *static_cast<const Call *>(given);
+        switch (call.dtype) {
+            case COUNTDOWN_FLOAT32: return run_as<float>(call, member);
+            case COUNTDOWN_BFLOAT16: return run_as<Bf16>(call, member);
+            default: return run_as<Fp16>(call, member);
+        }
     }
-    static int64_t workspace(const countdown_attend_call &call, int threads) {
-        return AttendSpace<W>(call, threads).bytes;
-    }
-    static void run(const countdown_ffn_call &call, int threads) {
-        run_parts<FFN<W>>(call, FFNSpace<W>(call, threads), threads);
-    }
-    static void run(const countdown_project_call &call, int threads) {
-        run_parts<Projection<W>>(call, ProjectSpace<W>(call, threads), threads);
-    }
-    static void run(const countdown_attend_call &call, int threads) {
-        run_parts<Attention<W>>(call, AttendSpace<W>(call, threads), threads);
+
+  private:
+    template <class W>
+    static void run_as(const Call &call, const Team &member) {
+        Space<W> space(call, member.size);
+        Part<W>(call, space, member).run();
     }
 };
 
-template <class Call>
-static int64_t workspace(const Call &call, int threads) {
-    switch (call.dtype) {
-        case COUNTDOWN_FLOAT32: return Kernels<float>::workspace(call, threads);
-        case COUNTDOWN_BFLOAT16: return Kernels<Bf16>::workspace(call, threads);
-        default: return Kernels<Fp16>::workspace(call, threads);
+using FFNKernel = Kernel<FFN, FFNSpace, countdown_ffn_call>;
+using ProjectKernel = Kernel<Projection, ProjectSpace, countdown_project_call>;
+using AttendKernel = Kernel<Attention, AttendSpace, countdown_attend_call>;
+
+static int64_t workspace_of(int64_t kind, const void *call, int threads) {
+    switch (kind) {
+        case COUNTDOWN_FFN: return FFNKernel::workspace(call, threads);
+        case COUNTDOWN_PROJECT: return ProjectKernel::workspace(call, threads);
+        case COUNTDOWN_ATTEND: return AttendKernel::workspace(call, threads);
+        default: return 0;
     }
 }
 
-template <class Call>
-static void run(const Call &call, int threads) {
-    switch (call.dtype) {
-        case COUNTDOWN_FLOAT32: return Kernels<float>::run(call, threads);
-        case COUNTDOWN_BFLOAT16: return Kernels<Bf16>::run(call, threads);
-        default: return Kernels<Fp16>::run(call, threads);
+static void run_part(int64_t kind, const void *call, const Team &member) {
+    switch (kind) {
+        case COUNTDOWN_FFN: return FFNKernel::run(call, member);
+        case COUNTDOWN_PROJECT: return ProjectKernel::run(call, member);
+        case COUNTDOWN_ATTEND: return AttendKernel::run(call, member);
+        default: return run_small(*static_cast<const countdown_small_call *>(call));
     }
 }
 
 static constexpr Variant variant_of(const char *name, bool (*runs_here)()) {
-    return {name, runs_here, workspace, workspace, workspace, run, run, run, run_small};
+    return {name, runs_here, workspace_of, run_part};
 }
 
 }  // namespace VARIANT

@@ -1,4 +1,4 @@
-// Small operations on floats of any strides: what is left of a step beside the weights.
+// Small operations on tensors of any strides: what is left of a step beside the weights.
 #pragma once
 
 #include <math.h>
@@ -85,7 +85,7 @@ static void small_row(const countdown_small_call &call, const Entries &to, const
         a.read(start, count, first);
         if (call.second.data) b.read(start, count, second);
         for (int64_t k = 0; k < count; k += Vec::width) {
-            Vec other = call.second.data ? load(second + k) : splat(call.value);
+            Vec other = call.second.data ? load(second + k) : splat(float(call.value));
             store(first + k, small_result(call, load(first + k), other));
         }
         if (call.operation == COUNTDOWN_INVERSE_ROOT)
@@ -107,6 +107,17 @@ static void small_mean(const countdown_small_call &call, const Entries &to, cons
     to.write(0, 1, &mean);
 }
 
+// Integers are few: positions and counts. They are added.
+static void integer_row(const countdown_small_call &call, int64_t to, int64_t a, int64_t b) {
+    int64_t *result = static_cast<int64_t *>(call.result.data) + to;
+    const int64_t *first = static_cast<const int64_t *>(call.first.data) + a;
+    const int64_t *second = call.second.data ? static_cast<const int64_t *>(call.second.data) + b : nullptr;
+    for (int64_t k = 0; k < call.sizes[3]; ++k) {
+        int64_t other = second ? second[k * call.second.strides[3]] : int64_t(call.value);
+        result[k * call.result.strides[3]] = first[k * call.first.strides[3]] + other;
+    }
+}
+
 static void run_small(const countdown_small_call &call) {
     int64_t moved = 0;
     if (call.at) {
@@ -116,13 +127,16 @@ static void run_small(const countdown_small_call &call) {
     for (int64_t i = 0; i < call.sizes[0]; ++i)
         for (int64_t j = 0; j < call.sizes[1]; ++j)
             for (int64_t k = 0; k < call.sizes[2]; ++k) {
-                auto row = [&](const countdown_tensor &of, int64_t more) {
-                    return Entries(of, i * of.strides[0] + j * of.strides[1] + k * of.strides[2] + more);
+                auto offset = [&](const countdown_tensor &of) {
+                    return i * of.strides[0] + j * of.strides[1] + k * of.strides[2];
                 };
-                if (call.operation == COUNTDOWN_MEAN)
-                    small_mean(call, row(call.result, moved), row(call.first, 0));
+                int64_t to = offset(call.result) + moved, a = offset(call.first), b = offset(call.second);
+                if (call.result.dtype == COUNTDOWN_INT64)
+                    integer_row(call, to, a, b);
+                else if (call.operation == COUNTDOWN_MEAN)
+                    small_mean(call, Entries(call.result, to), Entries(call.first, a));
                 else
-                    small_row(call, row(call.result, moved), row(call.first, 0), row(call.second, 0));
+                    small_row(call, Entries(call.result, to), Entries(call.first, a), Entries(call.second, b));
             }
 }
 

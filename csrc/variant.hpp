@@ -9,13 +9,10 @@ namespace countdown {
 struct Variant {
     const char *name;
     bool (*runs_here)();
-    int64_t (*ffn_workspace)(const countdown_ffn_call &, int threads);
-    int64_t (*project_workspace)(const countdown_project_call &, int threads);
-    int64_t (*attend_workspace)(const countdown_attend_call &, int threads);
-    void (*ffn)(const countdown_ffn_call &, int threads);
-    void (*project)(const countdown_project_call &, int threads);
-    void (*attend)(const countdown_attend_call &, int threads);
-    void (*small)(const countdown_small_call &);
+    // Of a call of this kind.
+    int64_t (*workspace)(int64_t kind, const void *call, int threads);
+    // One member's part of a call.
+    void (*run)(int64_t kind, const void *call, const Team &member);
 };
 
 extern const Variant portable, avx2, avx512, avx512_bf16;

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from countdown.errors import UnsupportedModelError
-from countdown.ops.cpu.library import Ran, SmallCall, library, missing
-from countdown.ops.cpu.small import SmallCalls, small_calls
+from countdown.ops.cpu.library import Ran, library, missing
+from countdown.ops.cpu.small import small_calls
 
 _aten = torch.ops.aten
 # What is done next may depend on the value that these give Python.
@@ -80,20 +80,16 @@ class _Done:
         return [tensor for tensor in _tensors(self.made) if _storage(tensor) not in self.read]
 
     @property
-    def _ran_on_these(self) -> bool:
-        """Whether it was one call of the kernels, on nothing but what it was given and made."""
-        known = self.read | {_storage(tensor) for tensor in self.new}
-        return len(self.ran) == 1 and {_storage(tensor) for tensor in self.ran[0].tensors} <= known
-
-    @property
-    def small(self) -> list[SmallCall]:
+    def calls(self) -> list[Ran]:
         """What it is as calls of our library, none where that does not know it."""
+        known = self.read | {_storage(tensor) for tensor in self.new}
+        # One call of the kernels, on nothing but what was given and made; the last tensor is what that worked in.
+        if len(self.ran) == 1 and {_storage(tensor) for tensor in self.ran[0].tensors[:-1]} <= known:
+            return self.ran
         return [] if missing() else small_calls(self.op._schema.name, self.args, self.kwargs, self.made)
 
     def again(self) -> Callable[[], object]:
         """Return a call that does it again, in the same memory."""
-        if self._ran_on_these:
-            return self.ran[0].again
         if not self.new:
             return partial(self.op, *self.args, **self.kwargs)
         if self.op.overloadpacket in _COPYING:
@@ -149,14 +145,12 @@ def _kernels_watched() -> AbstractContextManager[list[Ran]]:
 
 
 def _calls(done: Sequence[_Done]) -> Iterator[Callable[[], object]]:
-    """Yield what must be called: for small operations in a row one call of our library."""
-    for small, some in groupby(((one, one.small) for one in done), key=lambda pair: bool(pair[1])):
-        if small:
-            row = list(some)
-            tensors = [tensor for one, _ in row for tensor in _tensors((one.args, one.kwargs, one.made))]
-            yield SmallCalls([call for _, calls in row for call in calls], tensors).again
+    """Yield what must be called: for what our library does in a row one call of that."""
+    for ours, row in groupby(((one, one.calls) for one in done), key=lambda pair: bool(pair[1])):
+        if ours:
+            yield library().again([ran for _, calls in row for ran in calls])
         else:
-            yield from (one.again() for one, _ in some)
+            yield from (one.again() for one, _ in row)
 
 
 def _replay(calls: Sequence[Callable[[], object]]) -> None:

@@ -260,3 +260,29 @@ def test_attend_one(heads, groups, length, size, mask, dtype, threads):
         y = dense_ops.attend_one(q, keys, values, seen, 0.3)
     exact = [tensor.double() for tensor in (q, keys, values)]
     assert oracle.relative_error(y, reference.attend_one(*exact, seen, 0.3)) <= 2 * cases.TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
+def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
+    d, h, before = 577, 301, torch.get_num_threads()
+    weights, biases = cases.ffn(d, h, torch.float32, "cpu", bias=True, seed=3, form="split")
+    square = cases.inputs(d, d, torch.float32, "cpu", 5) / d
+    x, thresholds = cases.inputs(1, d, torch.float32, "cpu", 0), torch.full((h,), 0.1)
+    try:
+        with library.library().watched() as row:
+            for threads in order:  # each reads what the one before it wrote
+                torch.set_num_threads(threads)
+                x = dense_ops.project_one(
+                    ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW), [square], [None]
+                )
+    finally:
+        torch.set_num_threads(before)
+    assert {ran.threads for ran in row} == set(order)
+    outputs = [ran.tensors[-2] for ran in row]  # before the workspace
+    expected = [y.clone() for y in outputs]
+    for y in outputs:
+        y.fill_(torch.nan)
+    library.library().again(row)()
+    for y, alone in zip(outputs, expected, strict=True):
+        assert torch.equal(y, alone)
+        assert y.isfinite().all()

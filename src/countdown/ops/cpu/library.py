@@ -15,9 +15,10 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 3
+ABI = 4
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+INT64 = 3
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy": 3, "given": 4}
 # Weights of one matrix that are worth another thread.
@@ -82,33 +83,46 @@ class SmallCall(ctypes.Structure):
         ("activation", _Int),
         ("sizes", _Int * 4),
         *((name, TensorView) for name in ("result", "first", "second")),
-        ("value", ctypes.c_float),
+        ("value", ctypes.c_double),
         ("at", _Pointer),
         ("at_stride", _Int),
         ("at_limit", _Int),
     )
 
 
-Call = FFNCall | ProjectCall | AttendCall
+class Step(ctypes.Structure):
+    """`countdown_step`."""
+
+    _fields_ = (("kind", _Int), ("threads", _Int), ("call", _Pointer))
+
+
+Call = FFNCall | ProjectCall | AttendCall | SmallCall
+_KINDS: dict[type, int] = {FFNCall: 0, ProjectCall: 1, AttendCall: 2, SmallCall: 3}
 
 
 @dataclass(frozen=True)
 class Ran:
-    """A call that was run, and the memory that it has the addresses of.
+    """A call that was run, with the memory that it has the addresses of.
 
     Args:
-        run: Runs it.
-        tensors: What it reads and writes.
-        workspace: What it works in.
+        call: What was done.
+        threads: On so many.
+        tensors: What it reads and writes, and what it works in.
     """
 
-    run: Callable[[], None]
+    call: Call
+    threads: int
     tensors: list[Tensor]
-    workspace: Tensor
 
-    def again(self) -> None:
-        """Run it again. Whoever holds this method keeps the memory alive."""
-        self.run()
+    @classmethod
+    def of(cls, call: Call, threads: int, tensors: Sequence[Tensor | None]) -> Ran:
+        """Return what was run, keeping the memory that the tensors have now, whatever they are given later."""
+        return cls(call, threads, [tensor.detach() for tensor in tensors if tensor is not None])
+
+    @property
+    def step(self) -> Step:
+        """What runs it again, which holds addresses alone."""
+        return Step(_KINDS[type(self.call)], self.threads, ctypes.addressof(self.call))
 
 
 class Library:
@@ -127,17 +141,10 @@ class Library:
             raise OSError(f"{path} belongs to another version of this package")
         self._functions = functions
         self._seen: list[Ran] | None = None
-        self._run = {
-            kind: (_function(functions, f"{name}_workspace", _Int), _function(functions, name, None))
-            for kind, name in (
-                (FFNCall, "countdown_ffn"),
-                (ProjectCall, "countdown_project"),
-                (AttendCall, "countdown_attend"),
-            )
-        }
-        # Takes an array of `SmallCall` and its length.
-        self.small = functions.countdown_small
-        self.small.argtypes, self.small.restype = (_Pointer, _Int), None
+        # `countdown_workspace`, and `countdown_run`, of an array of steps and its length.
+        self._workspace, self._run = functions.countdown_workspace, functions.countdown_run
+        self._workspace.argtypes, self._workspace.restype = (_Pointer,), _Int
+        self._run.argtypes, self._run.restype = (_Pointer, _Int), None
         functions.countdown_variant.restype = ctypes.c_char_p
         runtime = _openmp()
         if runtime is not None:
@@ -155,7 +162,7 @@ class Library:
         """Use this one of `variants` from now on."""
         self._functions.countdown_take_variant(self.variants.index(name))
 
-    def run(self, call: Call, tensors: Sequence[Tensor | None], weights: int) -> None:
+    def run(self, call: FFNCall | ProjectCall | AttendCall, tensors: Sequence[Tensor | None], weights: int) -> None:
         """Run a call, whose workspace is filled in here, on torch's threads.
 
         Args:
@@ -164,15 +171,18 @@ class Library:
             weights: Entries of a matrix that it reads: few are not worth several threads.
         """
         threads = min(torch.get_num_threads(), 1 + weights // _GRAIN)
-        workspace, run = self._run[type(call)]
-        address = ctypes.byref(call)
-        memory = torch.empty(workspace(address, threads), dtype=torch.uint8)
+        step = Step(_KINDS[type(call)], threads, ctypes.addressof(call))
+        address = ctypes.byref(step)
+        memory = torch.empty(self._workspace(address), dtype=torch.uint8)
         call.workspace = memory.data_ptr()
-        run(address, threads)
+        self._run(address, 1)
         if self._seen is not None:
-            # Detached, they keep the memory that they have now, whatever a parameter is given later.
-            held = [tensor.detach() for tensor in tensors if tensor is not None]
-            self._seen.append(Ran(partial(run, address, threads), held, memory))
+            self._seen.append(Ran.of(call, threads, [*tensors, memory]))
+
+    def again(self, row: Sequence[Ran]) -> Callable[[], None]:
+        """Return a call that runs these again, one after the other. Whoever holds it keeps their memory alive."""
+        steps = (Step * len(row))(*(ran.step for ran in row))
+        return partial(_call, row, self._run, steps, len(row))
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:
@@ -185,10 +195,8 @@ class Library:
             self._seen = None
 
 
-def _function(functions: ctypes.CDLL, name: str, result: Any) -> Any:
-    function = functions[name]
-    function.argtypes, function.restype = (_Pointer, ctypes.c_int), result
-    return function
+def _call(_: object, run: Callable[[Any, int], None], steps: Any, count: int) -> None:
+    run(steps, count)
 
 
 def _openmp() -> list[ctypes.c_void_p] | None:

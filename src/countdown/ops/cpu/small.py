@@ -12,35 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from countdown.ops.cpu.library import ACTIVATIONS, DTYPES, SmallCall, TensorView, library
+from countdown.ops.cpu.library import ACTIVATIONS, DTYPES, INT64, Ran, SmallCall, TensorView
 
 COPY, ADD, MULTIPLY, NEGATE, SQUARE, INVERSE_ROOT, MEAN, ACTIVATE = range(8)
 _DIMENSIONS = 4
 _UNARY = {"aten::neg": NEGATE, "aten::rsqrt": INVERSE_ROOT, "aten::silu": ACTIVATE, "aten::relu": ACTIVATE}
-_BINARY = {"aten::add": ADD, "aten::mul": MULTIPLY}
+_ADDING = ("aten::add", "aten::add_")
+_BINARY = {**dict.fromkeys(_ADDING, ADD), "aten::mul": MULTIPLY}
 _COPYING = ("aten::_to_copy", "aten::clone", "aten::copy_")
 
 
-class SmallCalls:
-    """Small operations in a row.
-
-    Args:
-        calls: What to do.
-        tensors: Those whose addresses the calls hold; kept alive.
-    """
-
-    def __init__(self, calls: Sequence[SmallCall], tensors: Sequence[Tensor]) -> None:
-        self._calls = (SmallCall * len(calls))(*calls)
-        self._tensors = [tensor.detach() for tensor in tensors]
-        self._run = library().small
-
-    def again(self) -> None:
-        """Do them all."""
-        self._run(self._calls, len(self._calls))
-
-
-def small_calls(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> list[SmallCall]:
-    """Return the calls that do again what an operation did, none where it is not one of the small ones.
+def small_calls(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Any) -> list[Ran]:
+    """Return what does again what an operation did, nothing where it is not one of the small ones.
 
     Args:
         name: The operation's, such as `aten::mul`.
@@ -52,18 +35,24 @@ def small_calls(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: An
         tensors = [made, *args[0]]
     if name == "aten::index_copy_":
         tensors = [made, args[3]]
-    if not all(_fits(x) for x in tensors):
+    if not all(_fits(x) for x in tensors) or len({x.dtype == torch.int64 for x in tensors}) > 1:
+        return []
+    if tensors[0].dtype == torch.int64 and name not in _ADDING:
         return []
     for names, calls in _KNOWN:
         if name in names:
-            return calls(name, args, kwargs, made)
+            return [Ran.of(call, 1, [*tensors, *_index(name, args)]) for call in calls(name, args, kwargs, made)]
     return []
+
+
+def _index(name: str, args: Sequence[Any]) -> Sequence[Tensor]:
+    return args[2:3] if name == "aten::index_copy_" else ()
 
 
 def _fits(tensor: Any) -> bool:
     return (
         isinstance(tensor, Tensor)
-        and tensor.dtype in DTYPES
+        and (tensor.dtype in DTYPES or tensor.dtype == torch.int64)
         and tensor.device.type == "cpu"
         and tensor.dim() <= _DIMENSIONS
     )
@@ -76,7 +65,8 @@ def _unary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor)
 
 def _binary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
     one, other = args
-    if kwargs or not isinstance(one, Tensor):
+    exact = isinstance(other, Tensor) or abs(other) < 2**53  # as the double that it becomes
+    if kwargs or not isinstance(one, Tensor) or not exact:
         return []
     return [_call(_BINARY[name], made, one, other)]
 
@@ -142,4 +132,4 @@ def _call(operation: int, result: Tensor, first: Tensor, second: Tensor | float 
 def _view(tensor: Tensor, shape: torch.Size) -> TensorView:
     strides = tensor.expand(shape).stride()
     padded = (ctypes.c_int64 * _DIMENSIONS)(*[0] * (_DIMENSIONS - len(strides)), *strides)
-    return TensorView(tensor.data_ptr(), DTYPES[tensor.dtype], padded)
+    return TensorView(tensor.data_ptr(), DTYPES.get(tensor.dtype, INT64), padded)
