@@ -47,6 +47,9 @@ struct Entries {
             int64_t k = 0;
             for (; k + Vec::width <= count; k += Vec::width) store(to + k, load(from + k));
             if (k < count) store(to + k, load(from + k, count - k));
+        } else if (stride == 0) {
+            Vec same = splat(widened(from));
+            for (int64_t k = 0; k < count; k += Vec::width) store(to + k, same);
         } else {
             for (int64_t k = 0; k < count; ++k) to[k] = widened(from + k * stride);
         }
