@@ -146,6 +146,21 @@ def decode(name: str) -> str:
     return table(head, [cells[: len(head)] for cells in rows]) + note + _source(name, document)
 
 
+def random_rows(name: str) -> str:
+    """Return GB/s of rows, by their length and which of them are read."""
+    document = load(name)
+    found = {(r["threads"], r["row_bytes"], r["share"]): r["gb_per_s"] for r in document["records"]}
+    threads, lengths, shares = (sorted({key[place] for key in found}) for place in range(3))
+    cases = [(t, s) for t in threads for s in reversed(shares)]
+    head = [f"{'all' if s == 1 else f'{s:.0%}'}, {t} thread{'s' if t > 1 else ''}" for t, s in cases]
+    rows = [[f"{length} bytes", *(f"{found[t, length, s]:.0f}" for t, s in cases)] for length in lengths]
+    meta = document["meta"]
+    return table(["a row", *head], rows) + (
+        f"\nGB/s of the rows that are read. {meta['hardware']['cpu']}, commit {meta['commit'][:8]}, "
+        f"{meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+    )
+
+
 def _shape(record: dict[str, Any]) -> str:
     return f"d {record['d']}, h {record['h']}"
 

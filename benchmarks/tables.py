@@ -285,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-decode": lambda: speed.decode("cpu-decode"),
     "cpu-decode-1-thread": lambda: speed.decode("cpu-decode-1-thread"),
     "cpu-decode-1.5b": lambda: speed.decode("cpu-decode-1.5b"),
+    "cpu-random-rows": lambda: speed.random_rows("cpu-random-rows"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
