@@ -12,7 +12,8 @@ namespace countdown {
 namespace VARIANT {
 
 constexpr int MOST_TOKENS = 8;
-constexpr int BLOCK = 4;
+// Rows that are read side by side, as many as there are registers for their sums.
+constexpr int BLOCK = Vec::width < 16 ? 4 : 8;
 // Tokens are copied with zeros up to a multiple of this many entries, so that they are loaded whole.
 constexpr int64_t PADDING = 64;
 
@@ -49,7 +50,7 @@ static inline void prefetch(const void *address) {
 
 template <class W>
 static inline bool is_short(int64_t d) {
-    return d * int64_t(sizeof(W)) <= page;
+    return d * int64_t(sizeof(W)) <= page / 2;
 }
 
 // Start reading the first lines of long rows, and of their later pages.
@@ -147,7 +148,7 @@ class RowLoops {
 
     explicit RowLoops(int64_t tokens) : tokens_(tokens) {
         switch (tokens) {
-            case 1: take<4, 1>(); break;
+            case 1: take<BLOCK, 1>(); break;
             case 2: take<2, 2>(); break;
             case 3: take<2, 3>(); break;
             case 4: take<2, 4>(); break;
