@@ -1,6 +1,6 @@
 // Read rows of an array, in order, all or a random share of them, and print the GB/s of the rows that were read.
 //
-// What a loop that does nothing but add reaches is the most that rows of active neurons can be read at.
+// By a plain loop that does nothing but add: what the processor makes of it unaided.
 #include <omp.h>
 
 #include <algorithm>

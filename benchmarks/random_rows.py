@@ -1,4 +1,4 @@
-"""How fast a CPU reads rows that lie anywhere, against reading from end to end: what sparsity can gain at most.
+"""How fast a CPU reads rows that lie anywhere, against reading from end to end.
 
     python benchmarks/random_rows.py --output benchmarks/results/cpu-random-rows.json
 

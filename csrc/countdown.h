@@ -120,7 +120,7 @@ COUNTDOWN_API const char *countdown_variant(int place);
 COUNTDOWN_API void countdown_take_variant(int place);
 
 /* Run on the threads of an OpenMP runtime that is loaded already: its GOMP_parallel, GOMP_barrier,
- * omp_get_thread_num and omp_get_num_threads. Without them each call starts threads of its own. */
+ * omp_get_thread_num and omp_get_num_threads. Without them threads are started for each run. */
 COUNTDOWN_API void countdown_use_openmp(void *parallel, void *barrier, void *thread_num, void *num_threads);
 
 #ifdef __cplusplus

@@ -63,7 +63,7 @@ class Projection {
 
 // Attention: a thread sees a range of the keys, for every query, and leaves what it finds. The queries are then shared
 // out, and what the threads found about one is joined. The few vectors of a key are loaded once for all queries of its
-// group, and their sums stay in registers over all keys.
+// group, and their sums stay in registers over all keys, where these hold them.
 struct Seen {
     float largest, total;  // of exp(score - largest)
 };
@@ -80,8 +80,10 @@ struct AttendSpace {
     AttendSpace(const countdown_attend_call &call, int threads)
         : range(ceil_to(call.length / threads + 1, 16)), width(ceil_to(call.size, PADDING)) {
         Workspace space(call.workspace);
-        scores = space.take<float>(threads * range * MOST_TOKENS);
-        keys = space.take<int32_t>(threads * range);
+        // As many for fewer threads or less: a team may come out smaller than the one that room was made for.
+        int64_t most = call.length + 16 * threads;
+        scores = space.take<float>(most * MOST_TOKENS);
+        keys = space.take<int32_t>(most);
         queries = space.take<Operand<W>>(threads * MOST_TOKENS * width);
         seen = space.take<Seen>(threads * call.heads);
         sums = space.take<float>(threads * call.heads * width);
@@ -181,6 +183,7 @@ class Attention {
             for (int i = 0; i < Vec::width; ++i) most[i] = scores[k + i] > most[i] ? scores[k + i] : most[i];
         Seen seen = {-INFINITY, 0};
         for (float one : most) seen.largest = one > seen.largest ? one : seen.largest;
+        if (seen.largest == -INFINITY && !any_nan(scores)) return seen;  // as if no key were seen
         Vec total = splat(0);
         for (int64_t k = 0; k < padded; k += Vec::width) {
             Vec weights = exponential(load(scores + k) - splat(seen.largest));
@@ -189,6 +192,12 @@ class Attention {
         }
         seen.total = sum(total);
         return seen;
+    }
+
+    bool any_nan(const float *scores) const {
+        for (int64_t k = 0; k < count_; ++k)
+            if (scores[k] != scores[k]) return true;
+        return false;
     }
 
     // N vectors of all queries' sums, from entry c on.

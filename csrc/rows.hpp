@@ -165,13 +165,13 @@ class RowLoops {
 
     // `ahead` is nullptr or has rows_at_once rows.
     void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
-                  const Rows<W> *ahead = nullptr) const {
+                  const Rows<W> *ahead) const {
         if (count == rows_at_once) return block_products_[ahead != nullptr](rows, x, x_stride, d, out, ahead);
         for (int64_t k = 0; k < count; ++k) products(rows.row[k], x, x_stride, d, out + k * tokens_);
     }
 
     void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
-             const Rows<W> *ahead = nullptr) const {
+             const Rows<W> *ahead) const {
         if (count == rows_at_once) return block_add_[ahead != nullptr](rows, factors, d, sums, sums_stride, ahead);
         for (int64_t k = 0; k < count; ++k)
             row_add_(Rows<W>{{rows.row[k]}}, factors + k * tokens_, d, sums, sums_stride, nullptr);

@@ -65,7 +65,7 @@ def _unary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor)
 
 def _binary(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
     one, other = args
-    exact = isinstance(other, Tensor) or abs(other) < 2**53  # as the double that it becomes
+    exact = isinstance(other, Tensor | float) or abs(other) < 2**53  # as the double that it becomes
     if kwargs or not isinstance(one, Tensor) or not exact:
         return []
     return [_call(_BINARY[name], made, one, other)]
