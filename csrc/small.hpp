@@ -106,8 +106,8 @@ static void small_mean(const countdown_small_call &call, const Entries &to, cons
         for (int64_t k = count; k < ceil_to(count, Vec::width); ++k) some[k] = 0;
         for (int64_t k = 0; k < count; k += Vec::width) total = total + load(some + k);
     }
-    float mean = sum(total) / float(call.sizes[3]);
-    to.write(0, 1, &mean);
+    some[0] = sum(total) / float(call.sizes[3]);  // in a buffer: a vector is read
+    to.write(0, 1, some);
 }
 
 // Integers are few: positions and counts. They are added.
