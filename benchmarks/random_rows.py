@@ -8,6 +8,7 @@ Rows as long as those of d 576, 1536 and 4096 in bf16, of 1 GiB, by a loop that 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -25,6 +26,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
+    if shutil.which("g++") is None:
+        parser.error("g++ is not installed, which compiles the loop that is timed.")
     records = []
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "rows")

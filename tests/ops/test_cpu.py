@@ -10,6 +10,7 @@ import oracle
 from countdown.errors import ConfigError
 from countdown.ops import backends, gathering, reference
 from countdown.ops.cpu import dense_ops, library, ops
+from countdown.ops.cpu.small import small_calls
 
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
@@ -264,21 +265,25 @@ def test_attend_one(heads, groups, length, size, mask, dtype, threads):
 
 @pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
 def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
-    d, h, before = 577, 301, torch.get_num_threads()
+    d, h, before = 576, 301, torch.get_num_threads()
     weights, biases = cases.ffn(d, h, torch.float32, "cpu", bias=True, seed=3, form="split")
     square = cases.inputs(d, d, torch.float32, "cpu", 5) / d
+    keys, values = (cases.inputs(9 * 300, 64, torch.float32, "cpu", s).view(1, 9, 300, 64) for s in (6, 7))
     x, thresholds = cases.inputs(1, d, torch.float32, "cpu", 0), torch.full((h,), 0.1)
+    outputs = []
     try:
         with library.library().watched() as row:
             for threads in order:  # each reads what the one before it wrote
                 torch.set_num_threads(threads)
-                x = dense_ops.project_one(
-                    ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW), [square], [None]
-                )
+                y = ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
+                z = dense_ops.project_one(y, [square], [None])
+                a = dense_ops.attend_one(z.view(1, 9, 1, 64), keys, values, None, 0.3)
+                x = (a * 2).view(1, d)
+                row.extend(small_calls("aten::mul", (a, 2), {}, x.view_as(a)))
+                outputs += [y, z, a, x]
     finally:
         torch.set_num_threads(before)
     assert {ran.threads for ran in row} == set(order)
-    outputs = [ran.tensors[-2] for ran in row]  # before the workspace
     expected = [y.clone() for y in outputs]
     again = library.library().again(row)
     for _ in range(20):

@@ -6,9 +6,8 @@ import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,7 +181,11 @@ class Library:
     def again(self, row: Sequence[Ran]) -> Callable[[], None]:
         """Return a call that runs these again, one after the other. Whoever holds it keeps their memory alive."""
         steps = (Step * len(row))(*(ran.step for ran in row))
-        return partial(_call, row, self._run, steps, len(row))
+
+        def call() -> None:
+            self._run(steps, len(row))  # the steps hold addresses alone, the row what lies there
+
+        return call
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:
@@ -193,10 +196,6 @@ class Library:
             yield seen
         finally:
             self._seen = None
-
-
-def _call(_: object, run: Callable[[Any, int], None], steps: Any, count: int) -> None:
-    run(steps, count)
 
 
 def _openmp() -> list[ctypes.c_void_p] | None:
