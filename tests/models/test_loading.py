@@ -96,3 +96,10 @@ def test_skeleton_has_no_weights(model_folder):
 
 def test_tokenizer(model_folder):
     assert load_tokenizer(str(model_folder)).decode(load_tokenizer(str(model_folder))("abc")["input_ids"]) == "abc"
+
+
+def test_what_is_no_gguf_file_is_refused_by_its_own_name(tmp_path):
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(b"no weights are here" * 9)
+    with pytest.raises((ConfigError, UnsupportedModelError), match=r"^bad\.gguf cannot be loaded: "):
+        load_model(Source.parse(str(file)), device="cpu")

@@ -233,10 +233,11 @@ class explained:  # noqa: N801
                 f"{self.source.label} needs a package that is missing: {_first_line(error)} "
                 "For GGUF: pip install 'countdown-llm[gguf]'."
             ) from error
+        named = self.source.gguf_file or self.source.name
         if isinstance(error, OSError):
-            raise ConfigError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
+            raise ConfigError(f"{named} cannot be loaded: {_first_line(error)}") from error
         if isinstance(error, ValueError | RuntimeError | SafetensorError):
-            raise UnsupportedModelError(f"{self.source.name} cannot be loaded: {_first_line(error)}") from error
+            raise UnsupportedModelError(f"{named} cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
