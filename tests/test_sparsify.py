@@ -234,6 +234,20 @@ def test_deepcopy_is_independent(llama_model, profile):
     assert other.model.layers[0].mlp.up_proj.weight.eq(0).all()
 
 
+def test_a_twin_shares_all_but_down_and_leaves_the_model_alone(laid_out, llama_model, profile):
+    before, downs = logits(llama_model), {ffn.matrices[-1] for ffn in find_ffns(llama_model)}
+    twin = sparsify.sparse_twin(llama_model, profile)
+    assert (bool(sparse_sites(twin)), bool(sparse_sites(llama_model))) == (True, False)
+    for mine, its in zip(llama_model.parameters(), twin.parameters(), strict=True):
+        assert (mine is its) == (mine not in downs)
+    assert (any(by_neuron(llama_model)), all(by_neuron(twin))) == (False, True)
+    assert torch.equal(logits(llama_model), before)
+    one = torch.tensor([[7]])
+    with torch.no_grad():
+        expected = twin(one).logits
+        assert torch.equal(countdown.sparsify_(llama_model, profile)(one).logits, expected)
+
+
 def test_changing_dtype_keeps_thresholds_exact(llama_model, profile):
     countdown.sparsify_(llama_model, profile)
     before = [module.per_term.clone() for module in sparse_sites(llama_model).values()]

@@ -67,10 +67,10 @@ class DecodeLoop:
         self._first = True
         counters = [site.counters for site in sparse_sites(model).values()]
         # Not inference_mode: the cache is written inside compiled code and outside of it.
-        with torch.no_grad(), on_device(device), _undone(counters, only_if_it_fails=True):
+        with torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True):
             self.token = self._next(prompt.to(device))
             # What warming up writes into the cache is written again by the first replays.
-            with _undone([self.token, *counters, *(layer.cumulative_length for layer in self.cache.layers)]):
+            with undone([self.token, *counters, *(layer.cumulative_length for layer in self.cache.layers)]):
                 self._replay = self._trace()
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class DecodeLoop:
 
 
 @contextmanager
-def _undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iterator[None]:
+def undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iterator[None]:
     """Give tensors their values back after the context."""
     before = [tensor.clone() for tensor in tensors]
     try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -92,6 +94,22 @@ def restore_(model: ModelT) -> ModelT:
     forget_profile(base)
     vars(base).pop("_get_candidate_generator", None)
     return model
+
+
+def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
+    """Return a sparsified copy of a dense model, which stays as it is.
+
+    The two share every weight but those that `sparsify_` stores in another layout, W_down.
+
+    Args:
+        model, profile: See `sparsify_`.
+
+    Raises:
+        UnsupportedModelError, ProfileError, ConfigError: See `sparsify_`.
+    """
+    own = {id(site.matrices[-1]) for site in find_sites(base_model(model), profile.kinds)}
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers()) if id(tensor) not in own}
+    return sparsify_(copy.deepcopy(model, shared), profile)
 
 
 def from_pretrained(

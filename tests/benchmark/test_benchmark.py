@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import countdown
+import countdown.benchmark.arm as arm
 import countdown.benchmark.decode as decode
 import countdown.benchmark.ffn as ffn
 from conftest import llama
 from countdown.benchmark.ffn import FFNBenchmark
-from countdown.benchmark.timing import Bandwidth, relative_error
+from countdown.benchmark.timing import in_turn, paired_ratio, relative_error
 from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.modules import sparse_sites
@@ -21,14 +25,17 @@ def device(monkeypatch):
     """A CPU with memory of 1 GB/s, on which every step takes 10 µs."""
 
     def timed(step, _):
-        step()
-        return 10.0
+        def once():
+            step()
+            return 10.0
+
+        return once
 
     for module in (ffn, decode):
-        monkeypatch.setattr(module, "bandwidth", lambda _: Bandwidth(1e9, 1e9, 1e9))
+        monkeypatch.setattr(module, "floor_rate", lambda _: lambda: 1e9)
     monkeypatch.setattr(ffn, "require_cuda", lambda: torch.device("cpu"))
-    monkeypatch.setattr(ffn, "step_time", timed)
-    monkeypatch.setattr(decode, "step_time", timed)
+    monkeypatch.setattr(ffn, "timed", timed)
+    monkeypatch.setattr(arm, "timed", timed)
     pytest.importorskip("triton")  # its interpreter runs the kernel of a given set
     monkeypatch.setattr(ffn.backends, "missing", lambda _: None)
     monkeypatch.setattr(ffn, "_sizes", lambda _: (50000, 10**6))
@@ -111,7 +118,7 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_decode_records(device, monkeypatch):
-    monkeypatch.setattr(decode, "PREFILL", {"cpu": (16, 3)})
+    monkeypatch.setattr(arm, "PREFILL", {"cpu": 16})
     monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
     model = llama()
     what = decode.DecodeBenchmark(context=8, new_tokens=4)
@@ -128,6 +135,54 @@ def test_decode_records(device, monkeypatch):
         assert record["tokens_per_s"] == pytest.approx(1e6 / record["time_us"])
     assert sparse["backend"] == ("reference" if library.missing() else "cpu")
     assert sparse["weights_read"] == pytest.approx((1 + 2 * (1 - sparse["realised_sparsity"])) / 3)
+
+
+def test_a_ratio_is_of_what_was_measured_in_the_same_round():
+    # A machine that runs half as fast from the third round on, and once stalls.
+    pace = iter([1, 1, 2, 2, 9, 2])
+    log = []
+
+    def slow():
+        log.append("slow")
+        runs.now = next(pace)
+        return 3.0 * runs.now
+
+    def fast():
+        log.append("fast")
+        return 1.0 * runs.now
+
+    runs = SimpleNamespace(now=0)
+    found = in_turn({"slow": slow, "fast": fast}, rounds=5, warm_up=1)
+    assert log == ["slow", "fast"] * 6
+    assert found["slow"] == [3, 6, 6, 27, 6]
+    assert paired_ratio(found["slow"], found["fast"]) == 3
+
+
+def test_arms_take_turns_on_a_cpu(device, monkeypatch):
+    monkeypatch.setattr(arm, "PREFILL", {"cpu": 16})
+    monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
+    ran = []
+    tokens = decode.Arm.runs
+
+    def watched(self):
+        found = tokens(self)
+        run = found[arm.TOKEN]
+        return found | {arm.TOKEN: lambda: (ran.append(bool(sparse_sites(self.model))), run())[1]}
+
+    monkeypatch.setattr(decode.Arm, "runs", watched)
+    list(decode.run(llama(), [method("cats")], decode.DecodeBenchmark(context=8, new_tokens=4)))
+    assert ran == [False, True] * (arm.WARM_UP + arm.ROUNDS)
+
+
+def test_parts_that_are_timed_alone_are_not_counted(device, llama_model, tokenizer, text):
+    cats = method("cats", sparsity=0.5)
+    profile = countdown.calibrate(llama_model, tokenizer, text, cats, tokens=512, progress=False)
+    countdown.sparsify_(llama_model, profile)
+    one = decode.Arm(llama_model, torch.tensor([[5, 17, 90]]), 16, split=True)
+    times, _ = arm.measure({"one": one})
+    assert set(times["one"]) == {arm.TOKEN, "ffn", "attention_linears", "head"}
+    # The first comes with the prompt, which is dense.
+    assert {site.tokens for site in countdown.status(llama_model)} == {arm.tokens_of(16) - 1}
 
 
 def test_decode_takes_ffns_only(device):

@@ -250,7 +250,7 @@ def test_what_the_loop_refuses_has_no_speed_and_is_said(run, monkeypatch):
     def refusing(*_, **__):
         raise UnsupportedModelError("a sliding window")
 
-    monkeypatch.setattr(session, "measure_arm", refusing)
+    monkeypatch.setattr(session, "Arm", refusing)
     monkeypatch.setattr(session, "NEW_TOKENS", 5)  # other speeds than those in the cache
     found = run()
     assert all(cell.speed is None and cell.error is None for cell in found.cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from countdown.benchmark.timing import bandwidth, relative_error, require_cuda, step_time
+from countdown.benchmark.timing import floor_rate, in_turn, paired_ratio, relative_error, require_cuda, timed
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
@@ -95,57 +96,76 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
     Raises:
         ConfigError: No CUDA device, where none is named.
     """
-    found = bandwidth(benchmark.device or require_cuda())
+    rate = floor_rate(benchmark.device or require_cuda())
     for d, h in track(list(benchmark.shapes), "measuring FFNs", show=progress):
         layers = _Layers(d, h, benchmark)
         for tokens in benchmark.tokens:
-            dense = layers.dense_times(tokens, compiled=benchmark.compiled and tokens == 1)
-            for sparsity in benchmark.sparsities:
-                x = layers.inputs(tokens, sparsity)
-                for name in benchmark.methods:
-                    yield _measure(layers, name, sparsity, x, dense, found.floor)
+            yield from _measure(layers, tokens, rate)
 
 
-def _measure(
-    layers: _Layers, name: str, sparsity: float, x: Tensor, dense: dict[str, float], rate: float
-) -> dict[str, Any]:
-    case = _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x)
-    tokens, (d, h) = len(x), (layers.d, layers.h)
+def _measure(layers: _Layers, tokens: int, rate: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    """Yield the records of so many tokens, what is dense and all cases timed in turn."""
+    cases: list[_Given | _Deciding] = []
+    for sparsity in layers.benchmark.sparsities:
+        x = layers.inputs(tokens, sparsity)
+        for name in layers.benchmark.methods:
+            cases.append(_Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x))
+    # What computes wrong is not timed.
+    errors = {case: case.error() for case in cases}
+    right = [case for case in cases if errors[case] <= TOLERANCE[layers.dtype]]
+    dense = layers.dense(tokens, compiled=layers.benchmark.compiled and tokens == 1)
+    steps: dict[Any, Callable[[], object]] = {**dense, **{case: case.step for case in right}}
+    found = in_turn({_RATE: rate, **{name: timed(step, layers.device) for name, step in steps.items()}})
+    bytes_s = statistics.median(found.pop(_RATE))
+    times = {name: [time / layers.count for time in measured] for name, measured in found.items()}
+    for case in cases:
+        record = _described(case, bytes_s) | {"error": errors[case]}
+        yield record | _compared(case, times, list(dense), record["floor_us"])
+
+
+_RATE = "bytes/s"
+
+
+def _described(case: _Given | _Deciding, bytes_s: float) -> dict[str, Any]:
+    """Return what a case is, and its floor."""
+    layers, x = case.layers, case.x
     union = case.union()
     # In matrices: what is read to decide, and what of the others at active neurons.
     matrices = case.decides + (3 - case.reused) * union
-    floor = matrices * d * h * x.element_size() / rate * 1e6
-    variant = min(dense, key=lambda key: dense[key])
-    error = case.error()
-    record = {
-        "d": d,
-        "h": h,
+    return {
+        "d": layers.d,
+        "h": layers.h,
         "dtype": layers.benchmark.dtype,
         "activation": layers.benchmark.activation,
         "layers": layers.count,
         **({} if x.is_cuda else {"threads": torch.get_num_threads()}),
-        "tokens": tokens,
-        "method": name,
+        "tokens": len(x),
+        "method": case.name,
         "indicator": case.indicator,
         "decision": "threshold",
-        "sparsity": sparsity,
+        "sparsity": case.sparsity,
         "realised_sparsity": case.realised(),
         "union": union,
         "weights_read": matrices / 3,
-        "bandwidth": rate,
-        "floor_us": floor,
-        "dense_variant": variant,
-        "dense_time_us": dense[variant],
-        "dense_times_us": dense,
-        "error": error,
+        "bandwidth": bytes_s,
+        "floor_us": matrices * layers.d * layers.h * x.element_size() / bytes_s * 1e6,
     }
-    if error > TOLERANCE[x.dtype]:
-        return record  # wrong is not fast
-    time = step_time(case.step, x.device) / layers.count
-    return record | {
+
+
+def _compared(
+    case: _Given | _Deciding, times: Mapping[Any, list[float]], dense: Sequence[str], floor: float
+) -> dict[str, Any]:
+    """Return how long dense FFNs took, in µs, and the case, if it was timed, against the fastest of them."""
+    medians = {name: statistics.median(times[name]) for name in dense}
+    variant = min(medians, key=lambda name: medians[name])
+    found = {"dense_variant": variant, "dense_time_us": medians[variant], "dense_times_us": medians}
+    if case not in times:
+        return found
+    time = statistics.median(times[case])
+    return found | {
         "time_us": time,
-        "speedup": dense[variant] / time,
-        **({"speedup_to_fused_cublas": dense[FUSED] / time} if FUSED in dense else {}),
+        "speedup": paired_ratio(times[variant], times[case]),
+        **({"speedup_to_fused_cublas": paired_ratio(times[FUSED], times[case])} if FUSED in medians else {}),
         "floor_share": floor / time,
     }
 
@@ -170,7 +190,8 @@ class _Layers:
         # At the highest sparsity a decision reads a tenth of an FFN or more.
         least = max(1 - max(benchmark.sparsities), 0.1) * 3 * d * h * self.dtype.itemsize
         wanted, free = _sizes(self.device)
-        fit = int(0.7 * free / (3 * d * h * self.dtype.itemsize))
+        # On a CPU W_down is there twice; see `dense`.
+        fit = int(0.7 * free / ((3 if self.device.type == "cuda" else 4) * d * h * self.dtype.itemsize))
         if fit < 1:
             raise ConfigError(f"an FFN of {d} × {h} in {benchmark.dtype} does not fit the {free / 1e9:.0f} GB left.")
         self.count = min(-(-wanted // max(1, int(least))), MOST_LAYERS, fit)
@@ -206,8 +227,8 @@ class _Layers:
             low, high = (mix, high) if float(active.any(dim=0).float().mean()) > wanted else (low, mix)
         return x
 
-    def dense_times(self, tokens: int, *, compiled: bool) -> dict[str, float]:
-        """Return µs a layer of dense FFNs."""
+    def dense(self, tokens: int, *, compiled: bool) -> dict[str, Callable[[], None]]:
+        """Return steps through the dense FFNs of all layers, by what computes them."""
         x = torch.randn(tokens, self.d, device=self.device, generator=self.generator).to(self.dtype)
         act, h = ACTIVATIONS[self.benchmark.activation], self.h
 
@@ -221,21 +242,21 @@ class _Layers:
         if self.device.type != "cuda":
             # Laid out as nn.Linear does, which is faster here.
             down = [weight.contiguous() for weight in self.down]
-            return {f"torch, gate and up {name}": self._time(ffn, down) for name, ffn in
-                    (("fused", fused), ("split", split))}  # fmt: skip
+            variants = {"torch, gate and up fused": fused, "torch, gate and up split": split}
+            return {name: self._through(ffn, down) for name, ffn in variants.items()}
         variants = {FUSED: fused, "cuBLAS": split}
         if compiled:
             variants["torch.compile max-autotune"] = torch.compile(
                 fused, dynamic=False, mode="max-autotune-no-cudagraphs"
             )
-        return {name: self._time(variant, self.down) for name, variant in variants.items()}
+        return {name: self._through(ffn, self.down) for name, ffn in variants.items()}
 
-    def _time(self, ffn: Callable[[Tensor, Tensor], Tensor], downs: list[Tensor]) -> float:
+    def _through(self, ffn: Callable[[Tensor, Tensor], Tensor], downs: list[Tensor]) -> Callable[[], None]:
         def step() -> None:
             for both, down in zip(self.both, downs, strict=True):
                 ffn(both, down)
 
-        return step_time(step, self.device) / self.count
+        return step
 
     def _draw(self, rows: int, columns: int) -> Tensor:
         shape = (rows, columns)
@@ -247,7 +268,7 @@ class _Deciding:
     """A method that decides by one projection, which is not read again, or by a proxy."""
 
     def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
-        self.layers, self.x = layers, x
+        self.layers, self.name, self.sparsity, self.x = layers, name, sparsity, x
         h, decider = layers.h, method(name)
         self.indicator = decider.indicator.name
         self.how = {
@@ -314,10 +335,11 @@ class _Deciding:
 class _Given:
     """Active sets that are known, one for each layer and token."""
 
-    indicator, decides, reused = GIVEN, 0.0, 0
+    name = indicator = GIVEN
+    decides, reused = 0.0, 0
 
     def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
-        self.layers, self.x = layers, x
+        self.layers, self.sparsity, self.x = layers, sparsity, x
         keep = layers.h - int(sparsity * layers.h)
         deciding = _Deciding(layers, DEFAULT_METHOD, sparsity, x)
         order = [deciding.active(layer) for layer in range(layers.count)]

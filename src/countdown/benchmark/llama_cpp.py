@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from countdown.benchmark.arm import TOKEN, Times, part_of, token_run, tokens_of
+from countdown.benchmark.timing import paired_ratio
 from countdown.errors import ConfigError, UnsupportedModelError
 
 NAME = "llama.cpp"
@@ -47,21 +51,76 @@ def check(model: nn.Module | None = None) -> None:
         )
 
 
-def measure(model: nn.Module, ids: Tensor, new_tokens: int) -> Iterator[dict[str, Any]]:
-    """Yield a record of llama.cpp's greedy decoding for each of `FORMATS`, on as many threads as torch has.
+def arms(model: nn.Module, ids: Tensor, new_tokens: int) -> dict[str, Callable[[ExitStack], Decoding]]:
+    """Return, by name, what makes llama.cpp's greedy decoding in each of `FORMATS`, until the stack is left.
 
     Args:
         model: Dense, on a CPU; see `check`.
         ids: The prompt `[1, n]`.
-        new_tokens: How many tokens are timed, after as many that are not.
+        new_tokens: How many tokens are timed, at least.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in FORMATS:
+
+    def make(kind: str, stack: ExitStack) -> Decoding:
+        decoding = Decoding(model, ids[0].tolist(), new_tokens, kind)
+        stack.callback(decoding.close)
+        return decoding
+
+    return {f"{NAME} {kind}": partial(make, kind) for kind in FORMATS}
+
+
+class Decoding:
+    """Greedy decoding in llama.cpp, on as many threads as torch has.
+
+    Args:
+        model: Dense, on a CPU; see `check`.
+        prompt: Its tokens.
+        new_tokens: How many tokens are timed, at least.
+        kind: One of `FORMATS`.
+    """
+
+    def __init__(self, model: nn.Module, prompt: list[int], new_tokens: int, kind: str) -> None:
+        import llama_cpp
+
+        self.kind, self._part, threads = kind, part_of(new_tokens), torch.get_num_threads()
+        length = len(prompt) + tokens_of(new_tokens)
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{kind}.gguf")
             write(model, path, kind)
-            speed = _tokens_per_s(path, ids[0].tolist(), new_tokens, torch.get_num_threads())
-            path.unlink()
-            yield {"format": kind, "tokens_per_s": speed, "llama_cpp_python": version("llama-cpp-python")}
+            # It maps the file into memory, which stays when its name is gone.
+            self._llama: Any = llama_cpp.Llama(
+                str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        self._token = self._after(prompt)
+
+    def run(self, tokens: int) -> None:
+        """Make so many tokens."""
+        for _ in range(tokens):
+            self._token = self._after([self._token])
+
+    def runs(self) -> dict[str, Callable[[], float]]:
+        """See `arm.Timed`."""
+        return {TOKEN: token_run(self.run, self._part, torch.device("cpu"))}
+
+    def record(self, times: Times, dense: Times) -> dict[str, Any]:
+        """See `arm.Timed`."""
+        return {
+            "format": self.kind,
+            "tokens_per_s": 1e6 / median(times[TOKEN]),
+            "speedup": paired_ratio(dense[TOKEN], times[TOKEN]),
+            "llama_cpp_python": version("llama-cpp-python"),
+        }
+
+    def close(self) -> None:
+        """Free its memory."""
+        self._llama.close()
+
+    def _after(self, tokens: list[int]) -> int:
+        import llama_cpp
+        import numpy
+
+        self._llama.eval(tokens)
+        logits = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        return int(numpy.ctypeslib.as_array(logits, (self._llama.n_vocab(),)).argmax())
 
 
 def write(model: nn.Module, path: Path, kind: str) -> None:
@@ -113,27 +172,3 @@ def _rotated(name: str, weight: Tensor, config: Any) -> Tensor:
     if ending not in heads:
         return weight
     return weight.view(heads[ending], 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def _tokens_per_s(path: Path, prompt: list[int], new_tokens: int, threads: int) -> float:
-    import llama_cpp
-    import numpy
-
-    llama = llama_cpp.Llama(
-        str(path), n_ctx=len(prompt) + 2 * new_tokens + 1, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-
-    def step(tokens: list[int]) -> list[int]:
-        llama.eval(tokens)
-        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-        return [int(numpy.ctypeslib.as_array(logits, (llama.n_vocab(),)).argmax())]
-
-    token = step(prompt)
-    for _ in range(new_tokens):
-        token = step(token)
-    started = time.perf_counter()
-    for _ in range(new_tokens):
-        token = step(token)
-    elapsed = time.perf_counter() - started
-    llama.close()
-    return new_tokens / elapsed

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ from torch import Tensor
 from countdown.decoding import record
 from countdown.errors import ConfigError
 
-REPLAYS = 20
-# Replays before any is timed: clocks rise, and memory that was freed before is no longer being cleared.
+ROUNDS = 20
+# Rounds before the first that counts.
+WARM_UP = 3
+# How long a captured graph is replayed before it is timed: clocks rise, and memory that was freed before is no longer
+# being cleared.
 WARM_UP_S = 0.05
+Name = TypeVar("Name", bound=Hashable)
 
 
 def require_cuda() -> torch.device:
@@ -30,34 +35,65 @@ def require_cuda() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def graph_time(step: Callable[[], object], replays: int = REPLAYS) -> float:
-    """Return the median time of `step` in µs, captured and replayed."""
+def timed(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """Return a call that does `step` once and returns its µs: captured and replayed on a CUDA device."""
+    return _replayed(step) if device.type == "cuda" else _called(step)
+
+
+def in_turn(
+    runs: Mapping[Name, Callable[[], float]], *, rounds: int = ROUNDS, warm_up: int = WARM_UP
+) -> dict[Name, list[float]]:
+    """Return what each run measured, round by round.
+
+    A round goes through all runs, so what slows the machine for a while slows all of them, and ratios stay.
+
+    Args:
+        runs: By name; each measures once and returns what it found.
+        rounds: How many count.
+        warm_up: How many come before.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in runs}
+    for _ in range(warm_up + rounds):
+        for name, run in runs.items():
+            found[name].append(run())
+    return {name: measured[warm_up:] for name, measured in found.items()}
+
+
+def step_time(step: Callable[[], object], device: torch.device) -> float:
+    """Return the median time of `step` in µs."""
+    return statistics.median(in_turn({"step": timed(step, device)})["step"])
+
+
+def paired_ratio(over: list[float], under: list[float]) -> float:
+    """Return the median ratio of what two runs measured in the same rounds."""
+    return statistics.median(one / other for one, other in zip(over, under, strict=True))
+
+
+def _called(step: Callable[[], object]) -> Callable[[], float]:
+    def once() -> float:
+        started = time.perf_counter()
+        step()
+        return (time.perf_counter() - started) * 1e6
+
+    return once
+
+
+def _replayed(step: Callable[[], object]) -> Callable[[], float]:
     graph = record(step)
     started = time.perf_counter()
     while time.perf_counter() - started < WARM_UP_S:
         graph.replay()
         torch.cuda.synchronize()
-    times: list[float] = []
-    for _ in range(replays):
+
+    def once() -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return statistics.median(times)
+        return float(start.elapsed_time(stop)) * 1e3
 
-
-def step_time(step: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of `step` in µs: captured and replayed on a CUDA device, called on another."""
-    if device.type == "cuda":
-        return graph_time(step)
-    times: list[float] = []
-    for _ in range(3 + REPLAYS):
-        started = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - started) * 1e6)
-    return statistics.median(times[3:])
+    return once
 
 
 def wait(device: torch.device) -> None:
@@ -82,20 +118,38 @@ class Bandwidth:
     floor: float
 
 
+# By type of device.
+_FLOOR = {"cuda": "copy", "cpu": "read"}
+
+
 def bandwidth(device: torch.device) -> Bandwidth:
     """Measure the memory bandwidth of a device.
 
     Raises:
         ConfigError: Neither a CUDA device nor a CPU: the clock would not see when it is done.
     """
-    if device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"benchmarks run on cuda and cpu, and the device is {device.type}.")
+    found = {kind: statistics.median(rates) for kind, rates in in_turn(_rates(device)).items()}
+    return Bandwidth(**found, floor=found[_FLOOR[device.type]])
+
+
+def floor_rate(device: torch.device) -> Callable[[], float]:
+    """Return a call that measures once, in bytes/s, the bandwidth that floors are computed with.
+
+    Raises:
+        ConfigError: Neither a CUDA device nor a CPU.
+    """
+    return _rates(device)[_FLOOR[device.type]]
+
+
+def _rates(device: torch.device) -> dict[str, Callable[[], float]]:
+    if device.type not in _FLOOR:
+        raise ConfigError(f"benchmarks run on {' and '.join(_FLOOR)}, and the device is {device.type}.")
     source = torch.ones(2**28, device=device)
     target = torch.empty_like(source)
     # Not copy_: in a graph that is a transfer by the copy engine, which is slower.
-    copy = 2 * source.nbytes / step_time(lambda: torch.add(source, 1, out=target), device) * 1e6
-    read = source.nbytes / step_time(source.sum, device) * 1e6
-    return Bandwidth(copy, read, floor=copy if device.type == "cuda" else read)
+    copy, read = timed(lambda: torch.add(source, 1, out=target), device), timed(source.sum, device)
+    size = source.nbytes
+    return {"copy": lambda: 2 * size / copy() * 1e6, "read": lambda: size / read() * 1e6}
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from countdown.benchmark.decode import DecodeBenchmark, measure_arm
+from countdown.benchmark.arm import Arm, Times, free, measure
 from countdown.benchmark.timing import bandwidth
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.text import BUILT_IN, WINDOW, Text, load_text, windows
@@ -35,7 +33,7 @@ from countdown.modules import sparse_sites
 from countdown.ops.request import requested
 from countdown.profile import Profile
 from countdown.recipe import Recipe
-from countdown.sparsify import restore_, sparsify_, status
+from countdown.sparsify import sparse_twin, status
 
 TOKENS = 16384
 WINDOWS = 12
@@ -97,7 +95,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Applied:
     """A configuration ready to run.
 
     Args:
@@ -111,10 +109,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What the speeds of a session are measured against: bytes/s of the memory, and the dense model's speed."""
+    """What the speeds of a session are measured against: bytes/s of the memory, and the dense model's speed.
+
+    Args:
+        bandwidth: See `Bandwidth.floor`.
+        dense: What was measured of the dense model.
+        times: And each of its rounds.
+    """
 
     bandwidth: float
     dense: dict[str, Any]
+    times: Times
 
 
 class Session:
@@ -147,12 +152,11 @@ class Session:
         self.source, self.protocol, self.cache = source, protocol, cache
         self.progress, self.say = progress, say
         self._profiles: dict[Recipe, Profile] = {}
-        self._dense_beside = math.nan
         self.device = resolve_device(protocol.device)
         self.text = load_text(protocol.text, "evaluation", text_dir=protocol.text_dir)
         other = protocol.text if protocol.text in BUILT_IN else "python-docs"
         self.calibration: Text = load_text(other, "calibration", text_dir=protocol.text_dir)
-        self._measure: dict[str, Callable[[Configuration, Arm], dict[str, Any]]] = {
+        self._measure: dict[str, Callable[[Configuration, Applied], dict[str, Any]]] = {
             "quality": self._quality,
             **({"speed": self._speed} if speed else {}),
             "sample": self._sample,
@@ -229,7 +233,10 @@ class Session:
         """What speeds are measured against, or why none are."""
         self.say("measuring bandwidth and dense speed")
         try:
-            return Yardstick(bandwidth(self.device).floor, self._timed(self._model, split=True))
+            rate = bandwidth(self.device).floor
+            arm = self._arm(self._model, split=True)
+            times, _ = measure({"dense": arm})
+            return Yardstick(rate, arm.record(times["dense"], times["dense"]), times["dense"])
         except Exception as error:
             return error
 
@@ -281,9 +288,9 @@ class Session:
         found = self.cache.get(key, lambda value: [float(d) for d in value])
         if found is None:
             self.say(f"confirming {configuration.label} on other windows")
-            with self._applied(configuration) as arm:
+            with self._applied(configuration) as applied:
                 dense = DenseLogits(self._model, self._windows[1])
-                found = differences(score(arm.model, dense, label=configuration.label, progress=self.progress))
+                found = differences(score(applied.model, dense, label=configuration.label, progress=self.progress))
             self.cache.put(key, found)
         return found
 
@@ -302,17 +309,16 @@ class Session:
         """Return what comes of measuring these parts."""
         # What fails here is wrong with the model or the texts, not with a configuration.
         _ = self._bytes
-        if "speed" in parts:
-            self._dense_beside = self._dense_speed(configuration)  # while the model is dense
         found: dict[str, Outcome] = {}
 
-        def measure() -> dict[str, Any]:
-            with self._applied(configuration) as arm:
+        def measure_all() -> dict[str, Any]:
+            with self._applied(configuration) as applied:
                 for part in parts:
-                    found[part] = _attempt(lambda part=part: self._measure[part](configuration, arm))  # type: ignore[misc]
+                    found[part] = _attempt(lambda part=part: self._measure[part](configuration, applied))  # type: ignore[misc]
             return {}
 
-        failed = _attempt(measure)
+        failed = _attempt(measure_all)
+        free()
         found |= {part: failed for part in parts if part not in found}
         for part, outcome in found.items():
             if outcome.problem is None or outcome.refused:
@@ -320,83 +326,72 @@ class Session:
         return found
 
     @contextmanager
-    def _applied(self, configuration: Configuration) -> Iterator[Arm]:
+    def _applied(self, configuration: Configuration) -> Iterator[Applied]:
         """Within the context, the model as the configuration has it."""
         if configuration.recipe is not None:
-            sparsify_(self._model, self.profile(configuration))
-            try:
-                yield Arm(self._model)
-            finally:
-                restore_(self._model)
+            yield Applied(sparse_twin(self._model, self.profile(configuration)))
         elif configuration.scheme is not None:
             made = quantise(self._model, configuration.scheme)
-            yield Arm(made.model, made.saved)
-            del made
-            gc.collect()
+            yield Applied(made.model, made.saved)
         else:
-            yield Arm(self._model)
+            yield Applied(self._model)
 
-    def _quality(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
+    def _quality(self, configuration: Configuration, applied: Applied) -> dict[str, Any]:
         quality = measure_quality(
-            arm.model, self._dense, label=configuration.label, seed=self.protocol.seed, progress=self.progress
+            applied.model, self._dense, label=configuration.label, seed=self.protocol.seed, progress=self.progress
         )
-        sites = status(arm.model) if sparse_sites(arm.model) else []
+        sites = status(applied.model) if sparse_sites(applied.model) else []
         shares = {site.name: site.weights_read or 0.0 for site in sites}
-        whole, ffns = self._read(arm, shares)
+        whole, ffns = self._read(applied, shares)
         return {"quality": asdict(quality), "weights_read": whole, "ffn_weights_read": ffns}
 
-    def _speed(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
+    def _speed(self, configuration: Configuration, applied: Applied) -> dict[str, Any]:
         yardstick = self._yardstick
         if isinstance(yardstick, Exception):
             raise yardstick
-        plain = not arm.saved and configuration.only_ffns
-        found = yardstick.dense if arm.model is self._model and not sparse_sites(arm.model) else None
-        found = found or self._timed(arm.model, split=plain)
-        read, _ = self._read(arm, found.get("weights_read_by_ffn", {}))
+        found = yardstick.dense if configuration.kind == "dense" else self._timed(configuration, applied, yardstick)
+        read, _ = self._read(applied, found.get("weights_read_by_ffn", {}))
         total, _ = self._bytes
         speed = Speed(
             tokens_per_s=found["tokens_per_s"],
-            speedup=found["tokens_per_s"] / self._dense_beside,
+            speedup=found["speedup"],
             floor_us=read * total.total / yardstick.bandwidth * 1e6,
             split_us=found["split_us"],
-            backend=found.get("backend", "torchao" if arm.saved else ""),
+            backend=found.get("backend", "torchao" if applied.saved else ""),
         )
         return {"speed": asdict(speed), "bandwidth": yardstick.bandwidth}
 
-    def _dense_speed(self, configuration: Configuration) -> float:
-        """Return the tokens/s of the dense model beside this configuration.
+    def _timed(self, configuration: Configuration, applied: Applied, yardstick: Yardstick) -> dict[str, Any]:
+        """Return what the loop measures of a configuration, and against the dense model.
 
-        On a CPU it is timed anew, as what else runs on the machine comes and goes. On a GPU, where compiling takes long
-        and nobody else runs, once.
+        On a CPU the two take turns, as what else runs on the machine comes and goes. On a GPU, where compiling takes
+        long and nobody else runs, the dense model is timed once.
         """
-        yardstick = self._yardstick
-        if isinstance(yardstick, Exception):
-            return math.nan  # and there will be no speed
-        again = self.device.type == "cpu" and configuration.kind != "dense"
-        found = self._timed(self._model, split=False) if again else yardstick.dense
-        return float(found["tokens_per_s"])
+        arm = self._arm(applied.model, split=not applied.saved and configuration.only_ffns)
+        beside = {"dense": self._arm(self._model)} if self.device.type == "cpu" else {}
+        times, _ = measure({**beside, "configuration": arm})
+        return arm.record(times["configuration"], times.get("dense", yardstick.times))
 
-    def _sample(self, configuration: Configuration, arm: Arm) -> dict[str, Any]:
-        prompt = encode_prompt(self._tokenizer, self.protocol.prompt)
-        found = generate(arm.model, self._tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
-        return {"sample": asdict(Sample(found.tokens, pieces(self._tokenizer, found.tokens)))}
-
-    def _timed(self, model: nn.Module, *, split: bool) -> dict[str, Any]:
+    def _arm(self, model: nn.Module, *, split: bool = False) -> Arm:
         # Real text, so that active sets are those of a model at work.
         ids = windows(self._tokenizer, self.text.content).flatten()[:CONTEXT]
-        benchmark = DecodeBenchmark(context=len(ids), new_tokens=NEW_TOKENS)
-        return measure_arm(model, ids[None].to(self.device), benchmark, split=split)
+        return Arm(model, ids[None].to(self.device), NEW_TOKENS, split=split)
 
-    def _read(self, arm: Arm, shares: Mapping[str, float]) -> tuple[float, float]:
+    def _sample(self, configuration: Configuration, applied: Applied) -> dict[str, Any]:
+        prompt = encode_prompt(self._tokenizer, self.protocol.prompt)
+        found = generate(applied.model, self._tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
+        return {"sample": asdict(Sample(found.tokens, pieces(self._tokenizer, found.tokens)))}
+
+    def _read(self, applied: Applied, shares: Mapping[str, float]) -> tuple[float, float]:
         """Return the shares of weight bytes that a token reads, of the whole token's and of the FFNs'.
 
         Args:
-            arm: What runs.
+            applied: What runs.
             shares: By sparse module, the share of its weights that is read.
         """
         bytes_, ffns = self._bytes
-        sizes = {site.name: site.size * bytes_.itemsize for site in (status(arm.model) if shares else [])}
-        saved = dict(arm.saved) | {name: sizes[name] * (1 - share) for name, share in shares.items()}
+        sizes = {site.name: site.size * bytes_.itemsize for site in (status(applied.model) if shares else [])}
+        saved = dict(applied.saved) | {name: sizes[name] * (1 - share) for name, share in shares.items()}
         inside = tuple(f"{ffn.name}." for ffn in ffns)
         of_ffns = sum(bytes_ for name, bytes_ in saved.items() if f"{name}.".startswith(inside))
         return 1 - sum(saved.values()) / bytes_.total, 1 - of_ffns / bytes_.own

@@ -1,0 +1,247 @@
+"""A model in the decode loop, and what is timed of it: tokens, prompts, and the parts of a token."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from countdown.benchmark.timing import in_turn, paired_ratio, timed, wait
+from countdown.decoding import DecodeLoop, largest, undone
+from countdown.models.find import find_ffns
+from countdown.modules import sparse_sites
+from countdown.ops.activations import ACTIVATIONS
+from countdown.replay import recorded
+from countdown.sparsify import status
+
+# By type of device, the tokens of a prompt that is timed.
+PREFILL = {"cuda": 2048, "cpu": 512}
+# The tokens that are timed come in parts; between two parts of one arm, others have their turn.
+ROUNDS = 8
+# What comes before the rounds that count.
+WARM_UP = 1
+TOKEN, PROMPT = "token", "prompt"
+Times = Mapping[str, list[float]]
+_RATE = ("memory", "bytes/s")
+
+
+class Timed(Protocol):
+    """What takes part in the rounds."""
+
+    def runs(self) -> dict[str, Callable[[], float]]:
+        """Return calls that measure once, in µs, by what they measure; `TOKEN` is one of them."""
+
+    def record(self, times: Times, dense: Times) -> dict[str, Any]:
+        """Return what was measured, and against the dense model.
+
+        Args:
+            times: What the arm's own runs measured, round by round.
+            dense: What those of the dense model did.
+        """
+
+
+class Arm:
+    """A model in the decode loop: dense, sparsified or quantised.
+
+    Args:
+        model: On a CUDA device or a CPU; it stays as it is.
+        ids: The prompt `[1, n]`.
+        new_tokens: How many tokens are timed, at least.
+        prefill: Time a prompt as well.
+        split: Time the parts of a token as well, which takes linears that are plain.
+
+    Raises:
+        ConfigError, UnsupportedModelError: See `DecodeLoop`.
+    """
+
+    def __init__(
+        self, model: nn.Module, ids: Tensor, new_tokens: int, *, prefill: bool = False, split: bool = False
+    ) -> None:
+        self.model, self.ids, self.part = model, ids, part_of(new_tokens)
+        started = time.perf_counter()
+        self.loop = DecodeLoop(model, ids, new_tokens=tokens_of(new_tokens))
+        self.compile_s = time.perf_counter() - started
+        self._prefill, self._split = prefill, split
+
+    @torch.no_grad()
+    def runs(self) -> dict[str, Callable[[], float]]:
+        """See `Timed`."""
+        device = self.ids.device
+        found = {TOKEN: token_run(self.loop.run, self.part, device)}
+        if self._prefill:
+            found[PROMPT] = self._prompt_run()
+        # Timed as a part, an FFN must not count what it computes.
+        counters = [site.counters for site in sparse_sites(self.model).values()]
+        if self._split:
+            with undone(counters):
+                parts = {name: timed(step, device) for name, step in _parts(self.model, self.loop.linears, self.ids)}
+            found |= {name: _undoing(run, counters) for name, run in parts.items()}
+        return found
+
+    def record(self, times: Times, dense: Times) -> dict[str, Any]:
+        """See `Timed`."""
+        token = median(times[TOKEN])
+        parts = {name: median(found) for name, found in times.items() if name not in (TOKEN, PROMPT)}
+        found = {
+            "compile_s": self.compile_s,
+            "tokens_per_s": 1e6 / token,
+            "time_us": token,
+            "split_us": parts | {"rest": token - sum(parts.values())} if self._split else {},
+            "dense_tokens_per_s": 1e6 / median(dense[TOKEN]),
+            "speedup": paired_ratio(dense[TOKEN], times[TOKEN]),
+        }
+        if self._prefill:
+            found["prefill_ms"] = median(times[PROMPT]) / 1e3
+            found["prefill_ratio"] = paired_ratio(times[PROMPT], dense[PROMPT])
+        return found | (_counted(self.model) if sparse_sites(self.model) else {})
+
+    def _prompt_run(self) -> Callable[[], float]:
+        tokens, device = PREFILL[self.ids.device.type], self.ids.device
+        prompt = self.ids.repeat(1, -(-tokens // self.ids.shape[1]))[:, :tokens]
+
+        @torch.no_grad()
+        def run() -> float:
+            wait(device)
+            started = time.perf_counter()
+            self.model(prompt, use_cache=False, logits_to_keep=1)
+            wait(device)
+            return (time.perf_counter() - started) * 1e6
+
+        return run
+
+
+def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) -> tuple[dict[str, Times], list[float]]:
+    """Return what was measured of each arm, round by round, the arms in turn.
+
+    Args:
+        arms: By name.
+        rate: Measures the memory's bandwidth once.
+
+    Returns:
+        By arm and by what was measured, µs of each round; and the bandwidths, none without `rate`.
+    """
+    runs: dict[tuple[str, str], Callable[[], float]] = {} if rate is None else {_RATE: rate}
+    runs |= {(name, what): run for name, arm in arms.items() for what, run in arm.runs().items()}
+    found = in_turn(runs, rounds=ROUNDS, warm_up=WARM_UP)
+    rates = found.pop(_RATE, [])
+    return {name: {what: one for (arm, what), one in found.items() if arm == name} for name in arms}, rates
+
+
+def free() -> None:
+    """Return the memory of arms that are gone: compiled code and graphs hold on to it."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def part_of(new_tokens: int) -> int:
+    """Return how many tokens are timed in a round, for so many in all."""
+    return -(-new_tokens // ROUNDS)
+
+
+def tokens_of(new_tokens: int) -> int:
+    """Return how many tokens an arm makes: those of all rounds, and in each one that is not timed."""
+    return (WARM_UP + ROUNDS) * (1 + part_of(new_tokens))
+
+
+def token_run(run: Callable[[int], object], tokens: int, device: torch.device) -> Callable[[], float]:
+    """Return a call that makes some tokens and returns the µs of one.
+
+    Args:
+        run: Makes so many tokens.
+        tokens: How many are timed; one before them is not, in which threads wake up.
+        device: Where.
+    """
+
+    def once() -> float:
+        run(1)
+        wait(device)
+        started = time.perf_counter()
+        run(tokens)
+        wait(device)
+        return (time.perf_counter() - started) / tokens * 1e6
+
+    return once
+
+
+def _undoing(run: Callable[[], float], tensors: Sequence[Tensor]) -> Callable[[], float]:
+    def once() -> float:
+        with undone(tensors):
+            return run()
+
+    return once
+
+
+def _counted(model: nn.Module) -> dict[str, Any]:
+    """Return what the tokens of the loop realised."""
+    sites = status(model)
+    size = sum(site.size for site in sites)
+    realised = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
+    return {
+        "realised_sparsity": realised,
+        "backend": ", ".join(dict.fromkeys(site.backend for site in sites)),
+        "weights_read_by_ffn": {site.name: site.weights_read for site in sites},
+    }
+
+
+def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
+    """Return steps through the FFNs of a token, the linears of attention, and the head.
+
+    Each part is timed by itself, captured or recorded, with the kernels of the step and the inputs that the prompt's
+    last token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
+    """
+    sparse = sparse_sites(model)
+    head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
+    inputs = _last_inputs(model, ids, [*sparse.values(), *(linear for group in groups for linear in group)])
+    ffns = [] if sparse else find_ffns(model)
+    # Of each dense FFN, gate and up in one group or one linear, and down.
+    dense = [[group for group in groups if group[0] in set(model.get_submodule(ffn.name).modules())] for ffn in ffns]
+    taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
+    attention = [group for group in groups if id(group[0]) not in taken]
+    gated = torch.compile(_product, dynamic=False) if ids.is_cuda else _product
+
+    def run_ffns() -> None:
+        for module in sparse.values():
+            module.sparse(inputs[id(module)][None])
+        for ffn, (first, last) in zip(ffns, dense, strict=True):
+            gated(_project(first, inputs), ffn.activation)
+            _project(last, inputs)
+
+    def run_linears() -> None:
+        for group in attention:
+            _project(group, inputs)
+
+    steps = {"ffn": run_ffns, "attention_linears": run_linears, "head": lambda: largest(_project([head], inputs))}
+    return [(name, step if ids.is_cuda else recorded(step, everything=True)) for name, step in steps.items()]
+
+
+def _last_inputs(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Return, by identity of the module, its input `[1, d]` at the last token of a prompt."""
+    inputs: dict[int, Tensor] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[id(module)] = arguments[0].reshape(-1, arguments[0].shape[-1])[-1:].clone()
+
+    hooks = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        model(ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
+
+
+def _product(both: Tensor, activation: str) -> Tensor:
+    g, u = both.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](g) * u
+
+
+def _project(group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tensor:
+    weights, biases = [linear.weight for linear in group], [linear.bias for linear in group]
+    return torch.ops.countdown.project_one(inputs[id(group[0])], weights, biases)  # type: ignore[no-any-return]
