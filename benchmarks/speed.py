@@ -147,16 +147,19 @@ def decode(name: str) -> str:
 
 
 def random_rows(name: str) -> str:
-    """Return GB/s of rows, by their length and which of them are read."""
+    """Return GB/s of rows, by their length and which of them are read, unaided and fetched ahead."""
     document = load(name)
-    found = {(r["threads"], r["row_bytes"], r["share"]): r["gb_per_s"] for r in document["records"]}
+    found = {
+        (r["threads"], r["row_bytes"], r["share"]): f"{r['gb_per_s']:.0f} → {r['fetched_gb_per_s']:.0f}"
+        for r in document["records"]
+    }
     threads, lengths, shares = (sorted({key[place] for key in found}) for place in range(3))
     cases = [(t, s) for t in threads for s in reversed(shares)]
     head = [f"{'all' if s == 1 else f'{s:.0%}'}, {t} thread{'s' if t > 1 else ''}" for t, s in cases]
-    rows = [[f"{length} bytes", *(f"{found[t, length, s]:.0f}" for t, s in cases)] for length in lengths]
+    rows = [[f"{length} bytes", *(found[t, length, s] for t, s in cases)] for length in lengths]
     meta = document["meta"]
     return table(["a row", *head], rows) + (
-        f"\nGB/s of the rows that are read. {meta['hardware']['cpu']}, commit {meta['commit'][:8]}, "
+        f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, commit {meta['commit'][:8]}, "
         f"{meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )
 

@@ -49,13 +49,13 @@ class Projection {
     // Rows from first to stop of linear w.
     void project(int64_t w, int64_t first, int64_t stop, W *y) {
         const W *weight = static_cast<const W *>(call_.weights[w]), *bias = static_cast<const W *>(call_.biases[w]);
+        int64_t stride = call_.strides[w];
         for (int64_t i = first; i < stop; i += Vec::width) {
             int64_t count = least(Vec::width, stop - i);
             float out[Vec::width] = {};
-            for (int64_t k = 0; k < count; ++k) {
-                loops_.products(weight + (i + k) * call_.strides[w], token_, space_.width, call_.d, out + k);
-                if (bias) out[k] += widened(bias + i + k);
-            }
+            loops_.products(weight + i * stride, stride, count, token_, space_.width, call_.d, out);
+            if (bias)
+                for (int64_t k = 0; k < count; ++k) out[k] += widened(bias + i + k);
             store(y + i, load(out), count);
         }
     }

@@ -46,6 +46,14 @@ struct FFNSpace {
     }
 };
 
+// Neurons of a list that follow one another.
+struct Block {
+    int64_t count;
+    const int32_t *neurons;
+    const uint8_t *masks;
+    const float *values;  // [count, T]
+};
+
 template <class W>
 struct Matrix {
     const W *weight;
@@ -55,19 +63,12 @@ struct Matrix {
     Matrix(const void *weight, int64_t stride, const void *bias)
         : weight(static_cast<const W *>(weight)), stride(stride), bias(static_cast<const W *>(bias)) {}
 
-    Rows<W> rows(const int32_t *neurons, int64_t count) const {
+    // Of a block; beyond its neurons, the last one's again.
+    Rows<W> rows(const Block &block) const {
         Rows<W> some;
-        for (int64_t k = 0; k < count; ++k) some.row[k] = weight + neurons[k] * stride;
+        for (int64_t k = 0; k < BLOCK; ++k) some.row[k] = weight + block.neurons[least(k, block.count - 1)] * stride;
         return some;
     }
-};
-
-// A block of neurons: the next ones of a list.
-struct Block {
-    int64_t count;
-    int32_t neurons[BLOCK];
-    uint8_t masks[BLOCK];
-    float values[BLOCK * MOST_TOKENS];
 };
 
 template <class W>
@@ -152,11 +153,16 @@ class FFN {
     void decide(int64_t start, int64_t count, float *values, uint8_t *masks) {
         if (call_.decider == COUNTDOWN_GIVEN) return read_given(start, count, masks);
         indicators(start, count, values);
+        const float *thresholds = call_.thresholds + start;
+        // NaN is active.
+        if (call_.tokens == 1) {
+            for (int64_t k = 0; k < count; ++k) masks[k] = uint8_t(dense_ | !(fabsf(values[k]) <= thresholds[k]));
+            return;
+        }
         for (int64_t k = 0; k < count; ++k) {
-            float threshold = call_.thresholds[start + k];
             int mask = dense_;
             for (int64_t t = 0; t < call_.tokens; ++t)
-                mask |= !(fabsf(values[k * call_.tokens + t]) <= threshold) << t;  // NaN is active
+                mask |= !(fabsf(values[k * call_.tokens + t]) <= thresholds[k]) << t;
             masks[k] = uint8_t(mask);
         }
     }
@@ -175,6 +181,7 @@ class FFN {
 
     int64_t list(int64_t start, int64_t count, const float *values, const uint8_t *masks, int64_t place,
                  int64_t *active) {
+        if (call_.tokens == 1) return list_one(start, count, values, masks, place, active);
         for (int64_t k = 0; k < count; ++k) {
             if (!masks[k]) continue;
             space_.neurons[place] = int32_t(start + k);
@@ -183,6 +190,20 @@ class FFN {
             for (int mask = masks[k]; mask; mask &= mask - 1) ++*active;
             ++place;
         }
+        return place;
+    }
+
+    // Without branches, which would be taken at random: what is not kept is overwritten.
+    int64_t list_one(int64_t start, int64_t count, const float *values, const uint8_t *masks, int64_t place,
+                     int64_t *active) {
+        int64_t before = place;
+        for (int64_t k = 0; k < count; ++k) {
+            space_.neurons[place] = int32_t(start + k);
+            space_.masks[place] = masks[k];
+            space_.values[place] = values[k];
+            place += masks[k];
+        }
+        *active += place - before;
         return place;
     }
 
@@ -216,11 +237,9 @@ class FFN {
 
     // Rows of W x + b for all tokens, [count, T].
     void project_range(const Matrix<W> &matrix, int64_t start, int64_t count, float *out) {
-        for (int64_t k = 0; k < count; ++k, out += call_.tokens) {
-            const W *row = matrix.weight + (start + k) * matrix.stride;
-            loops_.products(row, tokens_, space_.tokens_width, call_.d, out);
-            add_bias(matrix, start + k, out);
-        }
+        const W *row = matrix.weight + start * matrix.stride;
+        loops_.products(row, matrix.stride, count, tokens_, space_.tokens_width, call_.d, out);
+        for (int64_t k = 0; k < count; ++k) add_bias(matrix, start + k, out + k * call_.tokens);
     }
 
     void add_bias(const Matrix<W> &matrix, int64_t neuron, float *out) const {
@@ -230,25 +249,16 @@ class FFN {
 
     // Rows of what the proxy takes W_gate x + b_gate and W_up x + b_up for, for all tokens, [count, T] each.
     void proxy_range(int64_t start, int64_t count, float *gate, float *up) {
+        int64_t level = start * call_.words * 4, scale = start * call_.groups;
+        ProxyRows rows = {{call_.gate_levels + level, call_.up_levels + level},
+                          {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
+                           reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
+        for (int64_t t = 0; t < call_.tokens; ++t)
+            proxy_products(rows, count, call_.words, call_.groups, quantised_[t], gate + t, up + t, call_.tokens);
         for (int64_t k = 0; k < count; ++k) {
-            ProxyRows rows = proxy_rows(start + k);
-            prefetch_later(rows, call_.words, call_.groups);
-            for (int64_t t = 0; t < call_.tokens; ++t) {
-                float both[2];
-                proxy_products(rows, call_.words, call_.groups, quantised_[t], both);
-                gate[k * call_.tokens + t] = both[0] * quantised_[t].step;
-                up[k * call_.tokens + t] = both[1] * quantised_[t].step;
-            }
             add_bias(gate_, start + k, gate + k * call_.tokens);
             add_bias(up_, start + k, up + k * call_.tokens);
         }
-    }
-
-    ProxyRows proxy_rows(int64_t neuron) const {
-        int64_t level = neuron * call_.words * 4, scale = neuron * call_.groups;
-        return {{call_.gate_levels + level, call_.up_levels + level},
-                {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
-                 reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
     }
 
     // As the dense FFN rounds what it projects, so that active sets are those of the reference.
@@ -271,48 +281,42 @@ class FFN {
         call_.counters[1] += active;
     }
 
+    // This thread's share of the neurons of all lists, taken together.
     void sum_active() {
-        int64_t total = 0;
+        int64_t total = 0, before = 0;
         for (int member = 0; member < team_.size; ++member) total += space_.found[member].neurons;
-        int64_t place = first_of(team_.index, total), stop = first_of(team_.index + 1, total);
-        Block block = take(&place, stop);
-        while (block.count) {
-            Block next = take(&place, stop);
-            add(block, next);
-            block = next;
+        int64_t first = first_of(team_.index, total), stop = first_of(team_.index + 1, total);
+        for (int member = 0; member < team_.size; before += space_.found[member++].neurons) {
+            int64_t from = first > before ? first - before : 0;
+            sum_list(first_of(member, call_.h), from, least(stop - before, space_.found[member].neurons));
         }
     }
 
-    // The neurons of the lists, taken together, from *place on.
-    Block take(int64_t *place, int64_t stop) const {
-        Block block = {};
-        block.count = least(loops_.rows_at_once, stop - *place);
-        for (int64_t k = 0; k < block.count; ++k, ++*place) {
-            int64_t at = in_lists(*place);
-            block.neurons[k] = space_.neurons[at];
-            block.masks[k] = space_.masks[at];
-            memcpy(block.values + k * call_.tokens, space_.values + at * call_.tokens,
-                   size_t(call_.tokens) * sizeof(float));
-        }
-        return block;
+    // Neurons from `from` to `stop` of the list that starts at a place.
+    void sum_list(int64_t place, int64_t from, int64_t stop) {
+        for (int64_t at = from; at < stop; at += loops_.rows_at_once)
+            add(block_of(place + at, stop - at), block_of(place + at + loops_.rows_at_once, stop - at - loops_.rows_at_once));
     }
 
-    int64_t in_lists(int64_t place) const {
-        int member = 0;
-        for (; place >= space_.found[member].neurons; ++member) place -= space_.found[member].neurons;
-        return first_of(member, call_.h) + place;
+    Block block_of(int64_t place, int64_t left) const {
+        return {least(loops_.rows_at_once, left), space_.neurons + place, space_.masks + place,
+                space_.values + place * call_.tokens};
     }
 
     void add(const Block &block, const Block &next) {
         float factors[BLOCK * MOST_TOKENS] = {};
-        Rows<W> down = down_.rows(block.neurons, block.count);
+        Rows<W> down = down_.rows(block), later;
         coefficients(block, down, factors);
+        if (call_.tokens > 1) leave_others_out(block, factors);
+        if (next.count > 0) later = first_read().rows(next);
+        loops_.add(down, block.count, factors, call_.d, sums_, space_.width, next.count > 0 ? &later : nullptr);
+    }
+
+    // A neuron of a block is needed by some token, not by all.
+    void leave_others_out(const Block &block, float *factors) const {
         for (int64_t k = 0; k < block.count; ++k)
             for (int64_t t = 0; t < call_.tokens; ++t)
                 if (!(block.masks[k] >> t & 1)) factors[k * call_.tokens + t] = 0;
-        Rows<W> later = first_read().rows(next.neurons, next.count);
-        prefetch(later, next.count, call_.d);
-        loops_.add(down, block.count, factors, call_.d, sums_, space_.width, ahead(later, next.count));
     }
 
     // The matrix of which a block's rows are read first.
@@ -321,27 +325,19 @@ class FFN {
         return call_.decider == COUNTDOWN_BY_GATE ? up_ : gate_;
     }
 
-    // What to fetch along with the present rows: short ones.
-    const Rows<W> *ahead(const Rows<W> &rows, int64_t count) const {
-        return is_short<W>(call_.d) && count == loops_.rows_at_once ? &rows : nullptr;
-    }
-
     // What the rows of W_down are multiplied with, which are prefetched meanwhile.
     void coefficients(const Block &block, const Rows<W> &down, float *factors) {
         int64_t entries = block.count * call_.tokens;
         float others[BLOCK * MOST_TOKENS] = {};
-        if (call_.decider != COUNTDOWN_BY_COEFFICIENT) prefetch(down, block.count, call_.d);
         switch (call_.decider) {
-            case COUNTDOWN_BY_COEFFICIENT: memcpy(factors, block.values, sizeof block.values); return;
+            case COUNTDOWN_BY_COEFFICIENT: memcpy(factors, block.values, size_t(entries) * sizeof(float)); return;
             case COUNTDOWN_BY_GATE: project(up_, block, factors, down); break;
             case COUNTDOWN_BY_UP:
                 project(gate_, block, factors, down);
                 activate(factors, entries);
                 break;
             default:
-                Rows<W> up = up_.rows(block.neurons, block.count);
-                prefetch(up, block.count, call_.d);
-                project(gate_, block, factors, up);
+                project(gate_, block, factors, up_.rows(block));
                 activate(factors, entries);
                 project(up_, block, others, down);
         }
@@ -351,8 +347,7 @@ class FFN {
 
     // Rows of a block's neurons times all tokens, [count, T], while those that come `next` are fetched.
     void project(const Matrix<W> &matrix, const Block &block, float *out, const Rows<W> &next) {
-        Rows<W> rows = matrix.rows(block.neurons, block.count);
-        loops_.products(rows, block.count, tokens_, space_.tokens_width, call_.d, out, ahead(next, block.count));
+        loops_.products(matrix.rows(block), block.count, tokens_, space_.tokens_width, call_.d, out, &next);
         for (int64_t k = 0; k < block.count; ++k) add_bias(matrix, block.neurons[k], out + k * call_.tokens);
     }
 

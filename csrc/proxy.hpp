@@ -66,64 +66,86 @@ static void quantise(const float *x, int64_t words, int64_t groups, Quantised &t
 struct ProxyRows {
     const uint8_t *levels[2];
     const Fp16 *scales[2];
+
+    ProxyRows after(int64_t words, int64_t groups) const {
+        return {{levels[0] + 4 * words, levels[1] + 4 * words}, {scales[0] + groups, scales[1] + groups}};
+    }
 };
 
 // Rows of less than this are fetched ahead: short ones end before the processor's prefetchers follow them.
 constexpr int64_t short_row = 1024;
 
-// Start reading the rows of the same matrices that lie a page further on.
-static inline void prefetch_later(const ProxyRows &rows, int64_t words, int64_t groups) {
+// Start reading what lies a page behind these levels, and as many rows behind these scales.
+static inline void prefetch_later(const ProxyRows &rows, int64_t words, int64_t scales_of_a_page) {
     if (4 * words >= short_row) return;
     for (int k = 0; k < 2; ++k) {
         for (int64_t at = 0; at < 4 * words; at += line) prefetch(rows.levels[k] + page + at);
-        prefetch(rows.scales[k] + page / (4 * words) * groups);
+        prefetch(rows.scales[k] + scales_of_a_page);
     }
 }
 
-// out[k] = row k times the token, in the token's steps: a vector of scales at a time, and all words of their groups. The
-// two rows share what is loaded of the token, and neither sum waits for the other.
+// totals[k]: a vector that adds up to row k times the token, in the token's steps: a vector of scales at a time, and all
+// words of their groups. The two rows share what is loaded of the token, and neither sum waits for the other.
 template <int SHIFT>
-static void proxy_products(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, float *out) {
-    Vec total[2] = {splat(0), splat(0)};
+static inline void proxy_totals(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, Vec *totals) {
+    totals[0] = totals[1] = splat(0);
     for (int64_t group = 0; group < groups; group += Vec::width) {
-        int64_t first = group << SHIFT;
         Vec some[2], halves = load(x.halves + group);
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
             const Fp16 *scales = rows.scales[k] + group;
             some[k] = group + Vec::width <= groups ? load(scales) : load(scales, groups - group);
-            total[k] = fma(some[k], halves, total[k]);
+            totals[k] = fma(some[k], halves, totals[k]);
         }
-        auto add = [&](int at, int64_t count) {
-            int64_t w = first + at;
+        int64_t first = group << SHIFT;
+#pragma GCC unroll 8
+        for (int at = 0; at < Vec::width << SHIFT; at += Vec::width) {
+            int64_t w = first + at, left = words - w;
+            if (left <= 0) break;
             const int8_t *low = x.low + 4 * w, *high = x.high + 4 * w;
 #pragma GCC unroll 2
             for (int k = 0; k < 2; ++k) {
                 const uint8_t *levels = rows.levels[k] + 4 * w;
-                Vec part = count ? products(levels, low, high, x.starts + w, count)
-                                 : products(levels, low, high, x.starts + w);
-                total[k] = fma(part, spread<SHIFT>(some[k], at), total[k]);
+                Vec part = left < Vec::width ? products(levels, low, high, x.starts + w, left)
+                                             : products(levels, low, high, x.starts + w);
+                totals[k] = fma(part, spread<SHIFT>(some[k], at), totals[k]);
             }
-        };
-        constexpr int whole = Vec::width << SHIFT;
-        if (first + whole <= words) {
-#pragma GCC unroll 8
-            for (int at = 0; at < whole; at += Vec::width) add(at, 0);
-        } else {
-            int at = 0;
-            for (; first + at + Vec::width <= words; at += Vec::width) add(at, 0);
-            if (first + at < words) add(at, words - first - at);
         }
     }
-    for (int k = 0; k < 2; ++k) out[k] = sum(total[k]);
 }
 
-static void proxy_products(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, float *out) {
+// What the rows of `count` neurons from the first on are times the token, gate[k * stride] and up[k * stride].
+template <int SHIFT>
+static void proxy_products(ProxyRows rows, int64_t count, int64_t words, int64_t groups, const Quantised &x,
+                           float *gate, float *up, int64_t stride) {
+    int64_t scales_of_a_page = page / (4 * words) * groups;
+    for (int64_t k = 0; k < count; k += 4) {
+        Vec totals[8];
+        float sums[8];
+        for (int j = 0; j < 4; ++j) {
+            if (k + j >= count) {
+                totals[2 * j] = totals[2 * j + 1] = splat(0);
+                continue;
+            }
+            prefetch_later(rows, words, scales_of_a_page);
+            proxy_totals<SHIFT>(rows, words, groups, x, totals + 2 * j);
+            rows = rows.after(words, groups);
+        }
+        sum_eight(totals, sums);
+        for (int64_t j = 0; j < 4 && k + j < count; ++j) {
+            gate[(k + j) * stride] = sums[2 * j] * x.step;
+            up[(k + j) * stride] = sums[2 * j + 1] * x.step;
+        }
+    }
+}
+
+static void proxy_products(const ProxyRows &rows, int64_t count, int64_t words, int64_t groups, const Quantised &x,
+                           float *gate, float *up, int64_t stride) {
     switch (shift_of(words, groups)) {
-        case 0: return proxy_products<0>(rows, words, groups, x, out);
-        case 1: return proxy_products<1>(rows, words, groups, x, out);
-        case 2: return proxy_products<2>(rows, words, groups, x, out);
-        default: return proxy_products<3>(rows, words, groups, x, out);
+        case 0: return proxy_products<0>(rows, count, words, groups, x, gate, up, stride);
+        case 1: return proxy_products<1>(rows, count, words, groups, x, gate, up, stride);
+        case 2: return proxy_products<2>(rows, count, words, groups, x, gate, up, stride);
+        default: return proxy_products<3>(rows, count, words, groups, x, gate, up, stride);
     }
 }
 

@@ -1,9 +1,8 @@
 // The two loops that read weights: products of rows and tokens, and sums of rows.
 //
-// A matrix that is read from end to end is read one row at a time, which the processor's prefetchers follow at the full
-// bandwidth. Rows of active neurons lie anywhere: there, several are read side by side, for more to be under way. Of the
-// ones that come after, the beginnings are prefetched, from where the processor goes on by itself; of short rows, which
-// end before it does, every line, step by step with the present rows.
+// A matrix that is read from end to end is read one row at a time, which the processor's prefetchers follow. Rows of
+// active neurons lie anywhere: there, several are read side by side, while the ones that come after are fetched, line by
+// line. Into the second cache, not the first: more lines can be on their way to it than to the first.
 #pragma once
 
 #include "types.hpp"
@@ -39,31 +38,14 @@ struct Rows {
 
 constexpr int64_t page = 4096, line = 64;
 
+// Start reading a line into the second cache. An address that nothing lies at does no harm.
 static inline void prefetch(const void *address) {
 #ifdef __GNUC__
-    __builtin_prefetch(address);
+    __builtin_prefetch(address, 0, 2);
     asm volatile("");  // GCC takes a function that only prefetches for one without effect, and drops calls of it
 #else
     (void)address;
 #endif
-}
-
-template <class W>
-static inline bool is_short(int64_t d) {
-    return d * int64_t(sizeof(W)) <= page / 2;
-}
-
-// Start reading the first lines of long rows, and of their later pages.
-template <class W>
-static inline void prefetch(const Rows<W> &rows, int64_t count, int64_t d) {
-    if (is_short<W>(d)) return;
-    for (int64_t k = 0; k < count; ++k) {
-        const char *row = reinterpret_cast<const char *>(rows.row[k]), *end = reinterpret_cast<const char *>(rows.row[k] + d);
-        for (; row < end; row += page) {
-            prefetch(row);
-            if (row + line < end) prefetch(row + line);
-        }
-    }
 }
 
 // Start reading what lies `c` to `c + count` entries into each of R rows, by the line.
@@ -76,11 +58,19 @@ static inline void prefetch(const Rows<W> &rows, int64_t c, int count) {
             if (count >= entries || c % entries == 0) prefetch(rows.row[k] + c + at);
 }
 
-// out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows and T tokens, while R rows `ahead` are fetched, if AHEAD. A row's
-// sum with a token is added in the same order for any R and T.
+// out[k] = sum(totals[k]) for N vectors.
+template <int N>
+static inline void sum_each(const Vec *totals, float *out) {
+    int k = 0;
+    for (; k + 8 <= N; k += 8) sum_eight(totals + k, out + k);
+    for (; k < N; ++k) out[k] = sum(totals[k]);
+}
+
+// totals[k * T + t]: vectors that add up to Σ_c rows[k][c] x[t][c], of R rows and T tokens, while R rows `ahead` are
+// fetched, if AHEAD. A row's total with a token is the same for any R and T.
 template <class W, int R, int T, bool AHEAD>
-static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
-                        const Rows<W> *ahead) {
+static inline void totals_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, Vec *totals,
+                             const Rows<W> *ahead) {
     using P = Product<W>;
     constexpr int step = P::step;
     Vec even[R][T], odd[R][T];
@@ -107,9 +97,30 @@ static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stri
                 rest += step;
             }
             if (rest < d) odd[k][t] = P::add(rows.row[k] + rest, token + rest, odd[k][t], d - rest);
-            out[k * T + t] = sum(even[k][t] + odd[k][t]);
+            totals[k * T + t] = even[k][t] + odd[k][t];
         }
     }
+}
+
+// out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows side by side and T tokens.
+template <class W, int R, int T, bool AHEAD>
+static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
+                        const Rows<W> *ahead) {
+    Vec totals[R * T];
+    totals_of<W, R, T, AHEAD>(rows, x, x_stride, d, totals, ahead);
+    sum_each<R * T>(totals, out);
+}
+
+// The same for N rows one after the other, `stride` apart, while what lies a page further on is fetched.
+template <class W, int N, int T>
+static void products_in_turn(const W *row, int64_t stride, const Operand<W> *x, int64_t x_stride, int64_t d,
+                             float *out) {
+    Vec totals[N * T];
+    for (int k = 0; k < N; ++k, row += stride) {
+        Rows<W> later = {{row + page / sizeof(W)}};
+        totals_of<W, 1, T, true>({{row}}, x, x_stride, d, totals + k * T, &later);
+    }
+    sum_each<N * T>(totals, out);
 }
 
 // sums[t][c] += Σ_k factors[k * T + t] rows[k][c] for R rows and T tokens, while R rows `ahead` are fetched, if AHEAD.
@@ -159,15 +170,20 @@ class RowLoops {
         }
     }
 
-    void products(const W *row, const Operand<W> *x, int64_t x_stride, int64_t d, float *out) const {
-        row_products_(Rows<W>{{row}}, x, x_stride, d, out, nullptr);
+    // Of rows that follow one another, `stride` apart.
+    void products(const W *row, int64_t stride, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d,
+                  float *out) const {
+        for (; count >= rows_in_turn_; count -= rows_in_turn_, row += rows_in_turn_ * stride, out += rows_in_turn_ * tokens_)
+            in_turn_(row, stride, x, x_stride, d, out);
+        for (; count; --count, row += stride, out += tokens_) one_in_turn_(row, stride, x, x_stride, d, out);
     }
 
     // `ahead` is nullptr or has rows_at_once rows.
     void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
                   const Rows<W> *ahead) const {
         if (count == rows_at_once) return block_products_[ahead != nullptr](rows, x, x_stride, d, out, ahead);
-        for (int64_t k = 0; k < count; ++k) products(rows.row[k], x, x_stride, d, out + k * tokens_);
+        for (int64_t k = 0; k < count; ++k)
+            row_products_(Rows<W>{{rows.row[k]}}, x, x_stride, d, out + k * tokens_, nullptr);
     }
 
     void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
@@ -178,16 +194,21 @@ class RowLoops {
     }
 
   private:
+    using InTurn = void (*)(const W *, int64_t, const Operand<W> *, int64_t, int64_t, float *);
     using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, float *, const Rows<W> *);
     using AddRows = void (*)(const Rows<W> &, const float *, int64_t, float *, int64_t, const Rows<W> *);
 
-    int64_t tokens_;
+    int64_t tokens_, rows_in_turn_;
+    InTurn in_turn_, one_in_turn_;
     ProductsOf row_products_, block_products_[2];  // without rows ahead, and with
     AddRows row_add_, block_add_[2];
 
     template <int R, int T>
     void take() {
         rows_at_once = R;
+        rows_in_turn_ = 8 / T;  // as many as are summed together
+        in_turn_ = products_in_turn<W, 8 / T, T>;
+        one_in_turn_ = products_in_turn<W, 1, T>;
         row_products_ = products_of<W, 1, T, false>;
         block_products_[0] = products_of<W, R, T, false>;
         block_products_[1] = products_of<W, R, T, true>;

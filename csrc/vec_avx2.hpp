@@ -83,6 +83,18 @@ static inline float sum(Vec a) {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
+// out[k] = sum(a[k]): the same additions, those of eight vectors side by side.
+static inline void sum_eight(const Vec *a, float *out) {
+    __m256 two[4], four[2];
+    for (int k = 0; k < 4; ++k)  // vectors k and 4 + k
+        two[k] = _mm256_add_ps(_mm256_permute2f128_ps(a[k].v, a[4 + k].v, 0x20),
+                               _mm256_permute2f128_ps(a[k].v, a[4 + k].v, 0x31));
+    for (int k = 0; k < 2; ++k)
+        four[k] = _mm256_add_ps(_mm256_shuffle_ps(two[2 * k], two[2 * k + 1], 0x44),
+                                _mm256_shuffle_ps(two[2 * k], two[2 * k + 1], 0xee));
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_shuffle_ps(four[0], four[1], 0x88),
+                                        _mm256_shuffle_ps(four[0], four[1], 0xdd)));
+}
 
 // One step of a product of weights and a token, whose dtype in memory is Operand.
 template <class W>

@@ -99,6 +99,9 @@ static inline float sum(Vec a) {
     EACH total += a.v[i];
     return total;
 }
+static inline void sum_eight(const Vec *a, float *out) {
+    for (int k = 0; k < 8; ++k) out[k] = sum(a[k]);
+}
 
 // One step of a product of weights and a token, whose dtype in memory is Operand.
 template <class W>
