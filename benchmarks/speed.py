@@ -159,8 +159,8 @@ def random_rows(name: str) -> str:
     rows = [[f"{length} bytes", *(found[t, length, s] for t, s in cases)] for length in lengths]
     meta = document["meta"]
     return table(["a row", *head], rows) + (
-        f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, commit {meta['commit'][:8]}, "
-        f"{meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+        f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, "
+        f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )
 
 

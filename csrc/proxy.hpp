@@ -88,17 +88,16 @@ static inline void prefetch_later(const ProxyRows &rows, int64_t words, int64_t 
 // words of their groups. The two rows share what is loaded of the token, and neither sum waits for the other.
 template <int SHIFT>
 static inline void proxy_totals(const ProxyRows &rows, int64_t words, int64_t groups, const Quantised &x, Vec *totals) {
-    totals[0] = totals[1] = splat(0);
+    Vec total[2] = {splat(0), splat(0)};
     for (int64_t group = 0; group < groups; group += Vec::width) {
         Vec some[2], halves = load(x.halves + group);
 #pragma GCC unroll 2
         for (int k = 0; k < 2; ++k) {
             const Fp16 *scales = rows.scales[k] + group;
             some[k] = group + Vec::width <= groups ? load(scales) : load(scales, groups - group);
-            totals[k] = fma(some[k], halves, totals[k]);
+            total[k] = fma(some[k], halves, total[k]);
         }
         int64_t first = group << SHIFT;
-#pragma GCC unroll 8
         for (int at = 0; at < Vec::width << SHIFT; at += Vec::width) {
             int64_t w = first + at, left = words - w;
             if (left <= 0) break;
@@ -108,10 +107,12 @@ static inline void proxy_totals(const ProxyRows &rows, int64_t words, int64_t gr
                 const uint8_t *levels = rows.levels[k] + 4 * w;
                 Vec part = left < Vec::width ? products(levels, low, high, x.starts + w, left)
                                              : products(levels, low, high, x.starts + w);
-                totals[k] = fma(part, spread<SHIFT>(some[k], at), totals[k]);
+                total[k] = fma(part, spread<SHIFT>(some[k], at), total[k]);
             }
         }
     }
+    totals[0] = total[0];
+    totals[1] = total[1];
 }
 
 // What the rows of `count` neurons from the first on are times the token, gate[k * stride] and up[k * stride].
