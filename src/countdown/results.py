@@ -97,9 +97,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _cpu_name() -> str:
+    """Return what the processor is called, and its family and model: virtual machines often have half a name."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = info.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        if "model name" in facts:
+            kind = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+            return f"{facts['model name']} ({', '.join(kind)})" if kind else facts["model name"]
     return platform.processor() or platform.machine()
