@@ -12,36 +12,46 @@ METHODS = ("given", "m-countdown", "cats", "d-proxy")
 QUALITY = {"m-countdown": ("rms", None), "cats": ("rms", None), "d-proxy": ("none", 4)}
 
 
-def ffn(name: str, quality: str) -> str:
-    """Return µs, × cuBLAS and share of the floor by method and sparsity, and the perplexity beside."""
+def ffn(name: str, quality: str | None = None) -> str:
+    """Return µs, × cuBLAS and the floor by method and sparsity, and the perplexity beside, where it is known."""
     document = load(name)
     records = {(r["method"], r["sparsity"]): r for r in document["records"]}
     sparsities = sorted({key[1] for key in records if key[1] < 1})
-    perplexities = {
-        (r["method"], r["sparsity"]): r["perplexity"]
-        for r in load(quality)["records"]
-        if QUALITY.get(r["method"]) == (r["weighting"], r.get("bits")) and r["decision"] == "threshold"
-    }
+    perplexities = _perplexities(quality) if quality else {}
     first = document["records"][0]
-    dense = load(quality)["records"][0]["dense_perplexity"]
-    rows = [["dense", "perplexity", f"{dense:.1f}", *[""] * (len(sparsities) - 1)]]
+    rows = []
+    if quality:
+        dense = load(quality)["records"][0]["dense_perplexity"]
+        rows.append(["dense", "perplexity", f"{dense:.1f}", *[""] * (len(sparsities) - 1)])
     for method in METHODS:
         found = [records[method, sparsity] for sparsity in sparsities]
         rows.append([f"`{method}`", "µs", *(f"{r['time_us']:.1f}" for r in found)])
         rows.append(["", "× dense", *(f"**{r['speedup_to_fused_cublas']:.2f}**" for r in found)])
         rows.append(["", "floor, ×", *(f"{first['dense_times_us'][FUSED] / r['floor_us']:.2f}" for r in found)])
-        if method != "given":
-            known = [perplexities.get((method, sparsity)) for sparsity in sparsities]
+        known = [perplexities.get((method, sparsity)) for sparsity in sparsities]
+        if any(known):
             rows.append(["", "perplexity", *("" if found is None else f"{found:.1f}" for found in known)])
     variants = ", ".join(f"{label} {us:.1f} µs" for label, us in first["dense_times_us"].items())
     alone = {method: records[method, 1.0]["time_us"] for method in METHODS}
     note = (
         f"\n{_shape(first)}, one token. Dense: {variants}; × is against cuBLAS with gate and up fused. Deciding "
         f"alone, nothing active: `m-countdown` {alone['m-countdown']:.1f} µs, `d-proxy` {alone['d-proxy']:.1f} µs; an "
-        f"empty given set {alone['given']:.1f} µs. Perplexity: what that sparsity costs a small model, Gemma-3-270M "
-        f"dithered, weighting rms for `m-countdown` and `cats` (`benchmarks/results/{quality}.json`).\n"
+        f"empty given set {alone['given']:.1f} µs."
     )
-    return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + _source(name, document)
+    if quality:
+        note += (
+            " Perplexity: what that sparsity costs a small model, Gemma-3-270M dithered, weighting rms for "
+            f"`m-countdown` and `cats` (`benchmarks/results/{quality}.json`)."
+        )
+    return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note + "\n" + _source(name, document)
+
+
+def _perplexities(quality: str) -> dict[tuple[str, float], float]:
+    return {
+        (r["method"], r["sparsity"]): r["perplexity"]
+        for r in load(quality)["records"]
+        if QUALITY.get(r["method"]) == (r["weighting"], r.get("bits")) and r["decision"] == "threshold"
+    }
 
 
 def cpu_ffn(name: str) -> str:

@@ -127,21 +127,38 @@ static void products_in_turn(const W *row, int64_t stride, const Operand<W> *x, 
 template <class W, int R, int T, bool AHEAD>
 static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride,
                      const Rows<W> *ahead) {
+    // Two vectors at a time: of weights in 16 bits they are a line, which is then read once.
+    constexpr int both = 2 * Vec::width;
     int64_t c = 0;
-    for (; c + Vec::width <= d; c += Vec::width) {
-        if (AHEAD) prefetch<W, R>(*ahead, c, Vec::width);
-        Vec w[R];
+    for (; c + both <= d; c += both) {
+        if (AHEAD) prefetch<W, R>(*ahead, c, both);
+        Vec w[R][2];
 #pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) w[k] = load(rows.row[k] + c);
+        for (int k = 0; k < R; ++k) {
+            w[k][0] = load(rows.row[k] + c);
+            w[k][1] = load(rows.row[k] + c + Vec::width);
+        }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
             float *to = sums + t * sums_stride + c;
-            Vec total = load(to);
+            Vec total[2] = {load(to), load(to + Vec::width)};
 #pragma GCC unroll 8
-            for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), w[k], total);
-            store(to, total);
+            for (int k = 0; k < R; ++k) {
+                Vec factor = splat(factors[k * T + t]);
+                total[0] = fma(factor, w[k][0], total[0]);
+                total[1] = fma(factor, w[k][1], total[1]);
+            }
+            store(to, total[0]);
+            store(to + Vec::width, total[1]);
         }
     }
+    for (; c + Vec::width <= d; c += Vec::width)
+        for (int t = 0; t < T; ++t) {
+            float *to = sums + t * sums_stride + c;
+            Vec total = load(to);
+            for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), load(rows.row[k] + c), total);
+            store(to, total);
+        }
     if (c == d) return;
     for (int t = 0; t < T; ++t) {
         float *to = sums + t * sums_stride + c;
