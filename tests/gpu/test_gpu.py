@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import countdown
 import oracle
 from conftest import FAMILIES
+from countdown.benchmark.timing import floor_rate
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
 from countdown.ops import reference  # noqa: F401
@@ -112,3 +114,12 @@ def test_calibration_and_evaluation_are_those_of_the_cpu(protocol, tokenizer, te
     assert results[0].realised_sparsity == pytest.approx(results[1].realised_sparsity, abs=1e-3)
     assert results[0].perplexity == pytest.approx(results[1].perplexity, rel=1e-2)
     assert results[0].kl == pytest.approx(results[1].kl, rel=2e-2)
+
+
+def test_what_is_timed_keeps_its_memory():
+    rate = floor_rate(torch.device("cuda"))
+    gc.collect()
+    # These get whatever was freed; a graph that writes there shows.
+    others = [torch.zeros(2**26, device="cuda") for _ in range(16)]
+    assert rate() > 0
+    assert not any(other.any() for other in others)
