@@ -109,7 +109,8 @@ def run(
     """Yield a record of the dense model, one of each sparse one in the same loop, and those of others if asked for.
 
     Args:
-        model: A dense model on a CUDA device or a CPU; left dense.
+        model: A dense model on a CUDA device or a CPU; left dense. Sparse ones are copies that share every weight but
+            W_down with it.
         whats: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         say: Called with a line at the start of each step.
@@ -126,19 +127,9 @@ def run(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator)
     ids = (ids if benchmark.prompt is None else benchmark.prompt).to(device)
-    ffns = find_ffns(model)
     some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
-    common = {
-        "vocab": vocabulary,
-        "layers": len(ffns),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "tokens": 1,
-        "context": benchmark.context,
-        "new_tokens": benchmark.new_tokens,
-        "prompt": "random tokens" if benchmark.prompt is None else "text",
-        **({"threads": torch.get_num_threads()} if device.type == "cpu" else {}),
-    }
-    size = token_bytes(model, ffns)
+    ffns = find_ffns(model)
+    size, common = token_bytes(model, ffns), _common(model, ffns, benchmark) | {"vocab": vocabulary}
     profiles = [what if isinstance(what, Profile) else _calibrated(model, what, some) for what in whats]
     by_name = {str(profile.recipe): profile for profile in profiles}
     dense: Times = {}
@@ -160,6 +151,20 @@ def run(
     if benchmark.generate:
         say("measuring Hugging Face's generate")
         yield common | {"run": "generate", "tokens_per_s": _generate(model, ids, benchmark.new_tokens)}
+
+
+def _common(model: nn.Module, ffns: Sequence[GatedFFN], benchmark: DecodeBenchmark) -> dict[str, Any]:
+    """Return what all records say."""
+    first = next(model.parameters())
+    return {
+        "layers": len(ffns),
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "tokens": 1,
+        "context": benchmark.context,
+        "new_tokens": benchmark.new_tokens,
+        "prompt": "random tokens" if benchmark.prompt is None else "text",
+        **({"threads": torch.get_num_threads()} if first.device.type == "cpu" else {}),
+    }
 
 
 def _groups(
