@@ -61,6 +61,29 @@ def survivors(names: Sequence[str]) -> str:
     )
 
 
+def shipped(name: str) -> str:
+    """Return perplexity of the exact coefficient and of the proxy, on weights as a GGUF file has them."""
+    document = load(name)
+    found = {(r["decision"], r["method"], r["sparsity"]): r for r in document["records"]}
+    sparsities = sorted({key[2] for key in found})
+    rows = []
+    for decision in ("topk", "threshold"):
+        for method in ("d-countdown", "d-proxy"):
+            cells = []
+            for sparsity in sparsities:
+                value = found[decision, method, sparsity]["perplexity"]
+                exact = found[decision, "d-countdown", sparsity]["perplexity"]
+                cells.append(f"{value:.2f}" + ("" if method == "d-countdown" else f" ({value / exact - 1:+.1%})"))
+            rows.append([decision, f"`{method}`", *cells])
+    meta, first = document["meta"], document["records"][0]
+    note = (
+        f"\nPerplexity, as shipped; in brackets, against the exact coefficient. {first['model']}, dense "
+        f"{first['dense_perplexity']:.2f}, WikiText-2, {first['windows']} windows, {meta['hardware']['gpu']}, commit "
+        f"{meta['commit'][:8]}; `benchmarks/results/{name}.json`.\n"
+    )
+    return table(["decision", "method", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + note
+
+
 def _from(names: Sequence[str]) -> str:
     documents = [load(name) for name in names]
     parts = [

@@ -292,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
     "quantisers": lambda: proxy_tables.quantisers("quantisers-smollm2"),
+    "shipped": lambda: proxy_tables.shipped("quality-proxy-shipped-smollm2"),
     "survivors": lambda: proxy_tables.survivors(("smollm2", "gemma3")),
     "tasks-smollm2": lambda: tasks("tasks-smollm2"),
     "census": lambda: census("census"),
