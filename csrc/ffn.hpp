@@ -347,7 +347,7 @@ class FFN {
 
     // Rows of a block's neurons times all tokens, [count, T], while those that come `next` are fetched.
     void project(const Matrix<W> &matrix, const Block &block, float *out, const Rows<W> &next) {
-        loops_.products(matrix.rows(block), block.count, tokens_, space_.tokens_width, call_.d, out, &next);
+        loops_.products(matrix.rows(block), block.count, tokens_, space_.tokens_width, call_.d, out, next);
         for (int64_t k = 0; k < block.count; ++k) add_bias(matrix, block.neurons[k], out + k * call_.tokens);
     }
 

@@ -195,14 +195,15 @@ class RowLoops {
         for (; count; --count, row += stride, out += tokens_) one_in_turn_(row, stride, x, x_stride, d, out);
     }
 
-    // `ahead` is nullptr or has rows_at_once rows.
+    // `ahead`: rows_at_once rows to fetch meanwhile.
     void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
-                  const Rows<W> *ahead) const {
-        if (count == rows_at_once) return block_products_[ahead != nullptr](rows, x, x_stride, d, out, ahead);
+                  const Rows<W> &ahead) const {
+        if (count == rows_at_once) return block_products_(rows, x, x_stride, d, out, &ahead);
         for (int64_t k = 0; k < count; ++k)
             row_products_(Rows<W>{{rows.row[k]}}, x, x_stride, d, out + k * tokens_, nullptr);
     }
 
+    // `ahead` may be nullptr.
     void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
              const Rows<W> *ahead) const {
         if (count == rows_at_once) return block_add_[ahead != nullptr](rows, factors, d, sums, sums_stride, ahead);
@@ -217,8 +218,8 @@ class RowLoops {
 
     int64_t tokens_, rows_in_turn_;
     InTurn in_turn_, one_in_turn_;
-    ProductsOf row_products_, block_products_[2];  // without rows ahead, and with
-    AddRows row_add_, block_add_[2];
+    ProductsOf row_products_, block_products_;
+    AddRows row_add_, block_add_[2];  // without rows ahead, and with
 
     template <int R, int T>
     void take() {
@@ -227,8 +228,7 @@ class RowLoops {
         in_turn_ = products_in_turn<W, 8 / T, T>;
         one_in_turn_ = products_in_turn<W, 1, T>;
         row_products_ = products_of<W, 1, T, false>;
-        block_products_[0] = products_of<W, R, T, false>;
-        block_products_[1] = products_of<W, R, T, true>;
+        block_products_ = products_of<W, R, T, true>;
         row_add_ = add_rows<W, 1, T, false>;
         block_add_[0] = add_rows<W, R, T, false>;
         block_add_[1] = add_rows<W, R, T, true>;

@@ -60,11 +60,6 @@ def in_turn(
     return {name: measured[warm_up:] for name, measured in found.items()}
 
 
-def step_time(step: Callable[[], object], device: torch.device) -> float:
-    """Return the median time of `step` in µs."""
-    return statistics.median(in_turn({"step": timed(step, device)})["step"])
-
-
 def paired_ratio(over: list[float], under: list[float]) -> float:
     """Return the median ratio of what two runs measured in the same rounds."""
     return statistics.median(one / other for one, other in zip(over, under, strict=True))
