@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from countdown.models.loading import Source
     from countdown.profile import Profile
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine's GPU.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine.")
 
 Shape = Annotated[list[str] | None, typer.Option("--shape", help="d x h of an FFN, e.g. 4096x14336; may be repeated.")]
 Methods = Annotated[list[str] | None, typer.Option("--method", help="Method, or given; may be repeated.")]
