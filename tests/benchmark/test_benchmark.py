@@ -174,10 +174,12 @@ def test_arms_take_turns_on_a_cpu(device, monkeypatch):
     assert ran == [False, True] * (arm.WARM_UP + arm.ROUNDS)
 
 
-def test_parts_that_are_timed_alone_are_not_counted(device, llama_model, tokenizer, text):
+def test_the_tokens_of_the_loop_are_counted_and_no_others(device, llama_model, tokenizer, text):
     cats = method("cats", sparsity=0.5)
     profile = countdown.calibrate(llama_model, tokenizer, text, cats, tokens=512, progress=False)
     countdown.sparsify_(llama_model, profile)
+    with torch.no_grad():
+        llama_model(torch.tensor([[7]]))
     one = decode.Arm(llama_model, torch.tensor([[5, 17, 90]]), 16, split=True)
     times, _ = arm.measure({"one": one})
     assert set(times["one"]) == {arm.TOKEN, "ffn", "attention_linears", "head"}

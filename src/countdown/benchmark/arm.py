@@ -17,7 +17,7 @@ from countdown.models.find import find_ffns
 from countdown.modules import sparse_sites
 from countdown.ops.activations import ACTIVATIONS
 from countdown.replay import recorded
-from countdown.sparsify import status
+from countdown.sparsify import reset_counters, status
 
 # By type of device, the tokens of a prompt that is timed.
 PREFILL = {"cuda": 2048, "cpu": 512}
@@ -49,7 +49,7 @@ class Arm:
     """A model in the decode loop: dense, sparsified or quantised.
 
     Args:
-        model: On a CUDA device or a CPU; it stays as it is.
+        model: On a CUDA device or a CPU; it stays as it is, but counts its tokens anew.
         ids: The prompt `[1, n]`.
         new_tokens: How many tokens are timed, at least.
         prefill: Time a prompt as well.
@@ -66,6 +66,8 @@ class Arm:
         started = time.perf_counter()
         self.loop = DecodeLoop(model, ids, new_tokens=tokens_of(new_tokens))
         self.compile_s = time.perf_counter() - started
+        if sparse_sites(model):
+            reset_counters(model)  # what it computed before is not of these tokens
         self._prefill, self._split = prefill, split
 
     @torch.no_grad()
