@@ -18,7 +18,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 4
+#define COUNTDOWN_ABI 5
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
@@ -41,8 +41,8 @@ typedef struct {
     int64_t gate_stride, up_stride, down_stride;
     const void *gate_bias, *up_bias, *down_bias; /* [h], [h], [d] or NULL */
     const float *thresholds;                     /* [h]; unused when given */
-    const uint8_t *gate_levels, *up_levels;      /* [h, words] of 4 bytes, packed as countdown.ops.proxy says */
-    const uint16_t *gate_scales, *up_scales;     /* [h, groups], fp16 */
+    const uint8_t *gate_levels, *up_levels;      /* [tiles, words, 16] of 4 bytes, as countdown.ops.proxy_tiles says */
+    const uint16_t *gate_scales, *up_scales;     /* [tiles, groups, 16], fp16 */
     int64_t words, groups;
     const uint8_t *given; /* [T, h], each 0 or 1 */
     uint8_t *selected;    /* [T, h]: if there, only the active sets are computed, into it */

@@ -25,13 +25,14 @@ struct FFNSpace {
     float *values;   // [T] of a place: what is known of the coefficient
     Found *found;
     float *sums;     // [threads, T, width]
-    int64_t width, tokens_width, words;
+    int64_t width, tokens_width;
+    int64_t entries;  // of a token, as floats
     char *own;       // of each thread: tokens, one of them as floats, and its quantised ones
     int64_t own_bytes, bytes;
 
     FFNSpace(const countdown_ffn_call &call, int threads) {
         Workspace space(call.workspace);
-        words = call.decider == COUNTDOWN_BY_PROXY ? Quantised::padded(call.words) : 0;
+        entries = call.decider == COUNTDOWN_BY_PROXY ? ceil_to(8 * call.words, Vec::width) : 0;
         width = ceil_to(call.d, 16);
         tokens_width = ceil_to(call.d, PADDING);
         neurons = space.take<int32_t>(call.h);
@@ -39,8 +40,8 @@ struct FFNSpace {
         values = space.take<float>(call.h * call.tokens);
         found = space.take<Found>(threads);
         sums = space.take<float>(threads * call.tokens * width);
-        own_bytes = ceil_to(call.tokens * tokens_width * int64_t(sizeof(Operand<W>)), 64) + 8 * words * 4 +
-                    call.tokens * Quantised::bytes(words, call.groups);
+        own_bytes = ceil_to(call.tokens * tokens_width * int64_t(sizeof(Operand<W>)), 64) + entries * 4 +
+                    call.tokens * Quantised::bytes(call.words, call.groups);
         own = space.take<char>(threads * own_bytes);
         bytes = space.bytes();
     }
@@ -94,7 +95,8 @@ class FFN {
     }
 
   private:
-    static constexpr int64_t CHUNK = 64;
+    // Neurons that are decided on together: what comes between two of them lets the streams of weights run dry.
+    static constexpr int64_t CHUNK = 256;
 
     const countdown_ffn_call &call_;
     const FFNSpace<W> &space_;
@@ -107,6 +109,10 @@ class FFN {
     Quantised quantised_[MOST_TOKENS];
 
     int64_t first_of(int64_t member, int64_t total) const { return total * member / team_.size; }
+    // The first neuron that a member decides on: of a tile.
+    int64_t first_decided(int64_t member) const {
+        return least(TILE * first_of(member, ceil_to(call_.h, TILE) / TILE), call_.h);
+    }
 
     // ---- tokens
 
@@ -123,10 +129,10 @@ class FFN {
         char *memory = reinterpret_cast<char *>(tokens_) +
                        ceil_to(call_.tokens * space_.tokens_width * int64_t(sizeof(Operand<W>)), 64);
         float *values = reinterpret_cast<float *>(memory);
-        memory += 8 * space_.words * 4;
-        for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(space_.words, call_.groups)) {
-            copy_token(static_cast<const W *>(call_.x) + t * call_.d, call_.d, 8 * space_.words, values);
-            quantised_[t] = Quantised(memory, space_.words);
+        memory += space_.entries * 4;
+        for (int64_t t = 0; t < call_.tokens; ++t, memory += Quantised::bytes(call_.words, call_.groups)) {
+            copy_token(static_cast<const W *>(call_.x) + t * call_.d, call_.d, space_.entries, values);
+            quantised_[t] = Quantised(memory, call_.words);
             quantise(values, call_.words, call_.groups, quantised_[t]);
         }
     }
@@ -134,12 +140,13 @@ class FFN {
     // ---- active sets
 
     void find() {
-        int64_t first = first_of(team_.index, call_.h), stop = first_of(team_.index + 1, call_.h), place = first;
+        int64_t first = first_decided(team_.index), stop = first_decided(team_.index + 1), place = first;
         int64_t active = 0;
         for (int64_t start = first; start < stop; start += CHUNK) {
             int64_t count = least(CHUNK, stop - start);
             uint8_t masks[CHUNK] = {};
-            float values[CHUNK * MOST_TOKENS] = {};
+            float values[CHUNK * MOST_TOKENS];
+            clear(values, count);
             decide(start, count, values, masks);
             if (call_.selected)
                 write_selected(start, count, masks);
@@ -148,6 +155,11 @@ class FFN {
         }
         space_.found[team_.index].neurons = place - first;
         space_.found[team_.index].active = active;
+    }
+
+    // What whole vectors of [count, T] hold.
+    void clear(float *values, int64_t count) const {
+        memset(values, 0, size_t(ceil_to(count * call_.tokens, Vec::width)) * sizeof(float));
     }
 
     void decide(int64_t start, int64_t count, float *values, uint8_t *masks) {
@@ -210,7 +222,8 @@ class FFN {
     // What is compared with thresholds, [count, T]; except of a proxy, it is part of the coefficient too.
     void indicators(int64_t start, int64_t count, float *values) {
         int64_t entries = count * call_.tokens;
-        float others[CHUNK * MOST_TOKENS] = {};
+        float others[CHUNK * MOST_TOKENS];
+        clear(others, count);
         switch (call_.decider) {
             case COUNTDOWN_BY_UP:
                 project_range(up_, start, count, values);
@@ -242,6 +255,13 @@ class FFN {
         for (int64_t k = 0; k < count; ++k) add_bias(matrix, start + k, out + k * call_.tokens);
     }
 
+    ProxyTile tile_from(int64_t neuron) const {
+        int64_t level = neuron * call_.words * 4, scale = neuron * call_.groups;
+        return {{call_.gate_levels + level, call_.up_levels + level},
+                {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
+                 reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
+    }
+
     void add_bias(const Matrix<W> &matrix, int64_t neuron, float *out) const {
         if (!matrix.bias) return;
         for (int64_t t = 0; t < call_.tokens; ++t) out[t] += widened(matrix.bias + neuron);
@@ -249,12 +269,15 @@ class FFN {
 
     // Rows of what the proxy takes W_gate x + b_gate and W_up x + b_up for, for all tokens, [count, T] each.
     void proxy_range(int64_t start, int64_t count, float *gate, float *up) {
-        int64_t level = start * call_.words * 4, scale = start * call_.groups;
-        ProxyRows rows = {{call_.gate_levels + level, call_.up_levels + level},
-                          {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
-                           reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
-        for (int64_t t = 0; t < call_.tokens; ++t)
-            proxy_products(rows, count, call_.words, call_.groups, quantised_[t], gate + t, up + t, call_.tokens);
+        for (int64_t k = 0; k < count; k += TILE)
+            for (int64_t t = 0; t < call_.tokens; ++t) {
+                float tile[2][TILE];
+                tile_products(tile_from(start + k), call_.words, call_.groups, quantised_[t], tile[0], tile[1]);
+                for (int64_t j = 0; j < TILE && k + j < count; ++j) {
+                    gate[(k + j) * call_.tokens + t] = tile[0][j];
+                    up[(k + j) * call_.tokens + t] = tile[1][j];
+                }
+            }
         for (int64_t k = 0; k < count; ++k) {
             add_bias(gate_, start + k, gate + k * call_.tokens);
             add_bias(up_, start + k, up + k * call_.tokens);
@@ -288,7 +311,7 @@ class FFN {
         int64_t first = first_of(team_.index, total), stop = first_of(team_.index + 1, total);
         for (int member = 0; member < team_.size; before += space_.found[member++].neurons) {
             int64_t from = first > before ? first - before : 0;
-            sum_list(first_of(member, call_.h), from, least(stop - before, space_.found[member].neurons));
+            sum_list(first_decided(member), from, least(stop - before, space_.found[member].neurons));
         }
     }
 

@@ -105,34 +105,23 @@ struct Product {
     static inline Vec add(const W *w, const float *x, Vec acc, int64_t n) { return fma(load(w, n), load(x), acc); }
 };
 
-// Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
-// in `high`. Returns the sums of products of each word, added to `starts`.
-static inline Vec products(__m256i levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
-    __m256i nibble = _mm256_set1_epi8(15);
-    __m256i even = _mm256_and_si256(levels, nibble);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi16(levels, 4), nibble);
-    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(low));
-    __m256i z = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(high));
-    __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(starts));
-    // Four products of at most 15 * 127 fit 16 bits.
-    __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(even, x), _mm256_maddubs_epi16(odd, z));
-    return {_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)), start))};
-}
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
-    return products(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(levels)), low, high, starts);
-}
-// Of the first n words, 0 < n < width; `starts` for the others, which are zeros there.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts,
-                           int64_t n) {
-    return products(_mm256_maskload_epi32(reinterpret_cast<const int *>(levels), first(n)), low, high, starts);
-}
+// Products of words of eight 4-bit levels with eight entries of a token, summed word by word: a lane a neuron.
+class WordSums {
+  public:
+    // levels: a word of each neuron; low and high: the token's entries that its half bytes are multiplied with.
+    inline void add(const uint8_t *levels, int32_t low, int32_t high) {
+        __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(levels)), nibble = _mm256_set1_epi8(15);
+        __m256i first = _mm256_and_si256(both, nibble), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
+        // Four products of at most 15 * 127 fit 16 bits.
+        __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(first, _mm256_set1_epi32(low)),
+                                         _mm256_maddubs_epi16(second, _mm256_set1_epi32(high)));
+        sums_ = _mm256_add_epi32(sums_, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    inline Vec total() const { return {_mm256_cvtepi32_ps(sums_)}; }
 
-// Entry (at + i) >> SHIFT of a vector, for each i; beyond its width, any.
-template <int SHIFT>
-static inline Vec spread(Vec a, int at) {
-    __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(at));
-    return {_mm256_permutevar8x32_ps(a.v, _mm256_srli_epi32(lane, SHIFT))};
-}
+  private:
+    __m256i sums_ = _mm256_setzero_si256();
+};
 
 }  // namespace VARIANT
 }  // namespace countdown

@@ -121,37 +121,29 @@ struct Product<Bf16> {
 };
 #endif
 
-// Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
-// in `high`. Returns the sums of products of each word, added to `starts`.
-static inline Vec products(__m512i levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
-    __m512i nibble = _mm512_set1_epi8(15);
-    __m512i even = _mm512_and_si512(levels, nibble);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi16(levels, 4), nibble);
-    __m512i x = _mm512_loadu_si512(low), z = _mm512_loadu_si512(high), start = _mm512_loadu_si512(starts);
+// Products of words of eight 4-bit levels with eight entries of a token, summed word by word: a lane a neuron.
+class WordSums {
+  public:
+    // levels: a word of each neuron; low and high: the token's entries that its half bytes are multiplied with.
+    inline void add(const uint8_t *levels, int32_t low, int32_t high) {
+        __m512i both = _mm512_loadu_si512(levels), x = _mm512_set1_epi32(low), z = _mm512_set1_epi32(high);
 #ifdef __AVX512VNNI__
-    return {_mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, even, x), odd, z))};
+        // High half bytes stay where they are: 16 times their sum, in a sum of its own.
+        low_ = _mm512_dpbusd_epi32(low_, _mm512_and_si512(both, _mm512_set1_epi8(15)), x);
+        high_ = _mm512_dpbusd_epi32(high_, _mm512_and_si512(both, _mm512_set1_epi8(char(0xf0))), z);
 #else
-    // Four products of at most 15 * 127 fit 16 bits.
-    __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(even, x), _mm512_maddubs_epi16(odd, z));
-    return {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)), start))};
+        __m512i nibble = _mm512_set1_epi8(15);
+        __m512i first = _mm512_and_si512(both, nibble), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+        // Four products of at most 15 * 127 fit 16 bits.
+        __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(first, x), _mm512_maddubs_epi16(second, z));
+        low_ = _mm512_add_epi32(low_, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
-}
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
-    return products(_mm512_loadu_si512(levels), low, high, starts);
-}
-// Of the first n words, 0 < n < width; `starts` for the others, which are zeros there.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts,
-                           int64_t n) {
-    return products(_mm512_maskz_loadu_epi32(first(n), levels), low, high, starts);
-}
+    }
+    inline Vec total() const { return {_mm512_cvtepi32_ps(_mm512_add_epi32(low_, _mm512_srai_epi32(high_, 4)))}; }
 
-// Entry (at + i) >> SHIFT of a vector, for each i; beyond its width, any.
-template <int SHIFT>
-static inline Vec spread(Vec a, int at) {
-    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i place = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(at)), SHIFT);
-    return {_mm512_permutexvar_ps(place, a.v)};
-}
+  private:
+    __m512i low_ = _mm512_setzero_si512(), high_ = _mm512_setzero_si512();
+};
 
 }  // namespace VARIANT
 }  // namespace countdown

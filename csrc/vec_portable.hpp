@@ -112,31 +112,25 @@ struct Product {
     static inline Vec add(const W *w, const float *x, Vec acc, int64_t n) { return fma(load(w, n), load(x), acc); }
 };
 
-// Words of eight 4-bit levels each, and what they are multiplied with: entries 0 to 3 of each eight in `low`, 4 to 7
-// in `high`. Returns the sums of products of each word, added to `starts`.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts) {
-    int16_t sums[4 * Vec::width];
-    for (int j = 0; j < 4 * Vec::width; ++j)
-        sums[j] = int16_t((levels[j] & 15) * low[j] + (levels[j] >> 4) * high[j]);
-    Vec a;
-    EACH a.v[i] = float(starts[i] + sums[4 * i] + sums[4 * i + 1] + sums[4 * i + 2] + sums[4 * i + 3]);
-    return a;
-}
-// Of the first n words, 0 < n < width; `starts` for the others, which are zeros there.
-static inline Vec products(const uint8_t *levels, const int8_t *low, const int8_t *high, const int32_t *starts,
-                           int64_t n) {
-    uint8_t some[4 * Vec::width] = {};
-    memcpy(some, levels, size_t(4 * n));
-    return products(some, low, high, starts);
-}
+// Products of words of eight 4-bit levels with eight entries of a token, summed word by word: a lane a neuron.
+class WordSums {
+  public:
+    // levels: a word of each neuron; low and high: the token's entries that its half bytes are multiplied with.
+    inline void add(const uint8_t *levels, int32_t low, int32_t high) {
+        int8_t x[4], z[4];
+        memcpy(x, &low, 4);
+        memcpy(z, &high, 4);
+        for (int j = 0; j < 4; ++j) EACH sums_[i] += (levels[4 * i + j] & 15) * x[j] + (levels[4 * i + j] >> 4) * z[j];
+    }
+    inline Vec total() const {
+        Vec a;
+        EACH a.v[i] = float(sums_[i]);
+        return a;
+    }
 
-// Entry (at + i) >> SHIFT of a vector, for each i; beyond its width, any.
-template <int SHIFT>
-static inline Vec spread(Vec a, int at) {
-    Vec b;
-    EACH b.v[i] = a.v[((at + i) >> SHIFT) & (Vec::width - 1)];
-    return b;
-}
+  private:
+    int32_t sums_[Vec::width] = {};
+};
 
 #undef EACH
 

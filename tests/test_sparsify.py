@@ -20,6 +20,7 @@ from countdown.models.find import find_ffns, find_sites
 from countdown.modules import SparseSite, sparse_sites
 from countdown.ops import proxy as proxies
 from countdown.ops.cpu import library
+from countdown.ops.proxy_tiles import in_rows
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -66,7 +67,7 @@ def _masked_forward(site, module):
         factors = seen = site.project(x)
         if module.method.proxy_bits:
             biases = [rows.of(site.module)[1] for rows in (site.gate, site.up)]
-            seen = oracle.proxy_factors(x[0], module.proxy, biases, site.activation)
+            seen = oracle.proxy_factors(x[0], in_rows(module.proxy, module.terms), biases, site.activation)
             seen = [factor.float()[None] for factor in seen]
         value = oracle.INDICATOR[module.method.indicator.name](*seen)
         if module.method.decision == "threshold":
@@ -204,7 +205,7 @@ def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokeniz
         countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
 
 
-def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text):
+def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text, monkeypatch):
     profile = calibrated(llama_model, tokenizer, text, name="d-proxy", sparsity=0.6)
     countdown.sparsify_(llama_model, profile, apply_to="all")
     expected = logits(llama_model)
@@ -216,9 +217,13 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(IDS).logits, expected)
     torch._dynamo.reset()  # or the next test would find what was compiled here
-    bytes_ = sum(site.proxy_bytes for site in countdown.status(llama_model))
-    assert bytes_ == proxy_bytes(find_ffns(countdown.restore_(copy.deepcopy(llama_model))), method("d-proxy"))
-    assert bytes_ == 3 * 2 * 53 * (4 * 32 // 8 + 2)  # rows of 24 weights in one group of 32
+    row = 4 * 32 // 8 + 2  # 24 weights in one group of 32
+    assert proxy_bytes(find_ffns(countdown.restore_(copy.deepcopy(llama_model))), method("d-proxy")) == 3 * 2 * 53 * row
+    stored = 53 if library.missing() else 64  # in tiles of 16
+    assert sum(site.proxy_bytes for site in countdown.status(llama_model)) == 3 * 2 * stored * row
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
+    rows = llama_model.to("cpu")
+    assert sum(site.proxy_bytes for site in countdown.status(rows)) == 3 * 2 * 53 * row
 
 
 def test_deepcopy_is_independent(llama_model, profile):

@@ -14,6 +14,7 @@ from countdown.errors import ProfileError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.models.sites import GatedFFN, LinearInput, Site, check_plain
 from countdown.ops import backends
+from countdown.ops.proxy_tiles import in_rows, in_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +130,7 @@ class SparseSite(nn.Module):
         self._free_counters()
 
     def lay_out(self) -> None:
-        """Store the weights as the backend that will compute wants them."""
+        """Store the weights, and what is derived from them, as the backend that will compute wants them."""
 
     def make_proxy(self) -> None:
         """Make what is derived from the weights."""
@@ -208,6 +209,10 @@ class SparseFFN(SparseSite):
         assert isinstance(down.weight, Tensor)
         if self.planned_refusal is None and not down.weight.t().is_contiguous():
             _store(down, down.weight.t().contiguous().t())
+        # A plain list, so that casts leave it alone.
+        if self.proxy is not None:
+            proxy = [part.to(self.per_term.device) for part in self.proxy]
+            self.proxy = in_tiles(proxy) if self.backend == "cpu" else in_rows(proxy, self.terms)
 
     def _refusal(self, *, laid_out: bool) -> str | None:
         weights = [rows.of(self)[0] for rows in self.projections]
@@ -249,12 +254,6 @@ class SparseFFN(SparseSite):
             x, weights, biases, self.per_term, proxy=self.proxy, activation=self.activation, **self._decision()
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSite:
-        super()._apply(fn, recurse)
-        # A plain list, so that casts leave it alone; it only changes device.
-        self.proxy = self.proxy and [part.to(self.per_term.device) for part in self.proxy]
-        return self
-
     @property
     def proxy_bytes(self) -> int:
         """Bytes of the proxy beside the weights."""
@@ -289,8 +288,8 @@ class SparseLinear(SparseSite):
 
 def _follow_weights(module: nn.Module, _: object) -> None:
     assert isinstance(module, SparseSite)
-    module.lay_out()
     module.make_proxy()
+    module.lay_out()
 
 
 def _store(linear: nn.Module, weight: Tensor) -> None:

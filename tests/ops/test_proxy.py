@@ -11,6 +11,7 @@ import oracle
 from countdown.ops import proxy as proxies
 from countdown.ops import reference  # noqa: F401  (registers the ops)
 from countdown.ops.proxy_format import bits_per_weight
+from countdown.ops.proxy_tiles import in_rows, in_tiles
 
 OPS = torch.ops.countdown
 
@@ -158,3 +159,34 @@ def test_proxies_that_do_not_fit_are_named(kind, indicator, message):
     how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": "silu", "proxy": proxy}
     with pytest.raises(ValueError, match=message):
         OPS.select(torch.randn(1, 7), weights, biases, torch.ones(11), **how)
+
+
+@pytest.mark.parametrize("d", [8, 40, 64, 100])
+@pytest.mark.parametrize("h", [1, 15, 16, 17, 53])
+def test_tiles_hold_the_same_and_give_the_rows_back(h, d):
+    weights = [torch.randn(h, d) for _ in range(2)]
+    rows = made(weights, 4)
+    levels, scales, _, up_scales = tiles = in_tiles(rows)
+    neuron = h - 1
+    assert torch.equal(levels[neuron // 16, :, neuron % 16].flatten(), rows[0][neuron])
+    assert torch.equal(scales[neuron // 16, :, neuron % 16], rows[1][neuron])
+    assert not up_scales.mT.flatten(0, 1)[h:].any()
+    assert all(torch.equal(one, other) for one, other in zip(in_rows(tiles, h), rows, strict=True))
+    assert in_tiles(tiles) is tiles
+    assert in_rows(rows, h) is rows
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_ops_take_rows_and_tiles(tokens):
+    weights, biases = oracle.random_ffn(37, 23, torch.float32, bias=True)
+    weights[2] = weights[2].t().contiguous().t()  # for the kernels of a CPU
+    proxy, x, thresholds = made(weights, 4), torch.randn(tokens, 37), torch.full((23,), 0.11)
+    how = {"decision": "threshold", "drop": 0, "indicator": "proxy", "activation": "silu"}
+    results = []
+    for form in (proxy, in_tiles(proxy)):
+        counters = torch.zeros(2).long()
+        y = OPS.sparse_ffn(x, weights, biases, thresholds, counters, proxy=form, **how)
+        results.append((y, counters, OPS.select(x, weights, biases, thresholds, proxy=form, **how)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="does not fit W_gate"):
+        OPS.select(x, weights, biases, thresholds, proxy=in_tiles([part[:16] for part in proxy]), **how)

@@ -11,6 +11,7 @@ import kernel_cases as cases
 import oracle
 from countdown.errors import ConfigError
 from countdown.ops import gathering, reference
+from countdown.ops.proxy_tiles import in_tiles
 from countdown.ops.triton import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,3 +91,17 @@ def test_proxies_of_3_bits_are_left_to_the_reference(monkeypatch):
     monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
     with pytest.raises(ConfigError, match="no kernel for proxies of 3 bits, only of 4"):
         ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW, proxy=proxy)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_tiles_are_put_into_rows(tokens):
+    weights, biases = cases.ffn(40, 29, torch.float32, DEVICE, bias=True)
+    proxy, x = cases.proxy_of(weights), cases.inputs(tokens, 40, torch.float32, DEVICE, 1)
+    thresholds = torch.full((29,), 0.2, device=DEVICE)
+    results = []
+    for form in (proxy, in_tiles(proxy)):
+        counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW, proxy=form)
+        results.append((y, counters, ops.select(x, weights, biases, thresholds, **HOW, proxy=form)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert results[0][1][1] > 0

@@ -21,6 +21,7 @@ from countdown.ops import backends
 from countdown.ops import proxy as proxies
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import GATE, PROXY
+from countdown.ops.proxy_tiles import in_rows, in_tiles
 from countdown.progress import track
 
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
@@ -208,7 +209,8 @@ class _Layers:
         if bits not in self._proxies:
             even = torch.ones(self.d, device=self.device)
             made = [[proxies.quantise(w, even, bits) for w in self.weights(layer)[:2]] for layer in range(self.count)]
-            self._proxies[bits] = [[part for m in pair for part in (m.levels, m.scales)] for pair in made]
+            rows = [[part for m in pair for part in (m.levels, m.scales)] for pair in made]
+            self._proxies[bits] = [in_tiles(proxy) for proxy in rows] if self.device.type == "cpu" else rows
         return self._proxies[bits]
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:
@@ -297,7 +299,7 @@ class _Deciding:
         act = ACTIVATIONS[self.layers.benchmark.activation]
         gate, up, _ = self.layers.weights(layer)
         if proxy := self.proxies[layer]:
-            a, u = proxies.factors(self.x, proxy, [None] * 3, act)
+            a, u = proxies.factors(self.x, in_rows(proxy, self.layers.h), [None] * 3, act)
             return (a * u).abs()
         z = F.linear(self.x, gate if self.indicator == GATE.name else up)
         return (act(z) if self.indicator == GATE.name else z).float().abs()

@@ -8,6 +8,7 @@ from torch import Tensor, bfloat16, float16, float32
 
 from countdown.ops.indicators import PROXY
 from countdown.ops.proxy import bits_of
+from countdown.ops.proxy_tiles import are_tiles
 from countdown.ops.request import requested
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
@@ -68,7 +69,9 @@ def too_many(tokens: int) -> bool:
 
 def proxy_bits(x: Tensor, proxy: list[Tensor] | None) -> int | None:
     """Return the bits of a proxy for x `[..., d]`, None without one."""
-    return None if proxy is None else bits_of(proxy[0], x.shape[-1])
+    if proxy is None:
+        return None
+    return PROXY_BITS if are_tiles(proxy[0]) else bits_of(proxy[0], x.shape[-1])
 
 
 def flat(x: Tensor) -> Tensor:

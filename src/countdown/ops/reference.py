@@ -13,6 +13,7 @@ from torch import Tensor
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
 from countdown.ops.proxy import factors as proxy_factors
+from countdown.ops.proxy_tiles import in_rows
 from countdown.ops.schema import (
     LIBRARY,
     check_active,
@@ -48,6 +49,12 @@ def drop_smallest(scores: Tensor, drop: int) -> Tensor:
 def _project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str) -> tuple[Tensor, Tensor]:
     a = ACTIVATIONS[activation](F.linear(x, weights[0], biases[0]))
     return a, F.linear(x, weights[1], biases[1])
+
+
+def _project_by(
+    proxy: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str
+) -> tuple[Tensor, Tensor]:
+    return proxy_factors(x, in_rows(proxy, len(weights[0])), biases, ACTIVATIONS[activation])
 
 
 def _decide(
@@ -88,7 +95,7 @@ def sparse_ffn(
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     a, u = _project(x, weights, biases, activation)
-    seen = (a, u) if proxy is None else proxy_factors(x, proxy, biases, ACTIVATIONS[activation])
+    seen = (a, u) if proxy is None else _project_by(proxy, x, weights, biases, activation)
     active = _decide(x, seen, per_neuron, decision, drop, indicator)
     _count(counters, active)
     return _combine(a, u, active, weights, biases)
@@ -111,8 +118,8 @@ def select(
     check_ffn(x, weights, biases, activation, weight_format)
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
-    act = ACTIVATIONS[activation]
-    seen = _project(x, weights, biases, activation) if proxy is None else proxy_factors(x, proxy, biases, act)
+    how = x, weights, biases, activation
+    seen = _project(*how) if proxy is None else _project_by(proxy, *how)
     return _decide(x, seen, per_neuron, decision, drop, indicator)
 
 

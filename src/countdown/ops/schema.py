@@ -10,7 +10,7 @@ Letters: T tokens in a call (all leading dimensions of x taken together), d hidd
 | weight, bias | [d_out, d], [d_out] or None | of a linear |
 | per_neuron, per_channel | [h] or [d], float32 | decision threshold: τ_i; decision topk: weights m_i |
 | counters | [2], int64 | incremented by T and by the active terms summed over the T tokens |
-| proxy | levels and scales of gate, and of up (see `proxy`) | what indicator `proxy` is computed from; else None |
+| proxy | levels and scales of gate, and of up | for indicator `proxy`: rows (see `proxy`) or tiles (`proxy_tiles`) |
 | active | [..., h], bool | the active set of each token |
 | decision | `threshold` | term i is inactive iff indicator ≤ τ_i, so a NaN stays active |
 |          | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
@@ -40,6 +40,7 @@ from torch import Tensor
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
 from countdown.ops.proxy_format import BITS, group_of, padded
+from countdown.ops.proxy_tiles import tile_shapes
 
 LIBRARY = torch.library.Library("countdown", "DEF")
 
@@ -160,7 +161,8 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
     if len(proxy) != 4:
         raise ValueError(f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
     h, d = weights[0].shape
-    shapes = [_proxy_shapes(h, d, bits) for bits in BITS]
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [_proxy_shapes(h, d, bits) for bits in BITS]
+    shapes.append(tile_shapes(*_proxy_shapes(h, d, 4)))
     for levels, scales in (proxy[:2], proxy[2:]):
         dtypes = (levels.dtype, scales.dtype)
         if (levels.shape, scales.shape) not in shapes or dtypes != (torch.uint8, torch.float16):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 4
+ABI = 5
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3

@@ -9,6 +9,7 @@ from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FFNCall, library
 from countdown.ops.gathering import dense, proxy_bits, refuses_decision, refuses_ffn, too_many
+from countdown.ops.proxy_tiles import in_tiles
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 
@@ -112,8 +113,8 @@ def _run(
     gate, up, down = weights
     h, d = gate.shape
     x, thresholds, biases = x.contiguous(), None if thresholds is None else thresholds.contiguous(), dense(biases)
-    parts = dense(proxy) if proxy else [None] * 4
-    words, groups = (0, 0) if proxy is None else (proxy[0].shape[1] // 4, proxy[1].shape[1])
+    parts = dense(in_tiles(proxy)) if proxy else [None] * 4
+    words, groups = (0, 0) if parts[0] is None or parts[1] is None else (parts[0].shape[1], parts[1].shape[1])
     library().run(
         FFNCall(
             DTYPES[x.dtype], ACTIVATIONS[activation], DECIDERS[decider], x.numel() // d, d, h, x.data_ptr(),

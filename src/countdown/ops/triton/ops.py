@@ -11,6 +11,7 @@ from countdown.errors import ConfigError
 from countdown.ops import reference
 from countdown.ops.gathering import dense, flat, proxy_bits, refuses_decision, refuses_ffn, too_many
 from countdown.ops.indicators import GATE
+from countdown.ops.proxy_tiles import in_rows
 from countdown.ops.request import VARIABLE, requested
 from countdown.ops.schema import check_active, check_counters, check_decision, check_ffn, check_proxy
 from countdown.ops.triton import kernels, launch, pair_ops, proxy_ops
@@ -50,6 +51,7 @@ def sparse_ffn(
         )  # fmt: skip
     rows, biases, per_neuron = flat(x), dense(biases), per_neuron.contiguous()
     if proxy is not None:
+        proxy = in_rows(proxy, len(per_neuron))
         y = _decide_by_proxy(rows, weights, biases, proxy, per_neuron, counters, activation, drop)
     elif tokens == 1:
         y = _decide_one(rows, weights, biases, per_neuron, counters, indicator == GATE.name, activation, drop)
@@ -88,7 +90,7 @@ def select(
     thresholds = per_neuron.contiguous()
     biases = dense(biases)
     if proxy is not None:
-        proxy_ops.select(flat(x), proxy, biases, thresholds, active.view(-1, h), None, activation)
+        proxy_ops.select(flat(x), in_rows(proxy, h), biases, thresholds, active.view(-1, h), None, activation)
     else:
         gate_first = indicator == GATE.name
         _coefficients(flat(x), weights, biases, thresholds, active, None, gate_first, activation, "select")
