@@ -42,6 +42,7 @@ struct FFNSpace {
         sums = space.take<float>(threads * call.tokens * width);
         own_bytes = ceil_to(call.tokens * tokens_width * int64_t(sizeof(Operand<W>)), 64) + entries * 4 +
                     call.tokens * Quantised::bytes(call.words, call.groups);
+        own_bytes = ceil_to(own_bytes, 64);  // no line is of two threads
         own = space.take<char>(threads * own_bytes);
         bytes = space.bytes();
     }
@@ -95,7 +96,7 @@ class FFN {
     }
 
   private:
-    // Neurons that are decided on together: what comes between two of them lets the streams of weights run dry.
+    // Neurons that are decided on together: what comes between one chunk and the next lets streams of weights run dry.
     static constexpr int64_t CHUNK = 256;
 
     const countdown_ffn_call &call_;
@@ -255,16 +256,16 @@ class FFN {
         for (int64_t k = 0; k < count; ++k) add_bias(matrix, start + k, out + k * call_.tokens);
     }
 
+    void add_bias(const Matrix<W> &matrix, int64_t neuron, float *out) const {
+        if (!matrix.bias) return;
+        for (int64_t t = 0; t < call_.tokens; ++t) out[t] += widened(matrix.bias + neuron);
+    }
+
     ProxyTile tile_from(int64_t neuron) const {
         int64_t level = neuron * call_.words * 4, scale = neuron * call_.groups;
         return {{call_.gate_levels + level, call_.up_levels + level},
                 {reinterpret_cast<const Fp16 *>(call_.gate_scales) + scale,
                  reinterpret_cast<const Fp16 *>(call_.up_scales) + scale}};
-    }
-
-    void add_bias(const Matrix<W> &matrix, int64_t neuron, float *out) const {
-        if (!matrix.bias) return;
-        for (int64_t t = 0; t < call_.tokens; ++t) out[t] += widened(matrix.bias + neuron);
     }
 
     // Rows of what the proxy takes W_gate x + b_gate and W_up x + b_up for, for all tokens, [count, T] each.

@@ -1,4 +1,5 @@
-// Tokens in 8 bits and their products with rows of 4-bit levels; packing and tiles are those of countdown.ops.proxy.
+// Tokens in 8 bits and their products with rows of 4-bit levels; packing is that of countdown.ops.proxy, tiles
+// are those of countdown.ops.proxy_tiles.
 //
 // A word of 4 bytes holds eight neighbouring levels, 0 to 15: the first four in its low half bytes, the others in its
 // high ones. Words of 16 neurons stand side by side, so that a vector multiplies a word of each with the same eight
@@ -68,27 +69,35 @@ constexpr int64_t levels_ahead = 1024;
 // neither sum waits for the other.
 static inline void tile_products(const ProxyTile &tile, int64_t words, int64_t groups, const Quantised &x, float *gate,
                                  float *up) {
+    constexpr int parts = TILE / Vec::width;
     const int64_t size = words / groups;
-    for (int lanes = 0; lanes < TILE; lanes += Vec::width) {
-        Vec total[2] = {splat(0), splat(0)};
-        int64_t w = 0;
-        for (int64_t group = 0; group < groups; ++group) {
-            WordSums sums[2];
-            for (int64_t stop = w + size; w < stop; ++w) {
+    Vec total[2][parts];
+    for (auto &some : total)
+        for (Vec &part : some) part = splat(0);
+    int64_t w = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+        WordSums sums[2][parts];
+        for (int64_t stop = w + size; w < stop; ++w) {
 #pragma GCC unroll 2
-                for (int k = 0; k < 2; ++k) {
-                    const uint8_t *levels = tile.levels[k] + 4 * (w * TILE + lanes);
-                    prefetch(levels + levels_ahead);
-                    sums[k].add(levels, x.low[w], x.high[w]);
-                }
+            for (int k = 0; k < 2; ++k) {
+                const uint8_t *levels = tile.levels[k] + 4 * w * TILE;
+                prefetch(levels + levels_ahead);
+#pragma GCC unroll 2
+                for (int p = 0; p < parts; ++p) sums[k][p].add(levels + 4 * p * Vec::width, x.low[w], x.high[w]);
             }
-            Vec offset = splat(x.offsets[group]);
-#pragma GCC unroll 2
-            for (int k = 0; k < 2; ++k)
-                total[k] = fma(load(tile.scales[k] + group * TILE + lanes), sums[k].total() + offset, total[k]);
         }
-        store(gate + lanes, total[0] * splat(x.step));
-        store(up + lanes, total[1] * splat(x.step));
+        Vec offset = splat(x.offsets[group]);
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; ++k) {
+            const Fp16 *scales = tile.scales[k] + group * TILE;
+#pragma GCC unroll 2
+            for (int p = 0; p < parts; ++p)
+                total[k][p] = fma(load(scales + p * Vec::width), sums[k][p].total() + offset, total[k][p]);
+        }
+    }
+    for (int p = 0; p < parts; ++p) {
+        store(gate + p * Vec::width, total[0][p] * splat(x.step));
+        store(up + p * Vec::width, total[1][p] * splat(x.step));
     }
 }
 

@@ -120,7 +120,21 @@ class WordSums {
         int8_t x[4], z[4];
         memcpy(x, &low, 4);
         memcpy(z, &high, 4);
-        for (int j = 0; j < 4; ++j) EACH sums_[i] += (levels[4 * i + j] & 15) * x[j] + (levels[4 * i + j] >> 4) * z[j];
+        // By pairs of bytes, the first the lower, whose four products fit 16 bits: compilers make vectors of that.
+        constexpr int count = 2 * Vec::width;
+        uint16_t pairs[count];
+        memcpy(pairs, levels, sizeof pairs);
+        int16_t factors[4][count], products[count];
+        for (int k = 0; k < count; ++k) {
+            factors[0][k] = x[k % 2 * 2];
+            factors[1][k] = z[k % 2 * 2];
+            factors[2][k] = x[k % 2 * 2 + 1];
+            factors[3][k] = z[k % 2 * 2 + 1];
+        }
+        for (int k = 0; k < count; ++k)
+            products[k] = int16_t((pairs[k] & 15) * factors[0][k] + (pairs[k] >> 4 & 15) * factors[1][k] +
+                                  (pairs[k] >> 8 & 15) * factors[2][k] + (pairs[k] >> 12) * factors[3][k]);
+        EACH sums_[i] += products[2 * i] + products[2 * i + 1];
     }
     inline Vec total() const {
         Vec a;

@@ -188,6 +188,22 @@ def test_loaded_weights_get_a_proxy_of_their_own(assign, llama_model, tokenizer,
 
 
 @pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_to_lay_proxies_out_says_so(error, monkeypatch, tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
+    expected = logits(model)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(modules, "in_rows" if library.missing() else "in_tiles", fail)
+    with pytest.raises(ConfigError, match="memory ran out while making proxies"):
+        countdown.sparsify_(model, profile)
+    assert not sparse_sites(model)
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokenizer, text):
     model = llama()
     profile = countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
@@ -224,6 +240,10 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text,
     monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
     rows = llama_model.to("cpu")
     assert sum(site.proxy_bytes for site in countdown.status(rows)) == 3 * 2 * 53 * row
+    torch.testing.assert_close(logits(rows), expected)
+    with torch.inference_mode():
+        rows.to("cpu")
+    assert not any(part.is_inference() for site in sparse_sites(rows).values() for part in site.proxy)
 
 
 def test_deepcopy_is_independent(llama_model, profile):

@@ -130,7 +130,10 @@ class SparseSite(nn.Module):
         self._free_counters()
 
     def lay_out(self) -> None:
-        """Store the weights, and what is derived from them, as the backend that will compute wants them."""
+        """Store the weights, and what is derived from them, as the backend that will compute wants them.
+
+        What is unpickled on another device is not: call `model.to(device)`, which does.
+        """
 
     def make_proxy(self) -> None:
         """Make what is derived from the weights."""
@@ -211,8 +214,9 @@ class SparseFFN(SparseSite):
             _store(down, down.weight.t().contiguous().t())
         # A plain list, so that casts leave it alone.
         if self.proxy is not None:
-            proxy = [part.to(self.per_term.device) for part in self.proxy]
-            self.proxy = in_tiles(proxy) if self.backend == "cpu" else in_rows(proxy, self.terms)
+            with torch.inference_mode(False):
+                proxy = [part.to(self.per_term.device) for part in self.proxy]
+                self.proxy = in_tiles(proxy) if self.backend == "cpu" else in_rows(proxy, self.terms)
 
     def _refusal(self, *, laid_out: bool) -> str | None:
         weights = [rows.of(self)[0] for rows in self.projections]
@@ -256,7 +260,7 @@ class SparseFFN(SparseSite):
 
     @property
     def proxy_bytes(self) -> int:
-        """Bytes of the proxy beside the weights."""
+        """Bytes of the proxy beside the weights, those that fill its last tile included."""
         return sum(part.nbytes for part in self.proxy or ())
 
 

@@ -274,7 +274,8 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     chosen = profile.selectors(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    with memory_for(sum(proxy_bytes([by_name[name]], found.method) for name, found in chosen.items())):
+    beside = sum(proxy_bytes([by_name[name]], found.method) for name, found in chosen.items())
+    with memory_for(beside):
         modules = {
             name: sparse_module(
                 by_name[name],
@@ -291,8 +292,9 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
         if (wanted := requested()) in RUNS_ON and reason is not None:
             raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute {name}: {reason}.")
     try:
-        for module in modules.values():
-            module.lay_out()
+        with memory_for(beside):
+            for module in modules.values():
+                module.lay_out()
     except BaseException:  # out of memory, or interrupted: the model is as it was
         for module in modules.values():
             module.release()

@@ -1,4 +1,7 @@
-"""Proxies that are stored beside a profile, so that loading a model maps them into memory instead of making them."""
+"""Proxies that are stored beside a profile, so that loading a model maps them into memory instead of making them.
+
+Kernels for GPUs get a copy on the device, those for CPUs one in tiles.
+"""
 
 from __future__ import annotations
 

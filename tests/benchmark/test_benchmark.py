@@ -63,6 +63,16 @@ def test_ffn_records(device):
     assert 0.5 < shared["union"] < 0.8  # independent sets would need 0.875
 
 
+def test_steps_of_ffns_are_recorded_on_a_cpu(device, monkeypatch):
+    calls = []
+    run = ffn._Deciding.run
+    monkeypatch.setattr(ffn._Deciding, "run", lambda self, layer: (calls.append(layer), run(self, layer))[1])
+    monkeypatch.setattr(ffn, "timed", lambda step, device: lambda: (step(), 10.0)[1])
+    (record,) = ffn.run(FFNBenchmark(shapes=[(8, 16)], methods=["cats"], sparsities=[0.5]), progress=False)
+    # One to check it, one round for what is realised, and two to record; what is timed calls it no more.
+    assert len(calls) == 1 + 3 * record["layers"]
+
+
 def test_the_methods_with_kernels_are_measured_by_default():
     assert sorted(ffn.measurable()) == ["cats", "d-proxy", "m-countdown"]
 

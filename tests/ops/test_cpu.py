@@ -60,6 +60,12 @@ def test_shapes_of_real_models_on_threads(shape, indicator, threads):
     cases.check_proxy(2, *shape, torch.bfloat16, "cpu", activation="gelu_tanh", share=0.7, ops=ops)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("shape", [(160, 911), (200, 613)], ids=str)
+def test_threads_whose_ranges_end_within_a_tile(shape, tokens, threads):
+    cases.check_proxy(tokens, *shape, torch.float32, "cpu", activation="silu", share=0.7, ops=ops)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (200, 91)], ids=str)

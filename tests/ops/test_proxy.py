@@ -145,6 +145,8 @@ BAD = {
     "for another": ("made", "up", "proxy is given, and indicator is 'up'"),
     "three tensors": ("short", "proxy", "proxy has 3 tensors"),
     "other shape": ("other", "proxy", r"does not fit W_gate \(11, 7\)"),
+    "rows and tiles": ("mixed", "proxy", r"proxy has levels \(11, 4\) of gate and \(1, 1, 16, 4\) of up"),
+    "other bits": ("bits", "proxy", r"proxy has levels \(11, 4\) of gate and \(11, 3\) of up"),
 }
 
 
@@ -154,6 +156,10 @@ def test_proxies_that_do_not_fit_are_named(kind, indicator, message):
     proxy = None if kind is None else made(weights, 4)
     if kind == "short":
         proxy = proxy[:3]
+    if kind == "mixed":
+        proxy = proxy[:2] + in_tiles(proxy)[2:]
+    if kind == "bits":
+        proxy = proxy[:2] + made(weights, 3)[2:]
     if kind == "other":
         proxy = made(oracle.random_ffn(7, 12, torch.float32)[0], 4)
     how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": "silu", "proxy": proxy}

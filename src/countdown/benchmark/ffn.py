@@ -215,8 +215,8 @@ class _Layers:
         if bits not in self._proxies:
             even = torch.ones(self.d, device=self.device)
             made = [[proxies.quantise(w, even, bits) for w in self.weights(layer)[:2]] for layer in range(self.count)]
-            rows = [[part for m in pair for part in (m.levels, m.scales)] for pair in made]
-            self._proxies[bits] = [in_tiles(proxy) for proxy in rows] if self.device.type == "cpu" else rows
+            rows = ([part for m in pair for part in (m.levels, m.scales)] for pair in made)
+            self._proxies[bits] = [in_tiles(proxy) if self.device.type == "cpu" else proxy for proxy in rows]
         return self._proxies[bits]
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:

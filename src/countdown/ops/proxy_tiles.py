@@ -7,6 +7,7 @@ token, and no sum runs across a vector. Beyond the last neuron a tile has zeros.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -40,11 +41,18 @@ def in_rows(proxy: list[Tensor], h: int) -> list[Tensor]:
 
 def _tiled(levels: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     missing = (0, 0, 0, -len(levels) % TILE)
-    words = F.pad(levels, missing).view(-1, TILE, levels.shape[1] // 4, 4)
-    return words.transpose(1, 2).contiguous(), F.pad(scales, missing).view(-1, TILE, scales.shape[1]).mT.contiguous()
+    tiles = _turned(F.pad(levels, missing).view(torch.int32), TILE)
+    return tiles.view(torch.uint8).unflatten(2, (TILE, 4)), _turned(F.pad(scales, missing), TILE)
 
 
 def _in_rows(levels: Tensor, scales: Tensor, h: int) -> tuple[Tensor, Tensor]:
     words, groups = levels.shape[1], scales.shape[1]
-    rows = levels.transpose(1, 2).reshape(-1, 4 * words)[:h], scales.mT.reshape(-1, groups)[:h]
-    return rows[0].contiguous(), rows[1].contiguous()
+    rows = _turned(levels.flatten(0, 1).flatten(1).view(torch.int32), words)
+    return rows.view(torch.uint8).flatten(0, 1)[:h], _turned(scales.flatten(0, 1), groups).flatten(0, 1)[:h]
+
+
+def _turned(matrix: Tensor, rows: int) -> Tensor:
+    """Return each block of so many rows of a matrix transposed: `[blocks · rows, n]` as `[blocks, n, rows]`."""
+    # Not `contiguous`, which leaves the strides of a dimension of 1 as they are.
+    turned: Tensor = matrix.unflatten(0, (-1, rows)).mT.clone(memory_format=torch.contiguous_format)
+    return turned

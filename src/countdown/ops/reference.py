@@ -52,9 +52,9 @@ def _project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], acti
 
 
 def _project_by(
-    proxy: list[Tensor], x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str
+    proxy: list[Tensor], x: Tensor, biases: list[Tensor | None], activation: str, h: int
 ) -> tuple[Tensor, Tensor]:
-    return proxy_factors(x, in_rows(proxy, len(weights[0])), biases, ACTIVATIONS[activation])
+    return proxy_factors(x, in_rows(proxy, h), biases, ACTIVATIONS[activation])
 
 
 def _decide(
@@ -95,7 +95,7 @@ def sparse_ffn(
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
     check_counters(counters)
     a, u = _project(x, weights, biases, activation)
-    seen = (a, u) if proxy is None else _project_by(proxy, x, weights, biases, activation)
+    seen = (a, u) if proxy is None else _project_by(proxy, x, biases, activation, h=len(per_neuron))
     active = _decide(x, seen, per_neuron, decision, drop, indicator)
     _count(counters, active)
     return _combine(a, u, active, weights, biases)
@@ -118,8 +118,10 @@ def select(
     check_ffn(x, weights, biases, activation, weight_format)
     check_proxy(x, weights, proxy, indicator)
     check_decision(weights[0].shape[0], per_neuron, decision, drop, indicator)
-    how = x, weights, biases, activation
-    seen = _project(*how) if proxy is None else _project_by(proxy, *how)
+    if proxy is None:
+        seen = _project(x, weights, biases, activation)
+    else:
+        seen = _project_by(proxy, x, biases, activation, h=len(per_neuron))
     return _decide(x, seen, per_neuron, decision, drop, indicator)
 
 

@@ -170,6 +170,8 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
                 f"proxy is {levels.dtype} {tuple(levels.shape)} and {scales.dtype} {tuple(scales.shape)}, which does "
                 f"not fit W_gate {(h, d)}"
             )
+    if proxy[0].shape != proxy[2].shape:
+        raise ValueError(f"proxy has levels {tuple(proxy[0].shape)} of gate and {tuple(proxy[2].shape)} of up")
 
 
 def _proxy_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
