@@ -120,6 +120,8 @@ class Arm:
 def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) -> tuple[dict[str, Times], list[float]]:
     """Return what was measured of each arm, round by round, the arms in turn.
 
+    All measure one thing, then all the next: what is compared is so little apart that a machine seldom changes between.
+
     Args:
         arms: By name.
         rate: Measures the memory's bandwidth once.
@@ -128,7 +130,9 @@ def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) 
         By arm and by what was measured, µs of each round; and the bandwidths, none without `rate`.
     """
     runs: dict[tuple[str, str], Callable[[], float]] = {} if rate is None else {_RATE: rate}
-    runs |= {(name, what): run for name, arm in arms.items() for what, run in arm.runs().items()}
+    of_arms = {name: arm.runs() for name, arm in arms.items()}
+    whats = dict.fromkeys(what for of_arm in of_arms.values() for what in of_arm)
+    runs |= {(name, what): of_arm[what] for what in whats for name, of_arm in of_arms.items() if what in of_arm}
     found = in_turn(runs, rounds=ROUNDS, warm_up=WARM_UP)
     rates = found.pop(_RATE, [])
     return {name: {what: one for (arm, what), one in found.items() if arm == name} for name in arms}, rates
