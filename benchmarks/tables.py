@@ -285,7 +285,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-ffn": lambda: speed.cpu_ffn("cpu-ffn"),
     "cpu-ffn-1-thread": lambda: speed.cpu_ffn("cpu-ffn-1-thread"),
     "cpu-decode": lambda: speed.decode("cpu-decode"),
-    "cpu-decode-slow-memory": lambda: speed.decode("cpu-decode-slow-memory"),
     "cpu-decode-1-thread": lambda: speed.decode("cpu-decode-1-thread"),
     "cpu-decode-1.5b": lambda: speed.decode("cpu-decode-1.5b"),
     "cpu-random-rows": lambda: speed.random_rows("cpu-random-rows"),
