@@ -241,9 +241,11 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text,
     rows = llama_model.to("cpu")
     assert sum(site.proxy_bytes for site in countdown.status(rows)) == 3 * 2 * 53 * row
     torch.testing.assert_close(logits(rows), expected)
+    monkeypatch.delenv("COUNTDOWN_BACKEND")
     with torch.inference_mode():
-        rows.to("cpu")
-    assert not any(part.is_inference() for site in sparse_sites(rows).values() for part in site.proxy)
+        again = rows.to("cpu")
+    assert sum(site.proxy_bytes for site in countdown.status(again)) == 3 * 2 * stored * row
+    assert not any(part.is_inference() for site in sparse_sites(again).values() for part in site.proxy)
 
 
 def test_deepcopy_is_independent(llama_model, profile):

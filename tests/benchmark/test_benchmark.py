@@ -184,6 +184,22 @@ def test_arms_take_turns_on_a_cpu(device, monkeypatch):
     assert ran == [False, True] * (arm.WARM_UP + arm.ROUNDS)
 
 
+def test_all_arms_measure_one_thing_before_the_next():
+    ran = []
+
+    class Two:
+        def __init__(self, name, *whats):
+            self.name, self.whats = name, whats
+
+        def runs(self):
+            return {what: lambda what=what: ran.append((self.name, what)) or 1.0 for what in self.whats}
+
+    times, rates = arm.measure({"one": Two("one", "token", "prompt"), "other": Two("other", "token")})
+    assert ran[:3] == [("one", "token"), ("other", "token"), ("one", "prompt")]
+    assert {name: list(found) for name, found in times.items()} == {"one": ["token", "prompt"], "other": ["token"]}
+    assert rates == []
+
+
 def test_the_tokens_of_the_loop_are_counted_and_no_others(device, llama_model, tokenizer, text):
     cats = method("cats", sparsity=0.5)
     profile = countdown.calibrate(llama_model, tokenizer, text, cats, tokens=512, progress=False)
