@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import oracle
 from countdown.ops import proxy as proxies
+from countdown.ops.cpu import library
 from countdown.ops.triton import ops as triton_ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -24,13 +26,14 @@ def tolerance(dtype: torch.dtype, ops: Any = triton_ops) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what is allocated and not written with NaN, and integers with their largest value."""
+    """Fill what is allocated and not written with NaN, and integers with their largest value; allocate for every call."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3).isnan().all()
-        yield
+        with patch.object(library._Scratch, "of", lambda _, size: torch.empty(size, dtype=torch.uint8)):
+            yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 

@@ -46,6 +46,11 @@ class SparseSite(nn.Module):
         self._dense = (site.module,)
         self.terms, self.size = site.terms, site.size
         self.method = method
+        self._decision = {
+            "decision": method.decision,
+            "drop": method.drop(self.terms),
+            "indicator": method.indicator.name,
+        }
         self.apply_to = apply_to
         self.forced_dense = False
         # Made under inference_mode, the counters could not be counted up outside of it.
@@ -144,13 +149,6 @@ class SparseSite(nn.Module):
             with torch.inference_mode(False):
                 self.counters = self.counters.clone()
 
-    def _decision(self) -> dict[str, Any]:
-        return {
-            "decision": self.method.decision,
-            "drop": self.method.drop(self.terms),
-            "indicator": self.method.indicator.name,
-        }
-
 
 class SparseFFN(SparseSite):
     """A gated FFN that computes, for each token, only the active neurons.
@@ -194,7 +192,7 @@ class SparseFFN(SparseSite):
 
     def release(self) -> nn.Module:
         """Return the dense module, W_down laid out as `nn.Linear` does."""
-        down = self.get_submodule(self.projections[-1].child)
+        down = self.projections[-1].linear(self)
         assert isinstance(down.weight, Tensor)
         if not down.weight.is_contiguous():
             _store(down, down.weight.contiguous())
@@ -203,12 +201,12 @@ class SparseFFN(SparseSite):
     def check_parts(self) -> None:
         """See `SparseSite.check_parts`."""
         for rows in self.projections:
-            check_plain(rows.child, self.get_submodule(rows.child))
+            check_plain(rows.child, rows.linear(self))
 
     def lay_out(self) -> None:
         # Gate and up have a neuron's weights in a row already. W_down becomes the transposed view of such a matrix:
         # same name, shape and values, one copy, and as good for a dense product.
-        down = self.get_submodule(self.projections[-1].child)
+        down = self.projections[-1].linear(self)
         assert isinstance(down.weight, Tensor)
         if self.planned_refusal is None and not down.weight.t().is_contiguous():
             _store(down, down.weight.t().contiguous().t())
@@ -240,7 +238,7 @@ class SparseFFN(SparseSite):
             self.counters,
             proxy=self.proxy,
             activation=self.activation,
-            **self._decision(),
+            **self._decision,
         )
 
     def make_proxy(self) -> None:
@@ -255,7 +253,7 @@ class SparseFFN(SparseSite):
         """Return the active set of each token, bool `[..., h]`, for x `[..., d]`."""
         weights, biases = zip(*(rows.of(self) for rows in self.projections), strict=True)
         return torch.ops.countdown.select(  # type: ignore[no-any-return]
-            x, weights, biases, self.per_term, proxy=self.proxy, activation=self.activation, **self._decision()
+            x, weights, biases, self.per_term, proxy=self.proxy, activation=self.activation, **self._decision
         )
 
     @property
@@ -286,7 +284,7 @@ class SparseLinear(SparseSite):
     def sparse(self, x: Tensor) -> Tensor:
         """Return z `[..., d_out]` of the active input channels for x `[..., d_in]`."""
         return torch.ops.countdown.sparse_linear(  # type: ignore[no-any-return]
-            x, self.weight, self.bias, self.per_term, self.counters, **self._decision()
+            x, self.weight, self.bias, self.per_term, self.counters, **self._decision
         )
 
 

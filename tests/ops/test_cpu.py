@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -143,6 +145,19 @@ def test_the_same_bits_every_time(tokens, by, threads):
     first = ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how)
     for _ in range(20):
         assert torch.equal(ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how), first)
+
+
+def test_calls_at_once_do_not_share_memory():
+    weights, biases = cases.ffn(100, 700, torch.float32, "cpu")
+    tokens = [cases.inputs(1, 100, torch.float32, "cpu", seed) for seed in range(4)]
+
+    def outputs(x):
+        return [ops.sparse_ffn(x, weights, biases, torch.full((700,), 0.5), counted(), **HOW) for _ in range(300)]
+
+    alone = [outputs(x)[0] for x in tokens]
+    with ThreadPoolExecutor(len(tokens)) as pool:
+        for expected, found in zip(alone, pool.map(outputs, tokens), strict=True):
+            assert all(torch.equal(y, expected) for y in found)
 
 
 @pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])

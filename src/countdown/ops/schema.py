@@ -40,7 +40,7 @@ from torch import Tensor
 from countdown.ops.activations import ACTIVATIONS
 from countdown.ops.indicators import get_indicator
 from countdown.ops.proxy_format import BITS, group_of, padded
-from countdown.ops.proxy_tiles import tile_shapes
+from countdown.ops.proxy_tiles import are_tiles, tile_shapes
 
 LIBRARY = torch.library.Library("countdown", "DEF")
 
@@ -161,8 +161,7 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
     if len(proxy) != 4:
         raise ValueError(f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
     h, d = weights[0].shape
-    shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = [_proxy_shapes(h, d, bits) for bits in BITS]
-    shapes.append(tile_shapes(*_proxy_shapes(h, d, 4)))
+    shapes = _proxy_shapes(h, d, tiles=are_tiles(proxy[0]))
     for levels, scales in (proxy[:2], proxy[2:]):
         dtypes = (levels.dtype, scales.dtype)
         if (levels.shape, scales.shape) not in shapes or dtypes != (torch.uint8, torch.float16):
@@ -174,7 +173,14 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
         raise ValueError(f"proxy has levels {tuple(proxy[0].shape)} of gate and {tuple(proxy[2].shape)} of up")
 
 
-def _proxy_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def _proxy_shapes(h: int, d: int, *, tiles: bool) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the shapes that levels and scales may have: of tiles, or of rows of each number of bits."""
+    if tiles:
+        return [tile_shapes(*_row_shapes(h, d, 4))]
+    return [_row_shapes(h, d, bits) for bits in BITS]
+
+
+def _row_shapes(h: int, d: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
     width = padded(d, bits)
     return (h, bits * width // 8), (h, width // group_of(d, bits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,19 @@ class Ran:
         return Step(_KINDS[type(self.call)], self.threads, ctypes.addressof(self.call))
 
 
+class _Scratch(threading.local):
+    """Memory to work in, one for each thread that calls: making some for every call takes longer than a small call."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        """Return at least so many bytes, which the next call of this thread gets too."""
+        if self._memory.nbytes < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory
+
+
 class Library:
     """The loaded library.
 
@@ -140,6 +154,7 @@ class Library:
             raise OSError(f"{path} belongs to another version of this package")
         self._functions = functions
         self._seen: list[Ran] | None = None
+        self._scratch = _Scratch()
         # `countdown_workspace`, and `countdown_run`, of an array of steps and its length.
         self._workspace, self._run = functions.countdown_workspace, functions.countdown_run
         self._workspace.argtypes, self._workspace.restype = (_Pointer,), _Int
@@ -172,7 +187,8 @@ class Library:
         threads = min(torch.get_num_threads(), 1 + weights // _GRAIN)
         step = Step(_KINDS[type(call)], threads, ctypes.addressof(call))
         address = ctypes.byref(step)
-        memory = torch.empty(self._workspace(address), dtype=torch.uint8)
+        size = self._workspace(address)
+        memory = self._scratch.of(size) if self._seen is None else torch.empty(size, dtype=torch.uint8)
         call.workspace = memory.data_ptr()
         self._run(address, 1)
         if self._seen is not None:

@@ -42,7 +42,7 @@ def sparse_ffn(
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
             weight_format=weight_format,
         )  # fmt: skip
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _run(x, weights, biases, activation, indicator, thresholds=per_neuron, proxy=proxy, counters=counters, y=y)
     return y
 
@@ -90,7 +90,7 @@ def given_ffn(
     check_active(x, weights, active)
     if too_many(x.shape[:-1].numel()) or refuses_ffn(weights, activation):
         return reference.given_ffn(x, weights, biases, active, activation=activation, weight_format=weight_format)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _run(x, weights, biases, activation, "given", given=active.contiguous(), y=y)
     return y
 
