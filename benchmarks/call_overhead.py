@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,11 +42,13 @@ def main() -> None:
     with torch.no_grad():
         for _ in range(ROUNDS + 1):
             for name, module in modules.items():
-                times[name].append(_microseconds(lambda module=module: module(x)))
-    records = [{"module": name, "d": D, "h": H, "call_us": statistics.median(of[1:])} for name, of in times.items()]
-    for record in records:
-        record["above_dense_us"] = record["call_us"] - records[0]["call_us"]
-        print(record)
+                times[name].append(_microseconds(partial(module, x)))
+    medians = {name: statistics.median(of[1:]) for name, of in times.items()}
+    records = [
+        {"module": name, "d": D, "h": H, "call_us": median, "above_dense_us": median - medians["dense"]}
+        for name, median in medians.items()
+    ]
+    print(*records, sep="\n")
     header = meta("python benchmarks/call_overhead.py", commit=_commit())
     write(arguments.output, {"meta": header, "records": records})
 

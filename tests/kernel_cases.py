@@ -26,7 +26,7 @@ def tolerance(dtype: torch.dtype, ops: Any = triton_ops) -> float:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what is allocated and not written with NaN, and integers with their largest value; allocate for every call."""
+    """Fill what is allocated and not written with NaN, and integers with their largest value; for every call anew."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -161,9 +161,9 @@ def check_proxy(x: Tensor, weights: list[Tensor], proxy: list[Tensor] | None, in
     if len(proxy) != 4:
         raise ValueError(f"proxy has {len(proxy)} tensors, expected levels and scales of gate and of up")
     h, d = weights[0].shape
-    shapes = _proxy_shapes(h, d, tiles=are_tiles(proxy[0]))
     for levels, scales in (proxy[:2], proxy[2:]):
         dtypes = (levels.dtype, scales.dtype)
+        shapes = _proxy_shapes(h, d, tiles=are_tiles(levels))
         if (levels.shape, scales.shape) not in shapes or dtypes != (torch.uint8, torch.float16):
             raise ValueError(
                 f"proxy is {levels.dtype} {tuple(levels.shape)} and {scales.dtype} {tuple(scales.shape)}, which does "
