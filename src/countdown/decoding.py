@@ -133,11 +133,16 @@ def undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iter
 
 
 def _options() -> dict[str, Any]:
-    """Return what the compiler can do besides: kernels that start while the one before ends, as ours do."""
+    """Return what the compiler can do besides, where this torch can.
+
+    Small kernels that do not wait for each other become one, and on Hopper and later they start while the one before
+    ends, as ours do.
+    """
     from torch._inductor import config
 
     hopper = bool(torch.version.cuda) and torch.cuda.get_device_capability() >= (9, 0)
-    return {"triton.enable_pdl": True} if hopper and hasattr(config.triton, "enable_pdl") else {}
+    wanted = {"combo_kernels": True, "triton.enable_pdl": hopper}
+    return {name: value for name, value in wanted.items() if name in config.get_config_copy()}
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
