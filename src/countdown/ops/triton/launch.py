@@ -118,7 +118,7 @@ def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Lau
         "ROWS": rows,
         "GATHER": gather,
         "MINE": _power(mine),
-        "STAGES": _stages(rows * row, 4, found.shared // 2),
+        "STAGES": _stages(rows * row, 3, found.shared // 2),
         "GATHER_STAGES": _stages(2 * gather * row, 3, found.shared // 2),
     }
     return Launch((programs,), constants, _warps(width))
