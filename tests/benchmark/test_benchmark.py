@@ -168,6 +168,19 @@ def test_a_ratio_is_of_what_was_measured_in_the_same_round():
     assert paired_ratio(found["slow"], found["fast"]) == 3
 
 
+@pytest.mark.parametrize("name", ["m-countdown", "cats", "d-proxy"])
+def test_no_neuron_stands_at_a_threshold_where_rounding_would_decide(device, name, monkeypatch):
+    monkeypatch.setattr(ffn, "_sizes", lambda _: (10**6, 10**9))
+    benchmark = FFNBenchmark(shapes=[(64, 2048)], sparsities=(0.8,), device=torch.device("cpu"))
+    layers = ffn._Layers(64, 2048, benchmark)
+    case = ffn._Deciding(layers, name, 0.8, layers.inputs(1, 0.8))
+    for layer, thresholds in enumerate(case.thresholds):
+        rounded = case._value(layer, torch.bfloat16)
+        assert not (rounded == thresholds).any()
+        assert (case._value(layer, torch.float32) - thresholds).abs().min() > 1e-6
+        assert float((rounded <= thresholds).float().mean()) == pytest.approx(0.8, abs=0.01)
+
+
 def test_arms_take_turns_on_a_cpu(device, monkeypatch):
     monkeypatch.setattr(arm, "PREFILL", {"cpu": 16})
     monkeypatch.setattr(decode, "CALIBRATION", (2, 64))

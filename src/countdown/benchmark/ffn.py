@@ -296,18 +296,25 @@ class _Deciding:
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
         if sparsity in (0, 1):
             return torch.full((self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device)
-        value, drop = self._value(layer).flatten(), max(1, int(sparsity * self.layers.h * len(self.x)))
-        # Between two values: at one of them, rounding would decide.
-        below, above = value.kthvalue(drop).values, value.kthvalue(min(drop + 1, value.numel())).values
-        return ((below + above) / 2).expand(self.layers.h).contiguous()
+        value, exact = (self._value(layer, dtype).flatten() for dtype in (self.layers.dtype, torch.float32))
+        distinct = value.unique()
+        place = torch.searchsorted(distinct, value.kthvalue(max(1, int(sparsity * len(value)))).values)
+        # Of three places between values that of the widest margin: near a neuron's exact value, the order in which a
+        # kernel sums would decide.
+        few = distinct[max(0, int(place) - 1) : int(place) + 3]
+        between = (few[1:] + few[:-1]) / 2 if len(few) > 1 else few
+        margins = (exact[:, None] - between).abs().amin(dim=0)
+        threshold: Tensor = between[margins.argmax()]
+        return threshold.expand(self.layers.h).contiguous()
 
-    def _value(self, layer: int) -> Tensor:
+    def _value(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """Return the indicator of each token and neuron, as projections in `dtype` give it."""
         act = ACTIVATIONS[self.layers.benchmark.activation]
         gate, up, _ = self.layers.weights(layer)
         if proxy := self.proxies[layer]:
             a, u = proxies.factors(self.x, in_rows(proxy, self.layers.h), [None] * 3, act)
             return (a * u).abs()
-        z = F.linear(self.x, gate if self.indicator == GATE.name else up)
+        z = F.linear(self.x.to(dtype), (gate if self.indicator == GATE.name else up).to(dtype))
         return (act(z) if self.indicator == GATE.name else z).float().abs()
 
     def run(self, layer: int) -> Tensor:
