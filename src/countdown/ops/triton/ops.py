@@ -227,9 +227,10 @@ def _given(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], active
 
 
 def _pair(x: Tensor, weights: list[Tensor], drop: int, *, given: bool = False) -> launch.Launch | None:
-    """Return the launch for two tokens, None for more and where registers do not hold them."""
+    """Return the launch for two tokens, None for more, where registers do not hold them, and where tiles are faster."""
     h, d = weights[0].shape
-    if len(x) != 2:
+    # With 16 bits tiles are matrix instructions, which win where most rows are read, as for deciding.
+    if len(x) != 2 or (x.element_size() == 2 and not given):
         return None
     return launch.pair(d, h, x.element_size(), h - drop, launch.hardware(x.device), given=given)
 
