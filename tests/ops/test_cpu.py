@@ -160,6 +160,18 @@ def test_calls_at_once_do_not_share_memory():
             assert all(torch.equal(y, expected) for y in found)
 
 
+def test_another_default_device_changes_nothing(monkeypatch):
+    monkeypatch.setattr(library.library(), "_scratch", library._Scratch())
+    weights, biases = cases.ffn(10, 70, torch.float32, "cpu")
+    x, thresholds, counters = cases.inputs(1, 10, torch.float32, "cpu", 0), torch.full((70,), 0.5), counted()
+    with torch.device("meta"):
+        y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+        active = ops.select(x, weights, biases, thresholds, **HOW)
+    assert torch.equal(active, reference.select(x, weights, biases, thresholds, **HOW))
+    expected = oracle.combine(*oracle.projections(x, weights, biases, "silu"), active, weights, biases)
+    assert oracle.relative_error(y, expected) < 1e-5
+
+
 @pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])
 def test_equal_indicators_give_the_active_sets_of_the_reference(by):
     # Whole numbers: no sum is rounded, so indicators are equal and may lie on their thresholds.

@@ -129,12 +129,12 @@ class _Scratch(threading.local):
     """Memory to work in, one for each thread that calls: making some for every call takes longer than a small call."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, size: int) -> Tensor:
         """Return at least so many bytes, which the next call of this thread gets too."""
         if self._memory.nbytes < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory
 
 
@@ -188,7 +188,7 @@ class Library:
         step = Step(_KINDS[type(call)], threads, ctypes.addressof(call))
         address = ctypes.byref(step)
         size = self._workspace(address)
-        memory = self._scratch.of(size) if self._seen is None else torch.empty(size, dtype=torch.uint8)
+        memory = self._scratch.of(size) if self._seen is None else torch.empty(size, dtype=torch.uint8, device="cpu")
         call.workspace = memory.data_ptr()
         self._run(address, 1)
         if self._seen is not None:

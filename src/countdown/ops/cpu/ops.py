@@ -71,7 +71,7 @@ def select(
             proxy=proxy, decision=decision, drop=drop, indicator=indicator, activation=activation,
             weight_format=weight_format,
         )  # fmt: skip
-    active = torch.empty((*x.shape[:-1], weights[0].shape[0]), dtype=torch.bool)
+    active = torch.empty((*x.shape[:-1], weights[0].shape[0]), dtype=torch.bool, device="cpu")
     _run(x, weights, biases, activation, indicator, thresholds=per_neuron, proxy=proxy, selected=active)
     return active
 
