@@ -31,7 +31,11 @@ def main() -> None:
     backend, _, arch = sys.argv[1].partition(":")
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
     found = launch.Hardware(
-        multiprocessors=100, shared=int(sys.argv[2]), dependent_launch=False, dot4=backend == "cuda"
+        multiprocessors=100,
+        shared=int(sys.argv[2]),
+        dependent_launch=False,
+        dot4=backend == "cuda",
+        tf32=backend == "cuda",
     )
     shared = {}
     for d, h in ((576, 1536), (4096, 14336)):

@@ -109,7 +109,7 @@ class DecodeLoop:
             try:
                 if not self.token.is_cuda:
                     return recorded(step)
-                following = torch.compile(self._next, fullgraph=True, dynamic=False, options=_options())
+                following = torch.compile(self._next, fullgraph=True, dynamic=False, options=compiler_options())
                 return record(step).replay
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise UnsupportedModelError(
@@ -132,7 +132,7 @@ def undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iter
                 tensor.copy_(values)
 
 
-def _options() -> dict[str, Any]:
+def compiler_options() -> dict[str, Any]:
     """Return what the compiler can do besides, where this torch can.
 
     Small kernels that do not wait for each other become one, and on Hopper and later they start while the one before

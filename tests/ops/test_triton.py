@@ -150,7 +150,7 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
 @pytest.mark.parametrize("multiprocessors", [2, 46, 132])
 def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
     d, h = shape
-    found = launch.Hardware(multiprocessors, shared=100 * 1024, dependent_launch=False, dot4=False)
+    found = launch.Hardware(multiprocessors, shared=100 * 1024, dependent_launch=False, dot4=False, tf32=False)
     deciding = [
         config
         for expected in (0, h // 10, h)

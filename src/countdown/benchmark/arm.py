@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.benchmark.timing import in_turn, paired_ratio, timed, wait
-from countdown.decoding import DecodeLoop, largest, undone
+from countdown.decoding import DecodeLoop, compiler_options, largest, undone
 from countdown.models.find import find_ffns
 from countdown.modules import sparse_sites
 from countdown.ops.activations import ACTIVATIONS
@@ -213,7 +213,7 @@ def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iter
     dense = [[group for group in groups if group[0] in set(model.get_submodule(ffn.name).modules())] for ffn in ffns]
     taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
     attention = [group for group in groups if id(group[0]) not in taken]
-    gated = torch.compile(_product, dynamic=False) if ids.is_cuda else _product
+    gated = torch.compile(_product, dynamic=False, options=compiler_options()) if ids.is_cuda else _product
 
     def run_ffns() -> None:
         for module in sparse.values():

@@ -70,11 +70,11 @@ def attend_block(
     seen = j < length
     if MASK:
         seen = seen & (tl.load(mask + j, mask=seen, other=0) != 0)
-    score = dot(qv, tl.trans(kv), tl.zeros([R, BLOCK], tl.float32)) * scale
+    score = dot(qv, tl.trans(kv), tl.zeros([R, BLOCK], tl.float32), "ieee") * scale
     score = tl.where(seen[None, :], score, float("-inf"))
     most = tl.max(score, 1)
     weight = tl.where(seen[None, :], tl.exp(score - most[:, None]), 0.0)
-    out = dot(weight.to(vv.dtype), vv, tl.zeros([R, N], tl.float32))
+    out = dot(weight.to(vv.dtype), vv, tl.zeros([R, N], tl.float32), "ieee")
     tl.store(largest + place + r, most)
     tl.store(total + place + r, tl.sum(weight, 1))
     tl.store(partial + (place + r[:, None]) * size + e[None, :], out, mask=(e < size)[None, :])

@@ -33,11 +33,11 @@ def activate(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:  # its dot takes bfloat16 for integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -135,7 +135,7 @@ def list_active(active, listed, listed_count, h, BLOCK: tl.constexpr, PDL: tl.co
 
 @triton.jit
 def _project(x, w, b, i, here, tokens, d, x_stride, stride, BIAS: tl.constexpr, BLOCK: tl.constexpr,
-             T: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+             T: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Rows i of W x + b for all tokens, float32 [rows, T]."""
     t = tl.arange(0, T)
     acc = tl.zeros([i.shape[0], T], tl.float32)
@@ -147,7 +147,7 @@ def _project(x, w, b, i, here, tokens, d, x_stride, stride, BIAS: tl.constexpr, 
             mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first",
         )  # fmt: skip
         xv = tl.load(x + t[:, None] * x_stride + c[None, :], mask=(t < tokens)[:, None] & inside[None, :], other=0.0)
-        acc = dot(wv, tl.trans(xv), acc)
+        acc = dot(wv, tl.trans(xv), acc, PRECISION)
     return acc + load_bias(b, i, here, BIAS)[:, None]
 
 
@@ -156,7 +156,8 @@ def coefficients(
     x, first, other, first_bias, other_bias, per_neuron, active_set, s, needs, counters,
     tokens, d, h, x_stride, first_stride, other_stride,
     MODE: tl.constexpr, GATE_FIRST: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: coefficients of each token's active neurons, 0 elsewhere, for this program's rows.
 
@@ -176,7 +177,7 @@ def coefficients(
         read = tl.sum(active.to(tl.int32), 1) > 0
     else:
         read = here
-    z = _project(x, first, first_bias, i, read, tokens, d, x_stride, first_stride, BIAS, BLOCK, T, STAGES)
+    z = _project(x, first, first_bias, i, read, tokens, d, x_stride, first_stride, BIAS, BLOCK, T, STAGES, PRECISION)
     v = rounded(z, x)
     if GATE_FIRST:
         v = rounded(activate(v, ACT), x)
@@ -187,7 +188,9 @@ def coefficients(
         tl.store(active_set + place, active.to(tl.int8), mask=valid)
     else:
         needed = tl.sum(active.to(tl.int32), 1) > 0
-        w = _project(x, other, other_bias, i, needed, tokens, d, x_stride, other_stride, BIAS, BLOCK, T, STAGES)
+        w = _project(
+            x, other, other_bias, i, needed, tokens, d, x_stride, other_stride, BIAS, BLOCK, T, STAGES, PRECISION
+        )
         if not GATE_FIRST:
             w = activate(rounded(w, x), ACT)
         product = tl.where(active, v * w, 0.0)
@@ -200,7 +203,8 @@ def coefficients(
 @triton.jit
 def sum_columns(
     s, needs, down, partial, tokens, d, h, down_stride, per_program,
-    T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: Σ s_i w_i over this program's neurons and columns.
 
@@ -220,7 +224,7 @@ def sum_columns(
             down + i[:, None].to(tl.int64) * down_stride + c[None, :],
             mask=needed[:, None] & (c < d)[None, :], other=0.0, eviction_policy="evict_first",
         )  # fmt: skip
-        y = dot(tl.trans(sv), wv, y)
+        y = dot(tl.trans(sv), wv, y, PRECISION)
     to = partial + (p * tokens + t[:, None]) * d + c[None, :]
     tl.store(to, y, mask=(t < tokens)[:, None] & (c < d)[None, :], eviction_policy="evict_last")
 

@@ -34,16 +34,23 @@ class Hardware:
         shared: Bytes of shared memory that a program can have.
         dependent_launch: Whether a kernel may start before the one before it ends.
         dot4: Whether there is an instruction for four products of bytes.
+        tf32: Whether there are matrix instructions for float32 with a short mantissa.
     """
 
     multiprocessors: int
     shared: int
     dependent_launch: bool
     dot4: bool
+    tf32: bool
+
+    @property
+    def precision(self) -> str:
+        """How float32 goes through matrix products: in three of short mantissas, 2^-21 exact, or one by one."""
+        return "tf32x3" if self.tf32 else "ieee"
 
 
 # Where kernels run without a device, in Triton's interpreter: few programs, as each is run in Python.
-INTERPRETED = Hardware(multiprocessors=2, shared=64 * 1024, dependent_launch=False, dot4=False)
+INTERPRETED = Hardware(multiprocessors=2, shared=64 * 1024, dependent_launch=False, dot4=False, tf32=False)
 
 
 @cache
@@ -55,7 +62,8 @@ def hardware(device: torch.device) -> Hardware:
     # ROCm has one limit, CUDA a larger one that a kernel must ask for, as Triton does.
     shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
     cuda = bool(torch.version.cuda)
-    return Hardware(found.multi_processor_count, shared, cuda and found.major >= 9, cuda and found.major >= 7)
+    major = found.major if cuda else 0
+    return Hardware(found.multi_processor_count, shared, major >= 9, dot4=major >= 7, tf32=major >= 8)
 
 
 @dataclass(frozen=True)
@@ -255,7 +263,7 @@ def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     rows = 64 if h >= 64 * found.multiprocessors else 32
     block = _clamp(_power(d), 16, 256 // itemsize)
     stages = _stages((rows + TILE_TOKENS) * block * itemsize, 4, found.shared)
-    constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": stages}
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": stages, "PRECISION": found.precision}
     return Launch((_ceil(h, rows),), constants, 4)
 
 
@@ -267,8 +275,9 @@ def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int
     groups = min(_ceil(h, rows), max(1, 4 * found.multiprocessors // tiles))
     each = _ceil(_ceil(h, rows), groups) * rows
     stages = _stages(rows * (width + 2 * TILE_TOKENS) * itemsize, 3, found.shared)
-    # In float32, whose products are no matrix instructions, Triton 3.6 pipelined the loop wrongly.
-    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages if itemsize == 2 else 1}
+    # In float32 Triton 3.6 pipelined the loop wrongly.
+    stages = stages if itemsize == 2 else 1
+    constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages, "PRECISION": found.precision}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 
 
