@@ -1,6 +1,6 @@
 """How long `countdown calibrate` takes, without a method and with one.
 
-    python benchmarks/calibration_time.py MODEL --output benchmarks/results/calibration-time-NAME.json
+python benchmarks/calibration_time.py MODEL --output benchmarks/results/calibration-time-NAME.json
 """
 
 from __future__ import annotations

@@ -99,6 +99,24 @@ def headline(ffns: str, decoding: str, quality: str) -> str:
     )
 
 
+def launches(name: str) -> str:
+    """Return what two kernels that wait for each other cost, and how fast an FFN could be with nothing lost besides."""
+    document = load(name)
+    records = {(r["method"], r["sparsity"]): r for r in document["records"]}
+    empty, dense = records["given", 1.0]["time_us"], document["records"][0]["dense_times_us"][FUSED]
+    parts = []
+    for method in METHODS:
+        found = [records[method, sparsity] for sparsity in (0.7, 0.8, 0.9)]
+        least = [r["floor_us"] + empty for r in found]
+        bounds = ", ".join(f"{dense / us:.2f}" for us in least)
+        reached = ", ".join(f"{us / r['time_us']:.0%}" for us, r in zip(least, found, strict=True))
+        parts.append(f"`{method}` {bounds} ({reached} of it reached)")
+    return (
+        f"with nothing to read they take {empty:.1f} µs. That and the floor bound what is × dense in the first table at "
+        f"70, 80 and 90%: {'; '.join(parts)}."
+    )
+
+
 def shapes(name: str) -> str:
     """Return × dense and share of the floor by shape."""
     document = load(name)
