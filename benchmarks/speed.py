@@ -112,8 +112,19 @@ def launches(name: str) -> str:
         reached = ", ".join(f"{us / r['time_us']:.0%}" for us, r in zip(least, found, strict=True))
         parts.append(f"`{method}` {bounds} ({reached} of it reached)")
     return (
-        f"with nothing to read they take {empty:.1f} µs. That and the floor bound what is × dense in the first table at "
-        f"70, 80 and 90%: {'; '.join(parts)}."
+        f"with nothing to read they take {empty:.1f} µs. That and the floor bound what is × dense in the first table "
+        f"at 70, 80 and 90%: {'; '.join(parts)}."
+    )
+
+
+def calibration(name: str) -> str:
+    """Return in a sentence how long calibration takes, without a method and with one."""
+    document = load(name)
+    minutes = {r["method"]: r["seconds"] / 60 for r in document["records"]}
+    cores = document["meta"]["hardware"]["cores"]
+    return (
+        f"SmolLM2-135M takes {minutes['auto']:.0f} minutes on {cores} CPU cores, {minutes['d-proxy']:.1f} with "
+        f"`--method d-proxy`, {minutes['m-countdown']:.1f} with `--method m-countdown`"
     )
 
 
