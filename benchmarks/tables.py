@@ -289,6 +289,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-decode": lambda: speed.decode("cpu-decode"),
     "cpu-decode-1-thread": lambda: speed.decode("cpu-decode-1-thread"),
     "cpu-decode-1.5b": lambda: speed.decode("cpu-decode-1.5b"),
+    "cpu-decode-1.5b-1-thread": lambda: speed.decode("cpu-decode-1.5b-1-thread"),
     "cpu-random-rows": lambda: speed.random_rows("cpu-random-rows"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),
     "quality-proxy-gemma3": lambda: proxy("quality-proxy-gemma3"),
