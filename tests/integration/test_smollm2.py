@@ -8,11 +8,13 @@ import torch
 import countdown
 from countdown.calibration.calibrate import calibrate_all
 from countdown.calibration.text import windows
+from countdown.cost import token_bytes
 from countdown.demo import find_model
 from countdown.evaluation.evaluate import evaluate
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.methods import method
 from countdown.models.find import find_ffns
+from countdown.models.loading import Source, load_skeleton
 
 CONFIGS = {
     "m": method("m-countdown"),
@@ -42,6 +44,12 @@ def profiles(smollm2, tokenizer):
 @pytest.fixture(scope="module")
 def ids(tokenizer):
     return windows(tokenizer, countdown.load_text("python-docs", "evaluation").content, count=2)
+
+
+def test_inspect_counts_the_bytes_that_are_loaded(smollm2):
+    # A GGUF file's config names no dtype.
+    skeleton = load_skeleton(Source.parse(str(find_model())))
+    assert token_bytes(skeleton, find_ffns(skeleton)) == token_bytes(smollm2, find_ffns(smollm2))
 
 
 def measured(model, profile, ids, **settings):

@@ -103,3 +103,18 @@ def test_what_is_no_gguf_file_is_refused_by_its_own_name(tmp_path):
     file.write_bytes(b"no weights are here" * 9)
     with pytest.raises((ConfigError, UnsupportedModelError), match=r"^bad\.gguf cannot be loaded: "):
         load_model(Source.parse(str(file)), device="cpu")
+
+
+def test_a_gguf_file_cut_short_says_so(tmp_path):
+    file = tmp_path / "half.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x01" * 9)
+    for load in (load_model, load_skeleton, load_tokenizer):
+        with pytest.raises(ConfigError, match=r"^half\.gguf cannot be loaded: it is cut short or damaged; get it again"):
+            load(Source.parse(str(file)))
+
+
+def test_a_folder_without_a_tokenizer_says_so(model_folder, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    with pytest.raises(ConfigError, match=r"has no tokenizer; write it there with tokenizer\.save_pretrained"):
+        load_tokenizer(str(folder))

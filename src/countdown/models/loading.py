@@ -156,7 +156,9 @@ def load_skeleton(source: Source) -> nn.Module:
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
         with torch.device("meta"):
             auto = _auto_class(source)
-            model: nn.Module = auto.from_config(config, trust_remote_code=source.trust_remote_code)
+            # A GGUF file's config has no dtype: it is counted as what it is loaded as.
+            own = {"dtype": resolve_dtype("auto", source)} if source.gguf_file else {}
+            model: nn.Module = auto.from_config(config, trust_remote_code=source.trust_remote_code, **own)
     return model.eval()
 
 
@@ -170,11 +172,23 @@ def load_tokenizer(source: Source | str) -> Any:
 
     source = Source.parse(source) if isinstance(source, str) else source
 
-    with explained(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+    try:
+        with explained(source):
+            tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
+    except (ConfigError, UnsupportedModelError) as error:
+        if _lacks_tokenizer(source):
+            raise ConfigError(
+                f"folder {source.name} has no tokenizer; write it there with tokenizer.save_pretrained."
+            ) from error
+        raise
     if source.gguf_file:
         _check_bos(source, tokenizer)
     return tokenizer
+
+
+def _lacks_tokenizer(source: Source) -> bool:
+    folder = Path(source.name)
+    return not source.gguf_file and folder.is_dir() and not any(folder.glob("tokenizer*"))
 
 
 def _check_bos(source: Source, tokenizer: Any) -> None:
@@ -234,10 +248,29 @@ class explained:  # noqa: N801
                 "For GGUF: pip install 'countdown-llm[gguf]'."
             ) from error
         named = self.source.gguf_file or self.source.name
+        if isinstance(error, Exception) and _is_damaged(self.source):
+            raise ConfigError(f"{named} cannot be loaded: it is cut short or damaged; get it again.") from error
         if isinstance(error, OSError):
             raise ConfigError(f"{named} cannot be loaded: {_first_line(error)}") from error
         if isinstance(error, ValueError | RuntimeError | SafetensorError):
             raise UnsupportedModelError(f"{named} cannot be loaded: {_first_line(error)}") from error
+
+
+def _is_damaged(source: Source) -> bool:
+    """Return whether this is a GGUF file that its own package cannot read."""
+    if not source.gguf_file:
+        return False
+    from gguf import GGUFReader
+
+    path = Path(source.name) / source.gguf_file
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+    try:
+        GGUFReader(path)
+    except Exception:  # It raises whatever its parsing stumbles over.
+        return True
+    return False
 
 
 def _first_line(error: BaseException) -> str:
