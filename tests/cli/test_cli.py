@@ -136,7 +136,7 @@ def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "cats × rms, threshold at 0.5" in result.stdout
-    assert "510 scored tokens, dense prompts" in result.stdout
+    assert "510 scored tokens of mine.txt, dense prompts" in result.stdout
 
 
 def test_sparse_linears_have_no_exact_sets_to_compare_with(model_folder, tmp_path):
@@ -158,7 +158,7 @@ def test_generate(on_reference, made, model_folder):
     first, second = json.loads((made / "g.json").read_text())["records"]
     assert (first["run"], second["run"]) == ("dense", "sparse")
     assert dense.stdout == first["text"] + "\n"
-    assert both.stdout == first["text"] + "\n" + second["text"] + "\n"
+    assert both.stdout == "dense\n" + first["text"] + "\nsparse\n" + second["text"] + "\n"
     assert (second["method"], second["apply_to"]) == ("m-countdown", "decode")
     assert "tokens/s" in both.stderr
     assert "backend reference" in both.stderr

@@ -114,7 +114,7 @@ def test_files_of_prompts(tmp_path):
         ("p.jsonl", "not json\n", "line 1: expected an object"),
         ("p.jsonl", '["prompt"]\n', "line 1: expected an object"),
         ("p.jsonl", '{"prompt": 3}\n', "the prompt is 3, expected text"),
-        ("nope.txt", None, "cannot be read"),
+        ("nope.txt", None, "nope.txt cannot be read: No such file or directory"),
     ],
 )
 def test_files_that_are_not(name, content, message, tmp_path):

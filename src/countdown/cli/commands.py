@@ -279,7 +279,7 @@ def generate(
         if name == "sparse" and made is not None:
             sparsify_(loaded, made, apply_to=apply_to)
         if compare:
-            printing.err.print(f"[bold]{name}[/bold]")
+            typer.secho(name, bold=True, err=json == "-")
         runs[name] = run(
             loaded,
             tokenizer,

@@ -106,7 +106,7 @@ class OnText:
         from countdown.evaluation.evaluate import evaluate
 
         result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
-        printing.print_evaluation(out, recipe, result)
+        printing.print_evaluation(out, recipe, result, self._text.source)
         ffns = any(entry.method.kind == "ffn" for entry in recipe.entries)
         judged = _diagnosed(model, self._ids) if self.details and ffns else {}
         return [{"text": self._text.source, "windows": self.windows, **result.record(), **judged}]

@@ -66,7 +66,7 @@ def evaluation_cells(result: Evaluation) -> tuple[str, ...]:
     )
 
 
-def print_evaluation(out: Console, recipe: Recipe, result: Evaluation) -> None:
+def print_evaluation(out: Console, recipe: Recipe, result: Evaluation, text: str) -> None:
     entries = recipe.lines()
     header = ["", "realised", "weights read", "perplexity", "KL", "same top token"]
     dense = ("dense", "", "100%", f"{result.dense_perplexity:.2f}", "", "")
@@ -78,8 +78,9 @@ def print_evaluation(out: Console, recipe: Recipe, result: Evaluation) -> None:
     layers = [layer.realised for layer in result.layers]
     every = "every token sparse" if result.protocol == "all" else "dense prompts, every scored token sparse"
     out.print(
-        f"{result.tokens} scored tokens, {every}; "
-        f"realised sparsity of the modules {min(layers):.1%} to {max(layers):.1%}"
+        f"{result.tokens} scored tokens of {text}, {every}; "
+        f"realised sparsity of the modules {min(layers):.1%} to {max(layers):.1%}",
+        markup=False,
     )
 
 
@@ -141,7 +142,9 @@ def _parting(dense: Generation, sparse: Generation) -> str:
     from countdown.evaluation.generation import first_difference
 
     parted = first_difference(dense.tokens, sparse.tokens)
-    return "The tokens are the same" if parted is None else f"The tokens part at number {parted}"
+    if parted is None:
+        return "The tokens are the same"
+    return f"The tokens part after {parted}" if parted else "The tokens differ from the first on"
 
 
 def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
@@ -206,8 +209,9 @@ def print_comparison(out: Console, found: Comparison) -> None:
             out.print(f"{cell.label} failed: {cell.error}", markup=False)
     meta = found.meta
     out.print(
-        f"{meta['windows']} windows of {meta['window_tokens']} tokens, every token sparse; loss is the rise of "
-        "perplexity over dense; read: share of a whole token's weight bytes; same top: tokens both put first",
+        f"{meta['windows']} windows of {meta['window_tokens']} tokens of {meta['text']['source']}, every token "
+        "sparse; loss is the rise of perplexity over dense; read: share of a whole token's weight bytes; "
+        "same top: tokens both put first",
         markup=False,
     )
     for caveat in meta["caveats"]:

@@ -104,7 +104,9 @@ def load_prompts(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise TextError(f"file of prompts {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
         raise TextError(f"file of prompts {path} cannot be read as UTF-8: {error}") from error
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not kept:
