@@ -279,6 +279,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-ffn-h100": lambda: speed.ffn("gpu-ffn-h100"),
     "gpu-headline": lambda: speed.headline("gpu-ffn-h200", "gpu-decode-h200", "quality-proxy-gemma3"),
     "gpu-launches": lambda: speed.launches("gpu-ffn-h200"),
+    "gpu-second-card": lambda: speed.second_card("gpu-ffn-h200-second-card"),
+    "cpu-versus": lambda: speed.versus(
+        ["cpu-decode-1.5b", "cpu-decode-1.5b-1-thread", "cpu-decode", "cpu-decode-1-thread"]
+    ),
     "calibration-time": lambda: speed.calibration("calibration-time-smollm2"),
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),

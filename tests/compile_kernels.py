@@ -42,6 +42,7 @@ def main() -> None:
         for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
             columns, _ = launch.columns(d, h, itemsize, found)
             form = {"ACT": "silu", "BIAS": True, "d": d}
+            given = dtype == "bf16"  # deciding, two tokens of 16 bits go through tiles
             for kernel, config, more in (
                 (kernels.decide_and_sum, launch.decide(d, h, itemsize, h // 5, found), form | {"GATE_FIRST": False}),
                 (kernels.sum_listed, launch.listed(d, h, itemsize, found), form),
@@ -55,8 +56,8 @@ def main() -> None:
                 (proxy_kernels.select_by_proxy, launch.proxy_selection(d, h, 8, found), {"ACT": "silu", "BIAS": True}
                  | {"COUNT": True}),
                 (proxy_kernels.decide_by_proxy_and_sum, launch.proxy_decision(d, h, itemsize, h // 5, found), form),
-                (pair_kernels.decide_and_sum_pair, launch.pair(d, h, itemsize, h // 3, found), form
-                 | {"GATE_FIRST": False, "GIVEN": False}),
+                (pair_kernels.decide_and_sum_pair, launch.pair(d, h, itemsize, h // 3, found, given=given), form
+                 | {"GATE_FIRST": False, "GIVEN": given}),
                 (pair_kernels.decide_by_proxy_and_sum_pair, launch.pair_by_proxy(d, h, itemsize, h // 3, found), form),
                 (kernels.reduce, launch.reduction(d, 200, 8), {"BIAS": True}),
             ):  # fmt: skip

@@ -168,6 +168,18 @@ def test_a_ratio_is_of_what_was_measured_in_the_same_round():
     assert paired_ratio(found["slow"], found["fast"]) == 3
 
 
+def test_generate_is_timed_after_it_compiled(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    seconds = iter([90, 40, 3, 1, 2])
+    monkeypatch.setattr(decode.time, "perf_counter", lambda: clock.now)
+
+    def generate(*_, **__):
+        clock.now += next(seconds)
+
+    model = SimpleNamespace(generate=generate)
+    assert decode._generate(model, torch.zeros(1, 4, dtype=torch.int64), 8) == 4
+
+
 @pytest.mark.parametrize("name", ["m-countdown", "cats", "d-proxy"])
 def test_no_neuron_stands_at_a_threshold_where_rounding_would_decide(device, name, monkeypatch):
     monkeypatch.setattr(ffn, "_sizes", lambda _: (10**6, 10**9))
@@ -175,10 +187,11 @@ def test_no_neuron_stands_at_a_threshold_where_rounding_would_decide(device, nam
     layers = ffn._Layers(64, 2048, benchmark)
     case = ffn._Deciding(layers, name, 0.8, layers.inputs(1, 0.8))
     for layer, thresholds in enumerate(case.thresholds):
-        rounded = case._value(layer, torch.bfloat16)
-        assert not (rounded == thresholds).any()
-        assert (case._value(layer, torch.float32) - thresholds).abs().min() > 1e-6
-        assert float((rounded <= thresholds).float().mean()) == pytest.approx(0.8, abs=0.01)
+        rounded = case._value(layer)
+        assert not (rounded == thresholds[0]).any()
+        for change in (-1e-5, 1e-5):
+            assert torch.equal(case._value(layer, 1 + change) > thresholds[0], rounded > thresholds[0])
+        assert float((rounded <= thresholds[0]).float().mean()) == pytest.approx(0.8, abs=0.01)
 
 
 def test_arms_take_turns_on_a_cpu(device, monkeypatch):

@@ -57,6 +57,12 @@ def test_shapes_of_real_models(shape, by, tokens):
         cases.check_sparse(tokens, *shape, torch.bfloat16, "cuda", indicator=by, **how)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_many_neurons_in_float32(tokens):
+    # From 8448 neurons on an H200, tiles are of other sizes.
+    cases.check_sparse(tokens, 1024, 14336, torch.float32, "cuda", indicator="up", activation="silu", share=0.8)
+
+
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
 @pytest.mark.parametrize("form", ["split", "fused", "interleaved"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.benchmark.timing import in_turn, paired_ratio, timed, wait
-from countdown.decoding import DecodeLoop, compiler_options, largest, undone
+from countdown.decoding import DecodeLoop, compiler_options, largest, on_device, undone
 from countdown.models.find import find_ffns
 from countdown.modules import sparse_sites
 from countdown.ops.activations import ACTIVATIONS
@@ -80,7 +80,7 @@ class Arm:
         # Timed as a part, an FFN must not count what it computes.
         counters = [site.counters for site in sparse_sites(self.model).values()]
         if self._split:
-            with undone(counters):
+            with on_device(device), undone(counters):
                 parts = {name: timed(step, device) for name, step in _parts(self.model, self.loop.linears, self.ids)}
             found |= {name: _second(run, counters) for name, run in parts.items()}
         return found

@@ -32,6 +32,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # kernels take milliseconds, fewer.
 CACHE_TIMES = {"cuda": 25, "cpu": 4}
 MOST_LAYERS = 512
+# Relative errors of sums in float32 that should decide nothing at a threshold: a wide one and a likely one.
+SUMMING_ERRORS = (1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
@@ -296,26 +298,31 @@ class _Deciding:
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
         if sparsity in (0, 1):
             return torch.full((self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device)
-        value, exact = (self._value(layer, dtype).flatten() for dtype in (self.layers.dtype, torch.float32))
+        value = self._value(layer)
         distinct = value.unique()
         place = torch.searchsorted(distinct, value.kthvalue(max(1, int(sparsity * len(value)))).values)
-        # Of three places between values that of the widest margin: near a neuron's exact value, the order in which a
-        # kernel sums would decide.
+        # Of three places between values that where the order in which a kernel sums decides least.
         few = distinct[max(0, int(place) - 1) : int(place) + 3]
         between = (few[1:] + few[:-1]) / 2 if len(few) > 1 else few
-        margins = (exact[:, None] - between).abs().amin(dim=0)
-        threshold: Tensor = between[margins.argmax()]
+        undecided = torch.stack([self._undecided(layer, between, error) for error in SUMMING_ERRORS])
+        threshold: Tensor = between[undecided.sum(dim=0).argmin()]
         return threshold.expand(self.layers.h).contiguous()
 
-    def _value(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """Return the indicator of each token and neuron, as projections in `dtype` give it."""
+    def _undecided(self, layer: int, thresholds: Tensor, error: float) -> Tensor:
+        """Return for each threshold how many neurons a relative error of what is rounded and compared may decide."""
+        less, more = (self._value(layer, 1 + change)[:, None] > thresholds for change in (-error, error))
+        return (less != more).sum(dim=0)
+
+    def _value(self, layer: int, scale: float = 1.0) -> Tensor:
+        """Return the indicator of all tokens' neurons `[tokens·h]`, what it is rounded from times `scale`."""
         act = ACTIVATIONS[self.layers.benchmark.activation]
         gate, up, _ = self.layers.weights(layer)
         if proxy := self.proxies[layer]:
             a, u = proxies.factors(self.x, in_rows(proxy, self.layers.h), [None] * 3, act)
-            return (a * u).abs()
-        z = F.linear(self.x.to(dtype), (gate if self.indicator == GATE.name else up).to(dtype))
-        return (act(z) if self.indicator == GATE.name else z).float().abs()
+            return (scale * a * u).abs().flatten()
+        z = scale * F.linear(self.x.float(), (gate if self.indicator == GATE.name else up).float())
+        rounded = z.to(self.layers.dtype)
+        return (act(rounded) if self.indicator == GATE.name else rounded).float().abs().flatten()
 
     def run(self, layer: int) -> Tensor:
         return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]

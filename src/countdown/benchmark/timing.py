@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from countdown.decoding import record
+from countdown.decoding import on_device, record
 from countdown.errors import ConfigError
 
 ROUNDS = 20
@@ -38,7 +38,10 @@ def require_cuda() -> torch.device:
 
 def timed(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
     """Return a call that does `step` once and returns its µs: captured and replayed on a CUDA device."""
-    return _replayed(step) if device.type == "cuda" else _called(step)
+    if device.type != "cuda":
+        return _called(step)
+    with on_device(device):
+        return partial(_replay, _captured(step), step, device)
 
 
 def in_turn(
@@ -74,10 +77,6 @@ def _called(step: Callable[[], object]) -> Callable[[], float]:
     return once
 
 
-def _replayed(step: Callable[[], object]) -> Callable[[], float]:
-    return partial(_replay, _captured(step), step)
-
-
 def _captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     graph = record(step)
     started = time.perf_counter()
@@ -87,18 +86,20 @@ def _captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay(graph: torch.cuda.CUDAGraph, _: Callable[[], object]) -> float:
+def _replay(graph: torch.cuda.CUDAGraph, _: Callable[[], object], device: torch.device) -> float:
     """Return the µs of a replay.
 
     Args:
         graph: What to replay.
         _: The step it was captured from, which keeps alive the memory that the graph has the addresses of.
+        device: Where.
     """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
+    with on_device(device):
+        start.record()
+        graph.replay()
+        stop.record()
+    stop.synchronize()
     return float(start.elapsed_time(stop)) * 1e3
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from countdown.ops.proxy_format import group_of, padded
 
-# Rows up to this width are summed for two tokens at once in registers; more tokens go through matrix instructions.
+# Rows up to this width are summed for two tokens at once in registers, with a proxy, in float32 or where the active set
+# is given; two tokens otherwise, and more, go through matrix instructions.
 PAIR_WIDTH = 4096
 # Tokens are padded to the side of a matrix instruction.
 TILE_TOKENS = 16
