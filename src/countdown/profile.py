@@ -274,7 +274,9 @@ class Profile:
         except _UNREADABLE as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ProfileError(f"profile {path} is damaged: {type(error).__name__}: {error}") from error
+            raise ProfileError(
+                f"profile {path} is damaged: {type(error).__name__}: {error}. Make it again: countdown calibrate MODEL"
+            ) from error
 
     def _header(self) -> dict[str, Any]:
         from countdown import __version__

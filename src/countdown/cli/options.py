@@ -63,7 +63,7 @@ Model = Annotated[str, typer.Argument(help="Folder, hub id, or GGUF file.", show
 ProfileDir = Annotated[Path | None, typer.Option("--profile", help="A profile made by calibrate. [the model's own]")]
 METHOD_HELP = "Method to calibrate, or a recipe: a .yaml or .json file."
 MethodName = Annotated[str | None, typer.Option("--method", help=METHOD_HELP)]
-Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1.")]
+Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1. [0.5, or the profile's]")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
 Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
 Weighting = Annotated[str | None, typer.Option(help="none, rms or rms-norm.")]
