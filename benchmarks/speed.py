@@ -125,19 +125,16 @@ def second_card(name: str) -> str:
 
 
 def versus(names: list[str]) -> str:
-    """Return the range, over runs, of the dense loop's and of the slower sparse model's speed over llama.cpp's."""
-    parts = []
+    """Return the range, over runs, of the dense loop's and of the sparse models' speed over llama.cpp's."""
+    ratios: dict[str, list[float]] = {"dense": [], "sparse": []}
     for name in names:
         runs = load(name)["records"]
-        dense = next(r for r in runs if r["run"] == "dense")["tokens_per_s"]
-        sparse = min(r["tokens_per_s"] for r in runs if r["run"] == "sparse")
         best = max(r["tokens_per_s"] for r in runs if r.get("format") in ("BF16", "F16"))
-        parts.append((dense / best, sparse / best))
-    low, high = min(p[0] for p in parts), max(p[0] for p in parts)
-    return (
-        f"{low:.2f} to {high:.2f} times as fast as llama.cpp in the faster of its 16-bit formats, sparse models "
-        f"{min(p[1] for p in parts):.2f} to {max(p[1] for p in parts):.2f} times"
-    )
+        for r in runs:
+            if r["run"] in ratios:
+                ratios[r["run"]].append(r["tokens_per_s"] / best)
+    dense, sparse = (f"{min(found):.2f} to {max(found):.2f} times" for found in ratios.values())
+    return f"{dense} as fast as llama.cpp in the faster of its 16-bit formats, sparse models {sparse}"
 
 
 def calibration(name: str) -> str:

@@ -183,15 +183,15 @@ def test_generate_is_timed_after_it_compiled(monkeypatch):
 @pytest.mark.parametrize("name", ["m-countdown", "cats", "d-proxy"])
 def test_no_neuron_stands_at_a_threshold_where_rounding_would_decide(device, name, monkeypatch):
     monkeypatch.setattr(ffn, "_sizes", lambda _: (10**6, 10**9))
-    benchmark = FFNBenchmark(shapes=[(64, 2048)], sparsities=(0.8,), device=torch.device("cpu"))
+    benchmark = FFNBenchmark(shapes=[(64, 2048)], sparsities=(0.9,), device=torch.device("cpu"))
     layers = ffn._Layers(64, 2048, benchmark)
-    case = ffn._Deciding(layers, name, 0.8, layers.inputs(1, 0.8))
+    case = ffn._Deciding(layers, name, 0.9, layers.inputs(1, 0.9))
     for layer, thresholds in enumerate(case.thresholds):
         rounded = case._value(layer)
         assert not (rounded == thresholds[0]).any()
         for change in (-1e-5, 1e-5):
             assert torch.equal(case._value(layer, 1 + change) > thresholds[0], rounded > thresholds[0])
-        assert float((rounded <= thresholds[0]).float().mean()) == pytest.approx(0.8, abs=0.01)
+        assert float((rounded <= thresholds[0]).float().mean()) == pytest.approx(0.9, abs=0.01)
 
 
 def test_arms_take_turns_on_a_cpu(device, monkeypatch):
