@@ -18,10 +18,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from countdown.artifacts import IMPORTANCE
 from countdown.methods import method
-from countdown.models.sites import GatedFFN, Rows
-from countdown.modules import SparseFFN
+from countdown.modules import SparseModule
+from countdown.phase import GENERATED, Phases
 from countdown.results import meta, write
+from countdown.sites.gated import GatedFFN
+from countdown.sites.holders import Rows
 from quality import _commit
 
 D, H, ROUNDS, CALLS = 64, 16, 40, 500
@@ -53,11 +56,18 @@ def main() -> None:
     write(arguments.output, {"meta": header, "records": records})
 
 
-def _sparse(dense: torch.nn.Module, name: str) -> SparseFFN:
+def _sparse(dense: torch.nn.Module, name: str) -> SparseModule:
     site = GatedFFN("mlp", dense, Rows("gate_proj"), Rows("up_proj"), Rows("down_proj"), "silu")
-    how = method(name, sparsity=0.5)
-    importance = torch.ones(D) if how.proxy_bits else None
-    module = SparseFFN(site, how, torch.full((H,), 0.1), apply_to="decode", importance=importance)
+    phases = Phases()
+    phases.now = GENERATED  # as within a decoder's call with one new token
+    module = SparseModule(
+        site,
+        method(name, sparsity=0.5),
+        torch.full((H,), 0.1),
+        phases=phases,
+        apply_to="decode",
+        artifacts={IMPORTANCE.name: torch.ones(D)},
+    )
     module.lay_out()
     if module.refusal is not None:
         raise SystemExit(f"there is no kernel to measure: {module.refusal}")

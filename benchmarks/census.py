@@ -33,10 +33,12 @@ from transformers.models.auto import modeling_auto
 
 from countdown.errors import UnsupportedModelError
 from countdown.methods import method
-from countdown.models.find import find_ffns
-from countdown.models.sites import GatedFFN
-from countdown.modules import SparseSite, running, sparse_module
+from countdown.modules import SparseModule, running
+from countdown.phase import Phases
 from countdown.results import meta, write
+from countdown.sites.decoder import decoder_of
+from countdown.sites.ffn import find_ffns
+from countdown.sites.gated import GatedFFN
 
 MAPPINGS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -344,10 +346,12 @@ def _flat(value: Any) -> Iterator[Any]:
 def _wrong(model: PreTrainedModel, ffns: list[GatedFFN], run: Run) -> str | None:
     """Return what a sparse model does that it should not, or None."""
     dense = run(TOKENS)
-    _sparsify(model, ffns, tau=math.inf)
+    phases = Phases()
+    phases.watch(decoder_of(model)[0])
+    _sparsify(model, ffns, phases, tau=math.inf)
     if not (without := _differ(run(TOKENS), dense)) > 100 * TOLERANCE:
         return f"without its FFNs, logits differ by {without:.2g} only: that they agree would show nothing"
-    modules = _sparsify(model, ffns, tau=-1.0)
+    modules = _sparsify(model, ffns, phases, tau=-1.0)
     if not (error := _differ(run(TOKENS), dense)) <= TOLERANCE:
         return f"logits differ by {error:.2g} from dense ones"
     whole = SEQUENCES * TOKENS
@@ -362,8 +366,8 @@ def _wrong(model: PreTrainedModel, ffns: list[GatedFFN], run: Run) -> str | None
     return None
 
 
-def _sparsify(model: PreTrainedModel, ffns: list[GatedFFN], tau: float) -> list[SparseSite]:
-    modules = [sparse_module(ffn, METHOD, torch.full((ffn.h,), tau), apply_to="all") for ffn in ffns]
+def _sparsify(model: PreTrainedModel, ffns: list[GatedFFN], phases: Phases, tau: float) -> list[SparseModule]:
+    modules = [SparseModule(ffn, METHOD, torch.full((ffn.h,), tau), phases=phases, apply_to="all") for ffn in ffns]
     for ffn, module in zip(ffns, modules, strict=True):
         model.set_submodule(ffn.name, module)
     return modules

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+# Weightings that older files call otherwise.
+RENAMED = {"rms-norm": "column-norm"}
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return a results file."""
+    """Return a results file, with the names of today."""
     document: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for record in document["records"]:
+        if "weighting" in record:
+            record["weighting"] = RENAMED.get(record["weighting"], record["weighting"])
     return document
 
 

@@ -24,9 +24,9 @@ x, counters = torch.randn(1, d, device="cuda", dtype=torch.bfloat16), torch.zero
 thresholds = torch.full((h,), 60.0, device="cuda")
 torch.cuda.synchronize()
 start = time.perf_counter()
-torch.ops.countdown.sparse_ffn(
-    x, [gate, up, down.t()], [None] * 3, thresholds, counters,
-    decision="threshold", drop=h * 4 // 5, indicator="up", activation="silu",
+torch.ops.countdown.sparse(
+    x, [gate, up, down.t()], [None] * 3, thresholds, counters, None, kind="ffn", formats=["plain"] * 3,
+    activation="silu", selector="up", rule="threshold", drop=h * 4 // 5,
 )
 torch.cuda.synchronize()
 print(time.perf_counter() - start)

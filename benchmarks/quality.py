@@ -30,22 +30,25 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from countdown.calibration.calibrate import ERROR_STRIDE, calibrate, calibration_sequences
-from countdown.calibration.statistics import Assignment, sketch_sparse
-from countdown.calibration.text import Text, load_text, windows
+from countdown.artifacts import ERRORS, Artifacts
+from countdown.calibration.calibrate import calibrate, calibration_sequences
+from countdown.calibration.passes import Assignment, Run
+from countdown.calibration.passes.errors import ERROR_STRIDE
+from countdown.calibration.passes.sketches import sketch_sparse
 from countdown.evaluation.evaluate import evaluate
+from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import Method, method, method_class, method_names
-from countdown.models.find import find_ffns, find_sites
-from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.modules import SparseFFN
-from countdown.ops.activations import ACTIVATIONS
-from countdown.ops.proxy import factors
-from countdown.profile import Profile
+from countdown.modules import SparseModule
+from countdown.profiles.profile import Profile
 from countdown.results import meta, write
+from countdown.sites import find_sites
+from countdown.sites.ffn import find_ffns
 from countdown.sparsify import restore_, sparsify_, status
+from countdown.sums._base import product_of
+from countdown.text import Text, load_text, windows
+from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -152,12 +155,14 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     """Return the profile with each site's own output error in place of its effect on the model's output."""
     (entry,) = profile.entries
     sites = find_sites(bench.model, profile.kinds)
-    assigned = [Assignment(site, entry.method, entry.sites[site.name].weights) for site in sites]
-    some = calibration_sequences(bench.tokenizer, bench.valid, TOKENS)[::ERROR_STRIDE]
+    assigned = [Assignment(site, entry.method, dict(entry.sites[site.name])) for site in sites]
+    sequences = calibration_sequences(bench.tokenizer, bench.valid, TOKENS)
+    owners = dict.fromkeys(entry.sites, 0)
+    run = Run(bench.model, sequences, sequences, profile.recipe, assigned, owners, progress=False)
     levels = repeat({site.name: entry.method.sparsity for site in sites})
-    sketches = sketch_sparse(bench.model, assigned, some, levels, losses=True, progress=False)
+    sketches = sketch_sparse(run, sequences[::ERROR_STRIDE], levels, losses=True)
     errors = {site.name: sketches[site.name].errors(site.terms).float() for site in sites}
-    changed = {name: replace(found, errors=errors[name]) for name, found in entry.sites.items()}
+    changed: dict[str, Artifacts] = {name: {**found, ERRORS.name: errors[name]} for name, found in entry.sites.items()}
     return replace(profile, entries=[replace(entry, sites=changed)])
 
 
@@ -206,26 +211,24 @@ def _survivors(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for sparsity in (0.0, 0.5, 0.7, 0.9):
             settings = profile.with_settings(sparsity=sparsity, decision="topk")
             yield bench.measured(settings, survivors="exact")
-            with patch.object(SparseFFN, "sparse", _by_proxy):
+            with patch.object(SparseModule, "sparse", _by_proxy):
                 yield bench.measured(settings, survivors="proxy")
 
 
-def _by_proxy(module: SparseFFN, x: Tensor) -> Tensor:
-    """A sparse FFN whose survivors have the proxy's coefficients; counts as the op does."""
-    _, biases = zip(*(rows.of(module) for rows in module.projections), strict=True)
-    active = module.active(x)
-    a, u = factors(x, module.proxy or [], list(biases), ACTIVATIONS[module.activation])
-    module.counters += torch.tensor([x[..., 0].numel(), int(active.sum())])
-    weight, bias = module.projections[2].of(module)
-    return F.linear(torch.where(active, a * u, 0).to(x.dtype), weight, bias)
+def _by_proxy(module: SparseModule, x: Tensor, _: Tensor | None = None) -> Tensor:
+    """A sparse FFN whose survivors have the proxy's coefficients, every token sparse; counts as the op does."""
+    sum_, active = module.site.sum, module.active(x)
+    coefficients = product_of(sum_.with_weights(module.parts).project(round_tokens(x)))
+    module.counters += module.counters.new_tensor([x[..., 0].numel(), int(active.sum())])
+    return sum_.combine(torch.where(active, coefficients, 0).to(x.dtype))
 
 
 @torch.no_grad()
 def _dither(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for ffn in find_ffns(model):
-        for matrix in ffn.matrices[:2]:
-            groups = matrix.data.view(matrix.shape[0], -1, SOURCE_GROUP)
+        for weight in ffn.sum.weights[:2]:
+            groups = weight.values().data.view(weight.shape[0], -1, SOURCE_GROUP)
             step = (groups.amax(dim=-1, keepdim=True) - groups.amin(dim=-1, keepdim=True)) / SOURCE_STEPS
             noise = torch.rand(groups.shape, generator=generator).to(groups) - 0.5
             groups.add_(noise * step)

@@ -21,14 +21,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from countdown.calibration.text import load_text, windows
-from countdown.models.find import find_ffns
-from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.models.sites import GatedFFN
+from countdown.loading import Source, load_model, load_tokenizer
 from countdown.modules import observed
-from countdown.ops.activations import ACTIVATIONS
-from countdown.ops.proxy import SHRINK, round_tokens
 from countdown.results import meta, write
+from countdown.sites.ffn import find_ffns
+from countdown.sites.gated import GatedFFN
+from countdown.sums import Sum
+from countdown.sums.activations import ACTIVATIONS
+from countdown.text import load_text, windows
+from countdown.weights.symmetric import SHRINK, round_tokens
 from quality import _commit, _dither
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -72,7 +73,7 @@ def main() -> None:
     ids = windows(load_tokenizer(source), text.content, count=2)
     inputs: dict[str, list[Tensor]] = {}
 
-    def keep(site: Any, x: Tensor, _: tuple[Tensor, ...]) -> None:
+    def keep(site: Any, _: Sum, x: Tensor, __: tuple[Tensor, ...]) -> None:
         inputs.setdefault(site.name, []).append(x.flatten(0, -2))
 
     ffns = find_ffns(model)[::EVERY]
@@ -112,7 +113,7 @@ def forms() -> Iterator[Form]:
 def lost(ffn: GatedFFN, x: Tensor, form: Form) -> dict[float, dict[str, float]]:
     """Return recall and lost Σ s² of one FFN by sparsity."""
     act = ACTIVATIONS[ffn.activation]
-    gate, up = ffn.matrices[:2]
+    gate, up = (weight.values() for weight in ffn.sum.weights[:2])
     importance = x.square().mean(dim=0)
     rounded = round_tokens(x)
     exact = (act(x @ gate.t()) * (x @ up.t())).abs()

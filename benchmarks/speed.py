@@ -189,11 +189,12 @@ def decode(name: str) -> str:
             other = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
             rows.append([f"{other}, dense", f"{r['tokens_per_s']:.1f}", *[""] * 8])
             continue
-        label = "dense" if r["run"] == "dense" else f"`{r['method']}` at {r['sparsity']:.0%}"
-        parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
+        # Of single linears that are sparse the parts are not known.
+        split = r["split_us"]
+        parts = [f"{split[part]:.0f}" if split else "" for part in ("ffn", "attention_linears", "head", "rest")]
         floor = f"{1e6 / r['floor_us']:.0f} ({r['floor_share']:.0%})"
         prefill = f"{r['prefill_ms']:.1f} ({r['prefill_ratio']:.3f})"
-        rows.append([label, f"**{r['tokens_per_s']:.1f}**", f"{r['speedup']:.2f}", floor, *parts, prefill])
+        rows.append([_run(r), f"**{r['tokens_per_s']:.1f}**", f"{r['speedup']:.2f}", floor, *parts, prefill])
     first = document["records"][0]
     head = ["", "tokens/s", "× dense", "floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms (×)"]
     weights = "random weights, " if "-" in name and first["model"].islower() else ""
@@ -221,6 +222,13 @@ def random_rows(name: str) -> str:
         f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, "
         f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )
+
+
+def _run(record: dict[str, Any]) -> str:
+    """Return what was run: a recipe of several methods has no sparsity of its own."""
+    if record["run"] == "dense":
+        return "dense"
+    return f"`{record['method']}`" + (f" at {record['sparsity']:.0%}" if "sparsity" in record else "")
 
 
 def _shape(record: dict[str, Any]) -> str:

@@ -25,13 +25,13 @@ from lm_eval.api.instance import Instance
 from torch import nn
 
 from countdown.calibration.calibrate import calibrate
-from countdown.calibration.text import WINDOW, load_text, windows
 from countdown.evaluation.evaluate import evaluate, overall
 from countdown.integrations.lm_eval import HFLM, CountdownLM, Scores, compared, load_tasks, score_tasks
+from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import Method, method, method_class, method_names
-from countdown.models.loading import Source, load_model, load_tokenizer
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_, status
+from countdown.text import WINDOW, load_text, windows
 
 SPARSITIES = (0.5, 0.7)
 TOKENS = 16384

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from countdown.calibration.calibrate import calibrate
-from countdown.calibration.text import load_text, windows
+from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import method
-from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.modules import running, sparse_sites
+from countdown.modules import running, sparse_modules
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_
+from countdown.text import load_text, windows
 from quality import _commit
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -66,7 +66,7 @@ def _active_sets(model: Any, ids: Tensor) -> Tensor:
         active = module.active(arguments[0])
         found.append(active[0].cpu())
 
-    hooks = [module.register_forward_pre_hook(keep) for module in sparse_sites(model).values()]
+    hooks = [module.register_forward_pre_hook(keep) for module in sparse_modules(model).values()]
     with running(model, "all"):
         for window in ids:
             model(window[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)

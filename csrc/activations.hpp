@@ -5,8 +5,7 @@
 
 #include "countdown.h"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 // Within 2 units in the last place; inputs are limited to where the result is a normal number.
 static inline Vec exponential(Vec x) {
@@ -49,5 +48,4 @@ static inline Vec activated(Vec x, int64_t activation) {
     }
 }
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

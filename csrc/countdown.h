@@ -1,7 +1,8 @@
 /* The C interface of the CPU kernels, called from Python through ctypes: no torch and no Python headers.
  *
- * Letters as in countdown.ops.schema: T tokens, d hidden size, h neurons. Strides count elements. Every pointer may be
- * misaligned; nothing beyond the described elements is read or written. A pointer to what is not there is NULL.
+ * Letters as in countdown.ops.call: T tokens, d size of the input, h terms. Strides count elements but where it says
+ * bytes. Every pointer may be misaligned; nothing beyond the described elements is read or written. A pointer to what
+ * is not there is NULL.
  */
 #pragma once
 
@@ -18,38 +19,62 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 5
+#define COUNTDOWN_ABI 6
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
 enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
-/* What makes the active sets: a projection, both of them, a proxy, or the caller. */
+/* How rows of weights are stored, in the order of FORMATS in formats.hpp; plain ones as the dtypes above. */
+enum countdown_format { COUNTDOWN_PLAIN_FLOAT32, COUNTDOWN_PLAIN_BFLOAT16, COUNTDOWN_PLAIN_FLOAT16 };
+/* What makes the active sets, in the order of DECIDERS in deciders.hpp: a projection, both of them, a copy of both in
+ * few bits, or the caller. */
 enum countdown_decider {
     COUNTDOWN_BY_UP,
     COUNTDOWN_BY_GATE,
     COUNTDOWN_BY_COEFFICIENT,
-    COUNTDOWN_BY_PROXY,
+    COUNTDOWN_BY_COPY,
     COUNTDOWN_GIVEN,
 };
+/* Of a token: what decides decides; every neuron is active, and nothing is counted; none is, and the result is the bias
+ * alone. */
+enum countdown_phase { COUNTDOWN_GENERATED, COUNTDOWN_PROMPT, COUNTDOWN_PADDING };
 
-/* One sparse FFN: 1 to 8 tokens. */
+/* A matrix with a row a neuron, `stride` bytes apart: W_down is transposed. Its bias has a dtype of its own. */
 typedef struct {
-    int64_t dtype, activation, decider;
-    int64_t tokens, d, h;
-    const void *x;                /* [T, d] */
-    const void *gate, *up, *down; /* rows of d, one a neuron: W_down is transposed */
-    int64_t gate_stride, up_stride, down_stride;
-    const void *gate_bias, *up_bias, *down_bias; /* [h], [h], [d] or NULL */
-    const float *thresholds;                     /* [h]; unused when given */
-    const uint8_t *gate_levels, *up_levels;      /* [tiles, words, 16] of 4 bytes, as countdown.ops.proxy_tiles says */
-    const uint16_t *gate_scales, *up_scales;     /* [tiles, groups, 16], fp16 */
-    int64_t words, groups;
-    const uint8_t *given; /* [T, h], each 0 or 1 */
-    uint8_t *selected;    /* [T, h]: if there, only the active sets are computed, into it */
-    int64_t *counters;    /* [2] or NULL: += T and active neurons */
-    void *y;              /* [T, d] */
-    void *workspace;      /* countdown_workspace bytes */
-} countdown_ffn_call;
+    int64_t format;
+    const void *data;
+    int64_t stride;
+    int64_t bias_dtype;
+    const void *bias; /* or NULL */
+} countdown_weight;
+
+/* A copy of a matrix in 4 bits, in tiles, as countdown.weights.symmetric says. */
+typedef struct {
+    const uint8_t *levels;  /* [tiles, words, 16] of 4 bytes */
+    const uint16_t *scales; /* [tiles, groups, 16], fp16 */
+} countdown_copy;
+
+/* What decides on each of T tokens, and by what. */
+typedef struct {
+    int64_t by;
+    const float *per_term; /* [h] thresholds, or NULL where active sets are given */
+    const uint8_t *active; /* [T, h], each 0 or 1: those that are given */
+    const uint8_t *phases; /* [T], read anew at each run; NULL where all are generated */
+    int64_t words, groups; /* of a row of the copies, 0 without them */
+    countdown_copy gate, up;
+} countdown_decision;
+
+/* A sum over active terms, the neurons of a gated FFN, for 1 to 8 tokens. */
+typedef struct {
+    int64_t dtype, tokens, d, h, outputs, activation; /* dtype: of x and y */
+    const void *x;                                    /* [T, d] */
+    countdown_weight gate, up, down;                  /* rows of d, d, and outputs */
+    countdown_decision decision;
+    uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
+    int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */
+    void *y;           /* [T, outputs] */
+    void *workspace;   /* countdown_workspace bytes */
+} countdown_sum_call;
 
 /* One token through one to three linears, side by side. */
 typedef struct {
@@ -99,7 +124,7 @@ typedef struct {
 } countdown_small_call;
 
 /* What is done, and its call. A small operation takes one thread. */
-enum countdown_kind { COUNTDOWN_FFN, COUNTDOWN_PROJECT, COUNTDOWN_ATTEND, COUNTDOWN_SMALL };
+enum countdown_kind { COUNTDOWN_SUM, COUNTDOWN_PROJECT, COUNTDOWN_ATTEND, COUNTDOWN_SMALL };
 
 typedef struct {
     int64_t kind, threads;

@@ -3,12 +3,11 @@
 
 #include <math.h>
 
-#include "countdown.h"
+#include "rows.hpp"
 #include "threads.hpp"
 #include "workspace.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 template <class W>
 struct ProjectSpace {
@@ -27,7 +26,7 @@ template <class W>
 class Projection {
   public:
     Projection(const countdown_project_call &call, const ProjectSpace<W> &space, const Team &team)
-        : call_(call), space_(space), team_(team), loops_(1), token_(space.tokens + team.index * space.width) {}
+        : call_(call), space_(space), team_(team), loops_(plain_loops<W>(1)), token_(space.tokens + team.index * space.width) {}
 
     void run() {
         copy_token(static_cast<const W *>(call_.x), call_.d, space_.width, token_);
@@ -43,7 +42,7 @@ class Projection {
     const countdown_project_call &call_;
     const ProjectSpace<W> &space_;
     const Team &team_;
-    const RowLoops<W> loops_;
+    const RowLoops loops_;
     Operand<W> *const token_;
 
     // Rows from first to stop of linear w.
@@ -53,7 +52,8 @@ class Projection {
         for (int64_t i = first; i < stop; i += Vec::width) {
             int64_t count = least(Vec::width, stop - i);
             float out[Vec::width] = {};
-            loops_.products(weight + i * stride, stride, count, token_, space_.width, call_.d, out);
+            const char *row = reinterpret_cast<const char *>(weight + i * stride);
+            loops_.products(row, stride * int64_t(sizeof(W)), count, token_, space_.width, call_.d, out);
             if (bias)
                 for (int64_t k = 0; k < count; ++k) out[k] += widened(bias + i + k);
             store(y + i, load(out), count);
@@ -104,7 +104,8 @@ class Attention {
         int64_t each = call_.heads / call_.groups;
         for (int64_t group = 0; group < call_.groups; ++group)
             for (int64_t head = group * each; head < (group + 1) * each; head += MOST_TOKENS)
-                attend(group, head, least(MOST_TOKENS, (group + 1) * each - head));
+                with_count(least(MOST_TOKENS, (group + 1) * each - head),
+                           [&](auto queries) { attend<int(queries)>(group, head); });
         team_.barrier();
         int64_t stop = call_.heads * (team_.index + 1) / team_.size;
         for (int64_t head = call_.heads * team_.index / team_.size; head < stop; ++head) join(head);
@@ -123,19 +124,6 @@ class Attention {
         int64_t stop = call_.length * (team_.index + 1) / team_.size;
         for (int64_t key = call_.length * team_.index / team_.size; key < stop; ++key)
             if (!call_.mask || call_.mask[key]) keys_[count_++] = int32_t(key);
-    }
-
-    void attend(int64_t group, int64_t head, int64_t queries) {
-        switch (queries) {
-            case 1: return attend<1>(group, head);
-            case 2: return attend<2>(group, head);
-            case 3: return attend<3>(group, head);
-            case 4: return attend<4>(group, head);
-            case 5: return attend<5>(group, head);
-            case 6: return attend<6>(group, head);
-            case 7: return attend<7>(group, head);
-            default: return attend<8>(group, head);
-        }
     }
 
     // T queries from `head` on, of one group, over this thread's keys.
@@ -251,5 +239,4 @@ class Attention {
     }
 };
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

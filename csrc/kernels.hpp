@@ -4,50 +4,41 @@
 #include "activations.hpp"
 #include "rows.hpp"
 // These build on the ones above.
-#include "proxy.hpp"
+#include "sum.hpp"
 #include "dense.hpp"
-#include "ffn.hpp"
 #include "small.hpp"
 #include "variant.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
+// A kernel for one dtype of all that it reads and writes.
 template <template <class> class Part, template <class> class Space, class Call>
-struct Kernel {
+struct DenseKernel {
     static int64_t workspace(const void *given, int threads) {
         const Call &call = *static_cast<const Call *>(given);
-        switch (call.dtype) {
-            case COUNTDOWN_FLOAT32: return Space<float>(call, threads).bytes;
-            case COUNTDOWN_BFLOAT16: return Space<Bf16>(call, threads).bytes;
-            default: return Space<Fp16>(call, threads).bytes;
-        }
+        return as_type(call.dtype, [&](auto like) { return Space<decltype(like)>(call, threads).bytes; });
     }
 
     static void run(const void *given, const Team &member) {
         const Call &call = *static_cast<const Call *>(given);
-        switch (call.dtype) {
-            case COUNTDOWN_FLOAT32: return run_as<float>(call, member);
-            case COUNTDOWN_BFLOAT16: return run_as<Bf16>(call, member);
-            default: return run_as<Fp16>(call, member);
-        }
-    }
-
-  private:
-    template <class W>
-    static void run_as(const Call &call, const Team &member) {
-        Space<W> space(call, member.size);
-        Part<W>(call, space, member).run();
+        as_type(call.dtype, [&](auto like) {
+            Space<decltype(like)> space(call, member.size);
+            Part<decltype(like)>(call, space, member).run();
+        });
     }
 };
 
-using FFNKernel = Kernel<FFN, FFNSpace, countdown_ffn_call>;
-using ProjectKernel = Kernel<Projection, ProjectSpace, countdown_project_call>;
-using AttendKernel = Kernel<Attention, AttendSpace, countdown_attend_call>;
+using ProjectKernel = DenseKernel<Projection, ProjectSpace, countdown_project_call>;
+using AttendKernel = DenseKernel<Attention, AttendSpace, countdown_attend_call>;
+
+static void run_sum(const countdown_sum_call &call, const Team &member) {
+    SumSpace space(call, member.size);
+    Sum(call, space, member).run();
+}
 
 static int64_t workspace_of(int64_t kind, const void *call, int threads) {
     switch (kind) {
-        case COUNTDOWN_FFN: return FFNKernel::workspace(call, threads);
+        case COUNTDOWN_SUM: return SumSpace(*static_cast<const countdown_sum_call *>(call), threads).bytes;
         case COUNTDOWN_PROJECT: return ProjectKernel::workspace(call, threads);
         case COUNTDOWN_ATTEND: return AttendKernel::workspace(call, threads);
         default: return 0;
@@ -56,7 +47,7 @@ static int64_t workspace_of(int64_t kind, const void *call, int threads) {
 
 static void run_part(int64_t kind, const void *call, const Team &member) {
     switch (kind) {
-        case COUNTDOWN_FFN: return FFNKernel::run(call, member);
+        case COUNTDOWN_SUM: return run_sum(*static_cast<const countdown_sum_call *>(call), member);
         case COUNTDOWN_PROJECT: return ProjectKernel::run(call, member);
         case COUNTDOWN_ATTEND: return AttendKernel::run(call, member);
         default: return run_small(*static_cast<const countdown_small_call *>(call));
@@ -67,5 +58,4 @@ static constexpr Variant variant_of(const char *name, bool (*runs_here)()) {
     return {name, runs_here, workspace_of, run_part};
 }
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

@@ -11,8 +11,7 @@
 
 #include "rows.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 constexpr int TILE = 16;
 
@@ -101,5 +100,4 @@ static inline void tile_products(const ProxyTile &tile, int64_t words, int64_t g
     }
 }
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

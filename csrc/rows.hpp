@@ -7,8 +7,7 @@
 
 #include "types.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 constexpr int MOST_TOKENS = 8;
 // Rows that are read side by side, as many as there are registers for their sums.
@@ -18,6 +17,26 @@ constexpr int64_t PADDING = 64;
 
 template <class W>
 using Operand = typename Product<W>::Operand;
+
+template <int N>
+struct Count {
+    constexpr operator int() const { return N; }
+};
+
+// f of a Count that is known when it compiles, of 1 to MOST_TOKENS.
+template <class F>
+static auto with_count(int64_t count, F f) {
+    switch (count) {
+        case 1: return f(Count<1>{});
+        case 2: return f(Count<2>{});
+        case 3: return f(Count<3>{});
+        case 4: return f(Count<4>{});
+        case 5: return f(Count<5>{});
+        case 6: return f(Count<6>{});
+        case 7: return f(Count<7>{});
+        default: return f(Count<8>{});
+    }
+}
 
 // Copy x [d] and zeros up to `width`, a multiple of Vec::width; return whether all of x is finite.
 template <class W, class To>
@@ -31,9 +50,15 @@ static bool copy_token(const W *x, int64_t d, int64_t width, To *to) {
     return sum(zeros) == 0;
 }
 
-template <class W>
+// Where rows begin, of any format.
 struct Rows {
-    const W *row[BLOCK] = {};
+    const void *row[BLOCK] = {};
+
+    // Entry c of row k.
+    template <class W>
+    const W *at(int64_t k, int64_t c) const {
+        return static_cast<const W *>(row[k]) + c;
+    }
 };
 
 constexpr int64_t page = 4096, line = 64;
@@ -50,12 +75,12 @@ static inline void prefetch(const void *address) {
 
 // Start reading what lies `c` to `c + count` entries into each of R rows, by the line.
 template <class W, int R>
-static inline void prefetch(const Rows<W> &rows, int64_t c, int count) {
+static inline void prefetch(const Rows &rows, int64_t c, int count) {
     constexpr int entries = int(line / sizeof(W));
 #pragma GCC unroll 8
     for (int k = 0; k < R; ++k)
         for (int at = 0; at < count; at += entries)
-            if (count >= entries || c % entries == 0) prefetch(rows.row[k] + c + at);
+            if (count >= entries || c % entries == 0) prefetch(rows.at<W>(k, c + at));
 }
 
 // out[k] = sum(totals[k]) for N vectors.
@@ -69,8 +94,8 @@ static inline void sum_each(const Vec *totals, float *out) {
 // totals[k * T + t]: vectors that add up to Σ_c rows[k][c] x[t][c], of R rows and T tokens, while R rows `ahead` are
 // fetched, if AHEAD. A row's total with a token is the same for any R and T.
 template <class W, int R, int T, bool AHEAD>
-static inline void totals_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, Vec *totals,
-                             const Rows<W> *ahead) {
+static inline void totals_of(const Rows &rows, const Operand<W> *x, int64_t x_stride, int64_t d, Vec *totals,
+                             const Rows *ahead) {
     using P = Product<W>;
     constexpr int step = P::step;
     Vec even[R][T], odd[R][T];
@@ -83,8 +108,8 @@ static inline void totals_of(const Rows<W> &rows, const Operand<W> *x, int64_t x
         for (int k = 0; k < R; ++k) {
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
-                even[k][t] = P::add(rows.row[k] + c, x + t * x_stride + c, even[k][t]);
-                odd[k][t] = P::add(rows.row[k] + c + step, x + t * x_stride + c + step, odd[k][t]);
+                even[k][t] = P::add(rows.at<W>(k, c), x + t * x_stride + c, even[k][t]);
+                odd[k][t] = P::add(rows.at<W>(k, c + step), x + t * x_stride + c + step, odd[k][t]);
             }
         }
     }
@@ -93,10 +118,10 @@ static inline void totals_of(const Rows<W> &rows, const Operand<W> *x, int64_t x
             int64_t rest = c;
             const Operand<W> *token = x + t * x_stride;
             if (rest + step <= d) {
-                even[k][t] = P::add(rows.row[k] + rest, token + rest, even[k][t]);
+                even[k][t] = P::add(rows.at<W>(k, rest), token + rest, even[k][t]);
                 rest += step;
             }
-            if (rest < d) odd[k][t] = P::add(rows.row[k] + rest, token + rest, odd[k][t], d - rest);
+            if (rest < d) odd[k][t] = P::add(rows.at<W>(k, rest), token + rest, odd[k][t], d - rest);
             totals[k * T + t] = even[k][t] + odd[k][t];
         }
     }
@@ -104,29 +129,27 @@ static inline void totals_of(const Rows<W> &rows, const Operand<W> *x, int64_t x
 
 // out[k * T + t] = Σ_c rows[k][c] x[t][c] for R rows side by side and T tokens.
 template <class W, int R, int T, bool AHEAD>
-static void products_of(const Rows<W> &rows, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
-                        const Rows<W> *ahead) {
+static void products_of(const Rows &rows, const void *x, int64_t x_stride, int64_t d, float *out, const Rows *ahead) {
     Vec totals[R * T];
-    totals_of<W, R, T, AHEAD>(rows, x, x_stride, d, totals, ahead);
+    totals_of<W, R, T, AHEAD>(rows, static_cast<const Operand<W> *>(x), x_stride, d, totals, ahead);
     sum_each<R * T>(totals, out);
 }
 
-// The same for N rows one after the other, `stride` apart, while what lies a page further on is fetched.
+// The same for N rows one after the other, `stride` bytes apart, while what lies a page further on is fetched.
 template <class W, int N, int T>
-static void products_in_turn(const W *row, int64_t stride, const Operand<W> *x, int64_t x_stride, int64_t d,
-                             float *out) {
+static void products_in_turn(const char *row, int64_t stride, const void *x, int64_t x_stride, int64_t d, float *out) {
     Vec totals[N * T];
     for (int k = 0; k < N; ++k, row += stride) {
-        Rows<W> later = {{row + page / sizeof(W)}};
-        totals_of<W, 1, T, true>({{row}}, x, x_stride, d, totals + k * T, &later);
+        Rows later = {{row + page}};
+        totals_of<W, 1, T, true>({{row}}, static_cast<const Operand<W> *>(x), x_stride, d, totals + k * T, &later);
     }
     sum_each<N * T>(totals, out);
 }
 
 // sums[t][c] += Σ_k factors[k * T + t] rows[k][c] for R rows and T tokens, while R rows `ahead` are fetched, if AHEAD.
 template <class W, int R, int T, bool AHEAD>
-static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride,
-                     const Rows<W> *ahead) {
+static void add_rows(const Rows &rows, const float *factors, int64_t d, float *sums, int64_t sums_stride,
+                     const Rows *ahead) {
     // Two vectors at a time: of weights in 16 bits they are a line, which is then read once.
     constexpr int both = 2 * Vec::width;
     int64_t c = 0;
@@ -135,8 +158,8 @@ static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float
         Vec w[R][2];
 #pragma GCC unroll 8
         for (int k = 0; k < R; ++k) {
-            w[k][0] = load(rows.row[k] + c);
-            w[k][1] = load(rows.row[k] + c + Vec::width);
+            w[k][0] = load(rows.at<W>(k, c));
+            w[k][1] = load(rows.at<W>(k, c + Vec::width));
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
@@ -156,84 +179,74 @@ static void add_rows(const Rows<W> &rows, const float *factors, int64_t d, float
         for (int t = 0; t < T; ++t) {
             float *to = sums + t * sums_stride + c;
             Vec total = load(to);
-            for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), load(rows.row[k] + c), total);
+            for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), load(rows.at<W>(k, c)), total);
             store(to, total);
         }
     if (c == d) return;
     for (int t = 0; t < T; ++t) {
         float *to = sums + t * sums_stride + c;
         Vec total = load(to);
-        for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), load(rows.row[k] + c, d - c), total);
+        for (int k = 0; k < R; ++k) total = fma(splat(factors[k * T + t]), load(rows.at<W>(k, c), d - c), total);
         store(to, total);
     }
 }
 
-// The same loops for so many tokens, and up to rows_at_once rows.
-template <class W>
-class RowLoops {
-  public:
-    int64_t rows_at_once;
+// The loops of a format for so many tokens, and up to rows_at_once rows. What is behind the pointers knows the format,
+// and the dtype of the tokens that it multiplies.
+struct RowLoops {
+    int64_t tokens, rows_at_once, rows_in_turn;  // in turn: as many as are summed together
+    void (*in_turn)(const char *row, int64_t stride, const void *x, int64_t x_stride, int64_t d, float *out);
+    void (*one_in_turn)(const char *row, int64_t stride, const void *x, int64_t x_stride, int64_t d, float *out);
+    void (*row_products)(const Rows &, const void *x, int64_t x_stride, int64_t d, float *out, const Rows *ahead);
+    void (*block_products)(const Rows &, const void *x, int64_t x_stride, int64_t d, float *out, const Rows *ahead);
+    void (*row_add)(const Rows &, const float *factors, int64_t d, float *sums, int64_t stride, const Rows *ahead);
+    // Without rows ahead, and with.
+    void (*block_add[2])(const Rows &, const float *factors, int64_t d, float *sums, int64_t stride, const Rows *ahead);
 
-    explicit RowLoops(int64_t tokens) : tokens_(tokens) {
-        switch (tokens) {
-            case 1: take<BLOCK, 1>(); break;
-            case 2: take<2, 2>(); break;
-            case 3: take<2, 3>(); break;
-            case 4: take<2, 4>(); break;
-            case 5: take<1, 5>(); break;
-            case 6: take<1, 6>(); break;
-            case 7: take<1, 7>(); break;
-            default: take<1, 8>(); break;
-        }
-    }
-
-    // Of rows that follow one another, `stride` apart.
-    void products(const W *row, int64_t stride, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d,
+    // Of rows that follow one another, `stride` bytes apart.
+    void products(const char *row, int64_t stride, int64_t count, const void *x, int64_t x_stride, int64_t d,
                   float *out) const {
-        for (; count >= rows_in_turn_; count -= rows_in_turn_, row += rows_in_turn_ * stride, out += rows_in_turn_ * tokens_)
-            in_turn_(row, stride, x, x_stride, d, out);
-        for (; count; --count, row += stride, out += tokens_) one_in_turn_(row, stride, x, x_stride, d, out);
+        for (; count >= rows_in_turn; count -= rows_in_turn, row += rows_in_turn * stride, out += rows_in_turn * tokens)
+            in_turn(row, stride, x, x_stride, d, out);
+        for (; count; --count, row += stride, out += tokens) one_in_turn(row, stride, x, x_stride, d, out);
     }
 
     // `ahead`: rows_at_once rows to fetch meanwhile.
-    void products(const Rows<W> &rows, int64_t count, const Operand<W> *x, int64_t x_stride, int64_t d, float *out,
-                  const Rows<W> &ahead) const {
-        if (count == rows_at_once) return block_products_(rows, x, x_stride, d, out, &ahead);
-        for (int64_t k = 0; k < count; ++k)
-            row_products_(Rows<W>{{rows.row[k]}}, x, x_stride, d, out + k * tokens_, nullptr);
+    void products(const Rows &rows, int64_t count, const void *x, int64_t x_stride, int64_t d, float *out,
+                  const Rows &ahead) const {
+        if (count == rows_at_once) return block_products(rows, x, x_stride, d, out, &ahead);
+        for (int64_t k = 0; k < count; ++k) row_products({{rows.row[k]}}, x, x_stride, d, out + k * tokens, nullptr);
     }
 
     // `ahead` may be nullptr.
-    void add(const Rows<W> &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
-             const Rows<W> *ahead) const {
-        if (count == rows_at_once) return block_add_[ahead != nullptr](rows, factors, d, sums, sums_stride, ahead);
+    void add(const Rows &rows, int64_t count, const float *factors, int64_t d, float *sums, int64_t sums_stride,
+             const Rows *ahead) const {
+        if (count == rows_at_once) return block_add[ahead != nullptr](rows, factors, d, sums, sums_stride, ahead);
         for (int64_t k = 0; k < count; ++k)
-            row_add_(Rows<W>{{rows.row[k]}}, factors + k * tokens_, d, sums, sums_stride, nullptr);
-    }
-
-  private:
-    using InTurn = void (*)(const W *, int64_t, const Operand<W> *, int64_t, int64_t, float *);
-    using ProductsOf = void (*)(const Rows<W> &, const Operand<W> *, int64_t, int64_t, float *, const Rows<W> *);
-    using AddRows = void (*)(const Rows<W> &, const float *, int64_t, float *, int64_t, const Rows<W> *);
-
-    int64_t tokens_, rows_in_turn_;
-    InTurn in_turn_, one_in_turn_;
-    ProductsOf row_products_, block_products_;
-    AddRows row_add_, block_add_[2];  // without rows ahead, and with
-
-    template <int R, int T>
-    void take() {
-        rows_at_once = R;
-        rows_in_turn_ = 8 / T;  // as many as are summed together
-        in_turn_ = products_in_turn<W, 8 / T, T>;
-        one_in_turn_ = products_in_turn<W, 1, T>;
-        row_products_ = products_of<W, 1, T, false>;
-        block_products_ = products_of<W, R, T, true>;
-        row_add_ = add_rows<W, 1, T, false>;
-        block_add_[0] = add_rows<W, R, T, false>;
-        block_add_[1] = add_rows<W, R, T, true>;
+            row_add({{rows.row[k]}}, factors + k * tokens, d, sums, sums_stride, nullptr);
     }
 };
 
-}  // namespace VARIANT
-}  // namespace countdown
+// The loops above for T tokens and R rows of plain entries.
+template <class W, int R, int T>
+static RowLoops loops_for() {
+    return {.tokens = T,
+            .rows_at_once = R,
+            .rows_in_turn = 8 / T,
+            .in_turn = products_in_turn<W, 8 / T, T>,
+            .one_in_turn = products_in_turn<W, 1, T>,
+            .row_products = products_of<W, 1, T, false>,
+            .block_products = products_of<W, R, T, true>,
+            .row_add = add_rows<W, 1, T, false>,
+            .block_add = {add_rows<W, R, T, false>, add_rows<W, R, T, true>}};
+}
+
+template <class W>
+static RowLoops plain_loops(int64_t tokens) {
+    return with_count(tokens, [](auto count) {
+        constexpr int T = count;
+        return loops_for<W, T == 1 ? BLOCK : T <= 4 ? 2 : 1, T>();
+    });
+}
+
+}  // namespace countdown::VARIANT

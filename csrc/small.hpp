@@ -5,8 +5,7 @@
 
 #include "countdown.h"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 // Floats of a row that are worked on at once, and a vector more.
 constexpr int64_t PIECE = 1024;
@@ -24,49 +23,34 @@ struct Entries {
     static int64_t size(int64_t dtype) { return dtype == COUNTDOWN_FLOAT32 ? 4 : 2; }
 
     void read(int64_t start, int64_t count, float *to) const {
-        switch (dtype) {
-            case COUNTDOWN_FLOAT32: return read_as<float>(start, count, to);
-            case COUNTDOWN_BFLOAT16: return read_as<Bf16>(start, count, to);
-            default: return read_as<Fp16>(start, count, to);
-        }
+        as_type(dtype, [&](auto like) {
+            const auto *from = reinterpret_cast<const decltype(like) *>(data) + start * stride;
+            if (stride == 1) {
+                int64_t k = 0;
+                for (; k + Vec::width <= count; k += Vec::width) store(to + k, load(from + k));
+                if (k < count) store(to + k, load(from + k, count - k));
+            } else if (stride == 0) {
+                Vec same = splat(widened(from));
+                for (int64_t k = 0; k < count; k += Vec::width) store(to + k, same);
+            } else {
+                for (int64_t k = 0; k < count; ++k) to[k] = widened(from + k * stride);
+            }
+        });
     }
 
     void write(int64_t start, int64_t count, const float *from) const {
-        switch (dtype) {
-            case COUNTDOWN_FLOAT32: return write_as<float>(start, count, from);
-            case COUNTDOWN_BFLOAT16: return write_as<Bf16>(start, count, from);
-            default: return write_as<Fp16>(start, count, from);
-        }
-    }
-
-  private:
-    template <class W>
-    void read_as(int64_t start, int64_t count, float *to) const {
-        const W *from = reinterpret_cast<const W *>(data) + start * stride;
-        if (stride == 1) {
-            int64_t k = 0;
-            for (; k + Vec::width <= count; k += Vec::width) store(to + k, load(from + k));
-            if (k < count) store(to + k, load(from + k, count - k));
-        } else if (stride == 0) {
-            Vec same = splat(widened(from));
-            for (int64_t k = 0; k < count; k += Vec::width) store(to + k, same);
-        } else {
-            for (int64_t k = 0; k < count; ++k) to[k] = widened(from + k * stride);
-        }
-    }
-
-    template <class W>
-    void write_as(int64_t start, int64_t count, const float *from) const {
-        W *to = reinterpret_cast<W *>(data) + start * stride;
-        if (stride == 1) {
-            for (int64_t k = 0; k < count; k += Vec::width) store(to + k, load(from + k), least(Vec::width, count - k));
-        } else {
-            for (int64_t k = 0; k < count; ++k) {
-                W value;
-                narrow(from[k], &value);
-                memcpy(to + k * stride, &value, sizeof value);
+        as_type(dtype, [&](auto value) {
+            auto *to = reinterpret_cast<decltype(value) *>(data) + start * stride;
+            if (stride == 1) {
+                for (int64_t k = 0; k < count; k += Vec::width)
+                    store(to + k, load(from + k), least(Vec::width, count - k));
+            } else {
+                for (int64_t k = 0; k < count; ++k) {
+                    narrow(from[k], &value);
+                    memcpy(to + k * stride, &value, sizeof value);
+                }
             }
-        }
+        });
     }
 };
 
@@ -143,5 +127,4 @@ static void run_small(const countdown_small_call &call) {
             }
 }
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

@@ -1,12 +1,13 @@
-// The dtypes of weights, and conversions in plain C++ for any architecture.
+// The dtypes of entries, and conversions in plain C++ for any architecture.
 //
 // Everything here is `static`: each variant is compiled with instructions of its own, and a function that two of them
 // shared would be linked once, perhaps with instructions that this CPU lacks. For the same reason no kernel calls
 // templates of the standard library.
 #pragma once
 
-#include <stdint.h>
 #include <string.h>
+
+#include "countdown.h"
 
 namespace countdown {
 
@@ -72,6 +73,16 @@ static inline void narrow(float value, Fp16 *to) {
         result = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
     }
     to->bits = uint16_t(result | (bits >> 16 & 0x8000u));
+}
+
+// f of a value of the type that a dtype names.
+template <class F>
+static inline auto as_type(int64_t dtype, F f) {
+    switch (dtype) {
+        case COUNTDOWN_FLOAT32: return f(float{});
+        case COUNTDOWN_BFLOAT16: return f(Bf16{});
+        default: return f(Fp16{});
+    }
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -5,8 +5,7 @@
 
 #include "types.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 struct Vec {
     static constexpr int width = 8;
@@ -123,5 +122,4 @@ class WordSums {
     __m256i sums_ = _mm256_setzero_si256();
 };
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

@@ -5,8 +5,7 @@
 
 #include "types.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 struct Vec {
     static constexpr int width = 16;
@@ -145,5 +144,4 @@ class WordSums {
     __m512i low_ = _mm512_setzero_si512(), high_ = _mm512_setzero_si512();
 };
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

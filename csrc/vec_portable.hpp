@@ -5,8 +5,7 @@
 
 #include "types.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 struct Vec {
     static constexpr int width = 8;
@@ -148,5 +147,4 @@ class WordSums {
 
 #undef EACH
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

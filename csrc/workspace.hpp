@@ -3,8 +3,7 @@
 
 #include "types.hpp"
 
-namespace countdown {
-namespace VARIANT {
+namespace countdown::VARIANT {
 
 class Workspace {
   public:
@@ -26,5 +25,4 @@ class Workspace {
     int64_t used_ = 0;
 };
 
-}  // namespace VARIANT
-}  // namespace countdown
+}  // namespace countdown::VARIANT

@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import dense_kernels, kernels, launch, pair_kernels, proxy_kernels
+from countdown.ops.triton import deciders, dense_kernels, kernels, launch, loaders
 
-POINTERS = {
-    "per_neuron": "*fp32", "partial": "*fp32", "listed_count": "*i32", "listed": "*i32",
-    "active_set": "*i8", "needs": "*i8", "counters": "*i64", "mask": "*i1",
-    "largest": "*fp32", "total": "*fp32", "scale": "fp32", "words": "*i32", "sums": "*fp32", "steps": "*fp32",
-    "gate_levels": "*i32", "up_levels": "*i32", "gate_scales": "*fp16", "up_scales": "*fp16",
-}  # fmt: skip
-WEIGHTS = {
-    "x", "first", "other", "down", "gate", "up", "s", "y", "q", "keys", "values",
-    "known", "down_bias", "first_bias", "other_bias", "gate_bias", "up_bias", "w0", "w1", "w2", "b0", "b1", "b2",
-}  # fmt: skip
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+# An argument is described by its type, a tuple by those of its parts; what is no type is a constant. A size is an int
+# that 16 divides, and so is every pointer.
+SIZE, INT = "size", "i32"
+Kernels = Iterator[tuple[str, triton.JITFunction, launch.Launch, dict[str, Any]]]
 
 
 def main() -> None:
-    """Print `{kernel, dtype and shape: bytes}`."""
+    """Print `{kernel, dtypes and shape: bytes}`."""
     backend, _, arch = sys.argv[1].partition(":")
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
     found = launch.Hardware(
@@ -39,47 +36,108 @@ def main() -> None:
     )
     shared = {}
     for d, h in ((576, 1536), (4096, 14336)):
-        for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-            columns, _ = launch.columns(d, h, itemsize, found)
-            form = {"ACT": "silu", "BIAS": True, "d": d}
-            given = dtype == "bf16"  # deciding, two tokens of 16 bits go through tiles
-            for kernel, config, more in (
-                (kernels.decide_and_sum, launch.decide(d, h, itemsize, h // 5, found), form | {"GATE_FIRST": False}),
-                (kernels.sum_listed, launch.listed(d, h, itemsize, found), form),
-                (kernels.coefficients, launch.tiled(d, h, itemsize, found), {"MODE": "decide", "GATE_FIRST": True}
-                 | {"ACT": "silu", "BIAS": True}),
-                (kernels.sum_columns, columns, {}),
-                (dense_kernels.project_one, launch.projection(h, [d, d], itemsize, found), {"BIAS": True, "d": h}),
-                (dense_kernels.attend_block, launch.attention(700, 4, d // 32), {"QUERIES": 4, "MASK": True}),
-                (dense_kernels.attend_all, launch.combination(11, launch.attention(700, 4, d // 32)), {"QUERIES": 4}),
-                (proxy_kernels.quantise_tokens, launch.quantisation(d, 8, found), {}),
-                (proxy_kernels.select_by_proxy, launch.proxy_selection(d, h, 8, found), {"ACT": "silu", "BIAS": True}
-                 | {"COUNT": True}),
-                (proxy_kernels.decide_by_proxy_and_sum, launch.proxy_decision(d, h, itemsize, h // 5, found), form),
-                (pair_kernels.decide_and_sum_pair, launch.pair(d, h, itemsize, h // 3, found, given=given), form
-                 | {"GATE_FIRST": False, "GIVEN": given}),
-                (pair_kernels.decide_by_proxy_and_sum_pair, launch.pair_by_proxy(d, h, itemsize, h // 3, found), form),
-                (kernels.reduce, launch.reduction(d, 200, 8), {"BIAS": True}),
-            ):  # fmt: skip
-                size = compiled(kernel, {**config.constants, "PDL": False, **more}, dtype, config.warps, target)
-                shared[f"{kernel.__name__} {dtype} {d}"] = size
+        for x, w in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")):
+            described = [*_of_rows(d, h, x, w, found), *_of_tiles(d, h, x, w, found)]
+            if x == w:
+                described += _dense(d, h, x, found)
+            for name, kernel, config, arguments in described:
+                shared[f"{name} {x} {w} {d}"] = _compiled(kernel, config, arguments, target)
     print(json.dumps(shared))
 
 
-def compiled(kernel: triton.JITFunction, constants: dict, dtype: str, warps: int, target: GPUTarget) -> int:
-    """Return the bytes of shared memory of one kernel, its pointers and sizes multiples of 16."""
-    names = kernel.arg_names
-    pointers = {name: POINTERS.get(name, f"*{dtype}") for name in names if name in POINTERS or name in WEIGHTS}
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    sizes = [n for n in names if (n in ("d", "h") or n.endswith("stride")) and n not in constants]
-    aligned = [*pointers.keys() - {"scale"}, *sizes]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
+def _weights(x: str, w: str) -> dict[str, Any]:
+    weight = (loaders.plain, f"*{w}", SIZE)
+    weights = dict.fromkeys(("first", "other", "down"), weight)
+    return weights | {"x": f"*{x}", "biases": (f"*{w}",) * 2, "ACT": "silu", "h": SIZE}
+
+
+def _of_rows(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
+    """Yield the kernels of one token and two, and of proxies."""
+    how = launch.packed(d, found)
+    weights = _weights(x, w)
+    proxy = ("*i32", "*fp16")
+    by_proxy = {"by": (proxy, proxy, weights["biases"], "*fp32"), "DECIDE": deciders.by_proxy, "HOW": how}
+    by = {
+        "projection": {"by": (f"*{w}", "*fp32"), "DECIDE": deciders.by_projection,
+                       "READ": deciders.as_they_are, "HOW": (False,)},
+        "proxy": {**by_proxy, "READ": deciders.rounded_here},
+        "sets": {"by": ("*i8", SIZE), "DECIDE": deciders.given, "READ": deciders.as_they_are, "HOW": ()},
+    }  # fmt: skip
+    read = {"projection": None, "proxy": 8 * how[1], "sets": 2}
+    some = {"partial": "*fp32", "counters": "*i64", "phases": "*u8", "x_stride": SIZE}
+    for name, arguments in by.items():
+        for tokens in (1, 2):
+            config = launch.row_blocks(d, h, ITEMSIZE[w], tokens, h // 3, found, read=read[name])
+            assert config is not None
+            more = {"d": d, "KNOWN": name == "projection", "GATE_FIRST": False}
+            yield f"{name} {tokens}", kernels.decide_and_sum, config, weights | some | arguments | more
+    rounded = {"x": ("*i32", "*fp32", "*fp32"), "READ": deciders.rounded_before}
+    config = launch.row_selection(h, 8, read["proxy"], found)
+    yield "select", kernels.select_rows, config, some | by_proxy | rounded | {
+        "active_set": "*i8", "h": SIZE, "d": SIZE, "ACT": "silu",
+    }  # fmt: skip
+    yield "quantise", deciders.quantise_tokens, launch.quantisation(d, 8, found), {
+        "x": f"*{x}", "x_stride": SIZE, "words": "*i32", "sums": "*fp32", "steps": "*fp32", "d": SIZE,
+    }  # fmt: skip
+    listed = weights | {"listed": "*i32", "listed_count": "*i32", "partial": "*fp32", "d": d}
+    yield "listed", kernels.sum_listed, launch.listed(d, h, ITEMSIZE[w], found), listed
+
+
+def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
+    """Yield the kernels of several tokens."""
+    weights, mixed = _weights(x, w), x != w
+    tiled = weights | {
+        "x_stride": SIZE, "per_neuron": "*fp32", "phases": "*u8",
+        "active_set": None, "s": f"*{x}", "needs": "*i8", "counters": "*i64", "tokens": INT, "d": SIZE,
+        "GATE_FIRST": True,
+    }  # fmt: skip
+    yield "coefficients", kernels.coefficients, launch.tiled(d, h, ITEMSIZE[w], found, mixed=mixed), tiled
+    columns, _ = launch.columns(d, h, ITEMSIZE[w], found, mixed=mixed)
+    yield "columns", kernels.sum_columns, columns, {
+        "s": f"*{x}", "needs": "*i8", "down": weights["down"], "partial": "*fp32", "tokens": INT, "d": SIZE,
+        "h": SIZE, "per_program": INT,
+    }  # fmt: skip
+    yield "reduce", kernels.reduce, launch.reduction(d, 200, 8), {
+        "partial": "*fp32", "down_bias": f"*{w}", "y": f"*{x}", "programs": INT, "tokens": INT, "d": SIZE,
+    }  # fmt: skip
+
+
+def _dense(d: int, h: int, x: str, found: launch.Hardware) -> Kernels:
+    """Yield the kernels of the rest of a step."""
+    pointers = dict.fromkeys(("x", "w0", "w1", "w2", "b0", "b1", "b2", "y", "q", "keys", "values"), f"*{x}")
+    config = launch.projection(h, [d, d], ITEMSIZE[x], found)
+    heights = dict.fromkeys(("h0", "h1", "h2"), INT)
+    yield "project", dense_kernels.project_one, config, pointers | heights | {"BIAS": True, "d": h}
+    attention = launch.attention(700, 4, d // 32)
+    blocks = {"largest": "*fp32", "total": "*fp32", "partial": "*fp32"}
+    strides = ("query_stride", "key_stride", "key_step", "value_stride", "value_step")
+    yield "attend", dense_kernels.attend_block, attention, pointers | blocks | dict.fromkeys(strides, SIZE) | {
+        "mask": "*i1", "scale": "fp32", "length": INT, "size": INT, "QUERIES": 4, "MASK": True,
+    }  # fmt: skip
+    yield "combine", dense_kernels.attend_all, launch.combination(11, attention), pointers | blocks | {
+        "blocks": INT, "size": INT, "QUERIES": 4,
+    }  # fmt: skip
+
+
+def _compiled(kernel: triton.JITFunction, config: launch.Launch, arguments: dict[str, Any], target: GPUTarget) -> int:
+    """Return the bytes of shared memory of a kernel."""
+    signature, constants, aligned = {}, {}, {}
+
+    def described(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple) and not kernel.params[path[0]].is_constexpr:
+            return tuple(described(part, (*path, place)) for place, part in enumerate(value))
+        if not isinstance(value, str) or kernel.params[path[0]].is_constexpr:
+            constants[path] = value
+            return "constexpr"
+        if value == SIZE or value.startswith("*"):
+            aligned[path] = [["tt.divisibility", 16]]
+        return INT if value == SIZE else value
+
+    given = {**arguments, **config.constants, "PDL": False}
+    for place, name in enumerate(kernel.arg_names):
+        signature[name] = described(given[name], (place,))
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options={"num_warps": config.warps}).metadata.shared
 
 
 if __name__ == "__main__":

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 import oracle
-from countdown.ops import proxy as proxies
+from calls import REFERENCE, TRITON, Ops
 from countdown.ops.cpu import library
-from countdown.ops.triton import ops as triton_ops
+from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.weights.symmetric import Symmetric, quantise
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-def tolerance(dtype: torch.dtype, ops: Any = triton_ops) -> float:
+def tolerance(dtype: torch.dtype, ops: Ops = TRITON) -> float:
     """Return the relative error that is allowed; Triton's interpreter truncates to bfloat16, where devices round."""
-    interpreted = ops is triton_ops and not torch.cuda.is_available()
+    interpreted = ops is TRITON and not torch.cuda.is_available()
     return 2e-2 if interpreted and dtype == torch.bfloat16 else TOLERANCE[dtype]
 
 
@@ -81,7 +81,7 @@ def clear_thresholds(indicator: Tensor, share: float) -> Tensor:
 
 def check_sparse(
     tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, indicator: str, activation: str, share: float,
-    bias: bool = False, form: str = "split", seed: int = 0, ops: Any = triton_ops,
+    bias: bool = False, form: str = "split", seed: int = 0, ops: Ops = TRITON,
 ) -> None:  # fmt: skip
     """`sparse_ffn` against float64: values, counters, and the same from `select` and `given_ffn`."""
     weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
@@ -110,26 +110,24 @@ def check_sparse(
     assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)
 
 
-def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Tensor]:
-    """Levels and scales of gate and up, all inputs as important."""
-    matrices = [proxies.quantise(weight, torch.ones(weight.shape[1]), bits) for weight in weights[:2]]
-    return [part for matrix in matrices for part in (matrix.levels, matrix.scales)]
+def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Symmetric]:
+    """Gate and up in few bits, all inputs as important."""
+    return [quantise(weight, torch.ones(weight.shape[1]), bits) for weight in weights[:2]]
 
 
 def check_proxy(
     tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, activation: str, share: float,
-    bias: bool = False, form: str = "split", seed: int = 0, ops: Any = triton_ops,
+    bias: bool = False, form: str = "split", seed: int = 0, ops: Ops = TRITON,
 ) -> None:  # fmt: skip
     """`sparse_ffn` and `select` by a 4-bit proxy against float64: active sets, values, counters."""
     weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
     x = inputs(tokens, d, dtype, device, seed)
     proxy = proxy_of(weights)
     cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
-    unpack = proxies.dequantise if d * h > 10**6 else None
-    a, u = oracle.proxy_factors(x.cpu(), on_cpu(proxy), cpu_biases, activation, unpack)
+    a, u = oracle.proxy_factors(x.cpu(), proxy, cpu_biases, activation, unpacked=d * h > 10**6)
     thresholds = clear_thresholds(a * u, share)
     expected_active = ~((a * u).abs() <= thresholds.double())
-    how = {"decision": "threshold", "drop": int(share * h), "indicator": "proxy", "activation": activation}
+    how = {"decision": "threshold", "drop": int(share * h), "indicator": "proxy-4", "activation": activation}
     per_neuron, counters = thresholds.to(device), torch.tensor([3, 5], device=device)
     with poisoned():
         y = ops.sparse_ffn(x, weights, biases, per_neuron, counters, proxy=proxy, **how)
@@ -139,3 +137,78 @@ def check_proxy(
     exact = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
     expected = oracle.combine(*exact, expected_active, cpu_weights, cpu_biases)
     assert oracle.relative_error(y.cpu(), expected) <= tolerance(dtype, ops)
+
+
+def decided(
+    by: str, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], share: float
+) -> tuple[dict, Tensor, Tensor]:
+    """Return the arguments that decide with an activation of `silu`, thresholds [h], and the active sets in float64."""
+    cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
+    how: dict = {"decision": "threshold", "drop": int(share * len(weights[0])), "indicator": by, "activation": "silu"}
+    if by == "proxy-4":
+        how["proxy"] = proxy_of(weights)
+        a, u = oracle.proxy_factors(x.cpu(), how["proxy"], cpu_biases, "silu", unpacked=weights[0].numel() > 10**5)
+    else:
+        a, u = oracle.projections(x.cpu(), cpu_weights, cpu_biases, "silu")
+    value = {"up": u, "gate": a}.get(by, a * u)
+    thresholds = clear_thresholds(value, share)
+    return how, thresholds.to(x.device), ~(value.abs() <= thresholds.double())
+
+
+def check_phases(
+    phases: list[int], d: int, h: int, dtype: torch.dtype, device: str, *, by: str, bias: bool = True, seed: int = 0,
+    ops: Ops = TRITON,
+) -> None:  # fmt: skip
+    """`sparse_ffn` and `select` of tokens in these phases against float64 and the reference; padding is not finite."""
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed)
+    x = inputs(len(phases), d, dtype, device, seed)
+    how, thresholds, active = decided(by, x, weights, biases, 0.6)
+    now = torch.tensor(phases, dtype=torch.uint8)
+    active = (active | (now == PROMPT)[:, None]) & (now != PADDING)[:, None]
+    clean = x.cpu().clone()
+    x[now.to(device) == PADDING, d // 2] = torch.nan
+    counters, expected_counters = (torch.tensor([3, 5], device=device) for _ in range(2))
+    arguments = (x, weights, biases, thresholds)
+    with poisoned():
+        found = ops.select(*arguments, phases=now.to(device), **how).cpu()
+        y = ops.sparse_ffn(*arguments, counters, phases=now.to(device), **how).cpu()
+    # fp16 and bf16 may round an indicator across a threshold, see `check_sparse`.
+    differs = found != active
+    assert not differs[now != GENERATED].any()
+    assert differs.sum().item() <= (0 if dtype == torch.float32 or by == "proxy-4" else 0.02 * active.numel() + 1)
+    a, u = oracle.projections(clean, on_cpu(weights), on_cpu(biases), "silu")
+    expected = oracle.combine(a, u, found, on_cpu(weights), on_cpu(biases))
+    assert oracle.relative_error(y, expected) <= 3 * tolerance(dtype, ops)
+    alone = torch.zeros(d, dtype=dtype) if biases[2] is None else biases[2].cpu()
+    assert torch.equal(y[now == PADDING], alone.expand(phases.count(PADDING), d))
+    generated = now == GENERATED
+    assert counters.tolist() == [3 + int(generated.sum()), 5 + int(found[generated].sum())]
+    reference = REFERENCE.sparse_ffn(*arguments, expected_counters, phases=now.to(device), **how).cpu()
+    assert oracle.relative_error(y, reference.double()) <= 0.01 + 3 * tolerance(dtype, ops)
+    if not differs.any():
+        assert torch.equal(counters, expected_counters)
+
+
+def check_mixed(
+    tokens: int, d: int, h: int, dtype: torch.dtype, dtypes: list[torch.dtype], device: str, *, by: str,
+    seed: int = 0, ops: Ops = TRITON,
+) -> None:  # fmt: skip
+    """`sparse_ffn`, `select` and `given_ffn` of an x and weights of other dtypes against float64 and the reference."""
+    weights, biases = ffn(d, h, torch.float32, device, bias=True, seed=seed)
+    gate, up, down = (weight.to(other) for weight, other in zip(weights, dtypes, strict=True))
+    weights = [gate, up, down.t().contiguous().t()]
+    x = inputs(tokens, d, dtype, device, seed)
+    how, thresholds, active = decided(by, x, weights, biases, 0.6)
+    counters = torch.zeros(2, dtype=torch.int64, device=device)
+    with poisoned():
+        found = ops.select(x, weights, biases, thresholds, **how)
+        y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+        given = ops.given_ffn(x, weights, biases, found, activation="silu")
+    assert y.dtype == given.dtype == dtype
+    exact = dtype == torch.float32 or by == "proxy-4"
+    assert (found.cpu() != active).sum().item() <= (0 if exact else 0.02 * tokens * h + 1)
+    assert torch.equal(found, REFERENCE.select(x, weights, biases, thresholds, **how)) or not exact
+    a, u = oracle.projections(x.cpu(), on_cpu(weights), on_cpu(biases), "silu")
+    expected = oracle.combine(a, u, found.cpu(), on_cpu(weights), on_cpu(biases))
+    assert oracle.relative_error(y.cpu(), expected) <= 3 * tolerance(dtype, ops)
+    assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)

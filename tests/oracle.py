@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from countdown.ops.proxy_format import padded
+from countdown.weights.symmetric import Symmetric
 
 
 def softplus(v: float) -> float:
@@ -36,7 +37,8 @@ INDICATOR = {
     "up": lambda a, u: abs(u),
     "gate": lambda a, u: abs(a),
     "coefficient": lambda a, u: abs(a * u),
-    "proxy": lambda a, u: abs(a * u),
+    "proxy-4": lambda a, u: abs(a * u),
+    "proxy-3": lambda a, u: abs(a * u),
     "input": abs,
 }
 FFN_INDICATORS = ("up", "gate", "coefficient")
@@ -72,20 +74,22 @@ def proxy_weights(packed: Tensor, scales: Tensor, d: int, bits: int = 4) -> Tens
 
 
 def proxy_factors(
-    x: Tensor, proxy: list[Tensor], biases: list[Tensor | None], activation: str, unpack=None
+    x: Tensor, proxy: Sequence[Symmetric], biases: list[Tensor | None], activation: str, *, unpacked: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return what a proxy takes a and u for, float64 [T, h], for x [T, d]: each token rounded to 255 steps.
 
-    unpack(levels, scales, d) gives the weights where `proxy_weights` takes too long.
+    unpacked: take the weights from the format itself, where `proxy_weights` takes too long.
     """
     largest = x.float().abs().amax(dim=-1, keepdim=True)
     # Half the largest lies between two steps: which one it becomes is decided in float32.
     steps = (x.float() * torch.where(largest > 0, (torch.full_like(largest, 127) / largest).clamp(max=3e38), 0)).round()
     rounded = steps.double() * largest.double() / 127
-    d = x.shape[-1]
-    bits = next(b for b in (3, 4) if proxy[0].shape[1] * 8 == b * padded(d, b))
-    unpack = unpack or (lambda *pair: proxy_weights(*pair, bits))
-    weights = [unpack(*pair, d).double() for pair in (proxy[:2], proxy[2:])]
+    weights = [
+        weight.values().cpu().double()
+        if unpacked
+        else proxy_weights(*(part.cpu() for part in weight.in_rows().parts), x.shape[-1], weight.bits)
+        for weight in proxy
+    ]
     return projections(rounded, [*weights, weights[0]], biases, activation)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import llama
-from countdown.cost import ceiling, token_bytes
-from countdown.methods import method_class
-from countdown.models.find import find_ffns
+from countdown.cost import ceiling, token_bytes, weights_read
+from countdown.methods import method
+from countdown.sites.ffn import find_ffns
 
 FFN = 3 * 3 * 24 * 53 * 4
 ATTENTION = 3 * (24 * 24 + 24 * 12 + 24 * 12 + 24 * 24) * 4
@@ -31,8 +31,24 @@ def test_half_the_bytes_in_bfloat16():
 def test_ceiling():
     model = llama()
     found = token_bytes(model, find_ffns(model))
-    row = ceiling(found, method_class("m-countdown"), 0.7)
+    row = ceiling(found, find_ffns(model), method("m-countdown", sparsity=0.7))
     assert row.weights_read == pytest.approx(1.6 / 3)
     assert row.own_speedup == pytest.approx(3 / 1.6)
     assert row.token_speedup == pytest.approx(found.total / (found.other + found.own * 1.6 / 3))
-    assert ceiling(found, method_class("m-countdown"), 0.0).token_speedup == 1.0
+    assert ceiling(found, find_ffns(model), method("m-countdown", sparsity=0.0)).token_speedup == 1.0
+
+
+@pytest.mark.parametrize(
+    "name, active, expected",
+    [("m-countdown", 0.3, 1.6 / 3), ("cats", 0.1, 1.2 / 3), ("d-countdown", 0.3, 2.3 / 3), ("cats", 1.0, 1.0)],
+)
+def test_weights_read(name, active, expected):
+    assert weights_read(find_ffns(llama()), method(name), active) == pytest.approx(expected)
+
+
+def test_a_proxy_counts_as_read():
+    # 4 bits and a 16-bit scale for 64 weights, of two matrices out of three.
+    ffns = find_ffns(llama(torch.bfloat16, hidden_size=64))
+    assert weights_read(ffns, method("d-proxy"), 0.2) == pytest.approx(0.2 + 2 / 3 * 4.25 / 16)
+    ffns = find_ffns(llama(hidden_size=64))
+    assert weights_read(ffns, method("d-proxy", bits=3), 0.2) == pytest.approx(0.2 + 2 / 3 * 3.25 / 32)

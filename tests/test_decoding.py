@@ -14,7 +14,7 @@ from countdown import decoding
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError
 from countdown.methods import method
-from countdown.modules import sparse_sites
+from countdown.modules import sparse_modules
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -83,7 +83,7 @@ def test_the_model_is_left_as_it_was():
     DecodeLoop(model, IDS, new_tokens=2)
     assert model.config._attn_implementation == before
     assert not any("forward" in vars(module) for module in model.modules())
-    assert not sparse_sites(model)
+    assert not sparse_modules(model)
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

@@ -13,14 +13,15 @@ import countdown
 import oracle
 from conftest import FAMILIES, llama
 from countdown import modules, sparsify
-from countdown.cost import proxy_bytes
+from countdown.cost import beside_bytes
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import method, method_class, method_names
-from countdown.models.find import find_ffns, find_sites
-from countdown.modules import SparseSite, sparse_sites
-from countdown.ops import proxy as proxies
+from countdown.modules import SparseModule, sparse_modules
 from countdown.ops.cpu import library
-from countdown.ops.proxy_tiles import in_rows
+from countdown.sites import find_sites
+from countdown.sites.ffn import find_ffns
+from countdown.sites.holders import PlainLinear
+from countdown.weights import symmetric
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -33,6 +34,10 @@ def calibrated(model, tokenizer, text, **settings):
 @pytest.fixture
 def profile(llama_model, tokenizer, text):
     return calibrated(llama_model, tokenizer, text, sparsity=0.5, weighting="rms")
+
+
+def tensors(module):
+    return [tensor for part in module.parts for tensor in part.parts]
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def test_a_sparse_model_is_the_dense_one_with_masked_coefficients(name, decision
     masked = copy.deepcopy(model)
     countdown.sparsify_(model, profile, apply_to="all")
     sites = {site.name: site for site in find_sites(masked, profile.kinds)}
-    for name, module in sparse_sites(model).items():
+    for name, module in sparse_modules(model).items():
         sites[name].module.forward = _masked_forward(sites[name], module)
     assert oracle.relative_error(logits(model), logits(masked).double()) < 1e-5
     assert 0.3 < countdown.status(model)[0].realised_sparsity < 0.9
@@ -64,12 +69,11 @@ def _masked_forward(site, module):
     """The dense forward with a mask from the definitions, written without the ops."""
 
     def forward(x):
-        factors = seen = site.project(x)
-        if module.method.proxy_bits:
-            biases = [rows.of(site.module)[1] for rows in (site.gate, site.up)]
-            seen = oracle.proxy_factors(x[0], in_rows(module.proxy, module.terms), biases, site.activation)
+        factors = seen = site.sum.project(x)
+        if module.parts:
+            seen = oracle.proxy_factors(x[0], module.parts, site.sum.biases, site.activation)
             seen = [factor.float()[None] for factor in seen]
-        value = oracle.INDICATOR[module.method.indicator.name](*seen)
+        value = oracle.INDICATOR[module.selector.name](*seen)
         if module.method.decision == "threshold":
             active = value > module.per_term
         else:
@@ -77,7 +81,7 @@ def _masked_forward(site, module):
             active = torch.ones_like(value, dtype=torch.bool)
             active.scatter_(-1, ranked[..., : int(0.6 * module.terms)], False)
         coefficients = math.prod(factors, start=1.0)
-        return site.combine(coefficients * active)
+        return site.sum.combine(coefficients * active)
 
     return forward
 
@@ -165,7 +169,7 @@ def test_loaded_weights_are_used_never_stale_ones(assign, on_reference, llama_mo
     llama_model.load_state_dict(other, assign=assign)
     assert not torch.allclose(logits(llama_model), before)
     sparse = logits(llama_model)
-    for module in sparse_sites(llama_model).values():
+    for module in sparse_modules(llama_model).values():
         module.per_term.fill_(-1)
     dense = logits(llama_model)
     countdown.restore_(llama_model)
@@ -196,10 +200,10 @@ def test_too_little_memory_to_lay_proxies_out_says_so(error, monkeypatch, tokeni
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(modules, "in_rows" if library.missing() else "in_tiles", fail)
+    monkeypatch.setattr(symmetric.Symmetric4, "in_rows" if library.missing() else "in_tiles", fail)
     with pytest.raises(ConfigError, match="memory ran out while making proxies"):
         countdown.sparsify_(model, profile)
-    assert not sparse_sites(model)
+    assert not sparse_modules(model)
     assert torch.equal(logits(model), expected)
 
 
@@ -211,12 +215,12 @@ def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokeniz
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(proxies, "quantise", fail)
-    size = proxy_bytes(find_ffns(model), method("d-proxy"))
+    monkeypatch.setattr(symmetric, "quantise", fail)
+    size = beside_bytes(find_ffns(model), method("d-proxy"))
     message = f"memory ran out while making proxies, which take {size / 1e9:.2f} GB beside the weights"
     with pytest.raises(ConfigError, match=message):
         countdown.sparsify_(model, profile)
-    assert not sparse_sites(model)
+    assert not sparse_modules(model)
     with pytest.raises(ConfigError, match=message):
         countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
 
@@ -227,25 +231,27 @@ def test_a_proxy_follows_copies_and_survives_casts(llama_model, tokenizer, text,
     expected = logits(llama_model)
     assert torch.equal(logits(copy.deepcopy(llama_model)), expected)
     again = copy.deepcopy(llama_model).half().float()
-    for one, other in zip(*(sparse_sites(m).values() for m in (llama_model, again)), strict=True):
-        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one.proxy, other.proxy, strict=True))
+    for one, other in zip(*(sparse_modules(m).values() for m in (llama_model, again)), strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors(one), tensors(other), strict=True))
     compiled = torch.compile(llama_model, backend="eager", fullgraph=True)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(IDS).logits, expected)
     torch._dynamo.reset()  # or the next test would find what was compiled here
     row = 4 * 32 // 8 + 2  # 24 weights in one group of 32
-    assert proxy_bytes(find_ffns(countdown.restore_(copy.deepcopy(llama_model))), method("d-proxy")) == 3 * 2 * 53 * row
+    assert (
+        beside_bytes(find_ffns(countdown.restore_(copy.deepcopy(llama_model))), method("d-proxy")) == 3 * 2 * 53 * row
+    )
     stored = 53 if library.missing() else 64  # in tiles of 16
-    assert sum(site.proxy_bytes for site in countdown.status(llama_model)) == 3 * 2 * stored * row
+    assert sum(site.beside_bytes for site in countdown.status(llama_model)) == 3 * 2 * stored * row
     monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
     rows = llama_model.to("cpu")
-    assert sum(site.proxy_bytes for site in countdown.status(rows)) == 3 * 2 * 53 * row
+    assert sum(site.beside_bytes for site in countdown.status(rows)) == 3 * 2 * 53 * row
     torch.testing.assert_close(logits(rows), expected)
     monkeypatch.delenv("COUNTDOWN_BACKEND")
     with torch.inference_mode():
         again = rows.to("cpu")
-    assert sum(site.proxy_bytes for site in countdown.status(again)) == 3 * 2 * stored * row
-    assert not any(part.is_inference() for site in sparse_sites(again).values() for part in site.proxy)
+    assert sum(site.beside_bytes for site in countdown.status(again)) == 3 * 2 * stored * row
+    assert not any(part.is_inference() for site in sparse_modules(again).values() for part in tensors(site))
 
 
 def test_deepcopy_is_independent(llama_model, profile):
@@ -262,9 +268,9 @@ def test_deepcopy_is_independent(llama_model, profile):
 
 
 def test_a_twin_shares_all_but_down_and_leaves_the_model_alone(laid_out, llama_model, profile):
-    before, downs = logits(llama_model), {ffn.matrices[-1] for ffn in find_ffns(llama_model)}
+    before, downs = logits(llama_model), {ffn.module.down_proj.weight for ffn in find_ffns(llama_model)}
     twin = sparsify.sparse_twin(llama_model, profile)
-    assert (bool(sparse_sites(twin)), bool(sparse_sites(llama_model))) == (True, False)
+    assert (bool(sparse_modules(twin)), bool(sparse_modules(llama_model))) == (True, False)
     for mine, its in zip(llama_model.parameters(), twin.parameters(), strict=True):
         assert (mine is its) == (mine not in downs)
     assert (any(by_neuron(llama_model)), all(by_neuron(twin))) == (False, True)
@@ -277,9 +283,9 @@ def test_a_twin_shares_all_but_down_and_leaves_the_model_alone(laid_out, llama_m
 
 def test_changing_dtype_keeps_thresholds_exact(llama_model, profile):
     countdown.sparsify_(llama_model, profile)
-    before = [module.per_term.clone() for module in sparse_sites(llama_model).values()]
+    before = [module.per_term.clone() for module in sparse_modules(llama_model).values()]
     llama_model.half()
-    after = [module.per_term for module in sparse_sites(llama_model).values()]
+    after = [module.per_term for module in sparse_modules(llama_model).values()]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert llama_model.model.layers[0].mlp.up_proj.weight.dtype == torch.float16
     out = llama_model.generate(IDS, max_new_tokens=2, pad_token_id=0)
@@ -296,7 +302,7 @@ def test_compiles_in_one_graph_and_the_compiled_code_runs(decision, llama_model,
     countdown.reset_counters(llama_model)
     torch.testing.assert_close(logits(compiled, use_cache=False), expected)
     assert counter.frame_count == 1
-    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "sparse_ffn" in str(node.target)]
+    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "countdown.sparse" in str(node.target)]
     assert len(calls) == 3
     assert [site.tokens for site in countdown.status(llama_model)] == [8, 8, 8]
 
@@ -313,7 +319,7 @@ def test_from_pretrained(model_folder, llama_model, profile, tmp_path):
 def test_status_says_what_runs_where(on_reference, llama_model, profile):
     countdown.sparsify_(llama_model, profile)
     first = countdown.status(llama_model)[0]
-    assert (first.name, first.method, first.indicator) == ("model.layers.0.mlp", "m-countdown", "up")
+    assert (first.name, first.method, first.selector) == ("model.layers.0.mlp", "m-countdown", "up")
     assert (first.decision, first.weighting, first.backend) == ("threshold", "rms", "reference")
     assert (first.tokens, first.realised_sparsity, first.weights_read) == (0, None, None)
     llama_model.generate(IDS, max_new_tokens=5, pad_token_id=0)
@@ -356,7 +362,7 @@ def test_a_failed_sparsify_leaves_the_model_as_it_was(llama_model, profile):
     llama_model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
     with pytest.raises(UnsupportedModelError, match=r"layers\.2\.mlp .*has hooks"):
         countdown.sparsify_(llama_model, profile)
-    assert not any(isinstance(module, SparseSite) for module in llama_model.modules())
+    assert not any(isinstance(module, SparseModule) for module in llama_model.modules())
 
 
 def test_assisted_decoding_is_refused_under_decode_only(llama_model, profile):
@@ -375,7 +381,7 @@ def test_assisted_decoding_is_refused_under_decode_only(llama_model, profile):
 def test_only_matching_modules_are_replaced(llama_model, profile):
     object.__setattr__(profile.entries[0], "pattern", "model.layers.1.*")
     countdown.sparsify_(llama_model, profile)
-    assert list(sparse_sites(llama_model)) == ["model.layers.1.mlp"]
+    assert list(sparse_modules(llama_model)) == ["model.layers.1.mlp"]
 
 
 def test_a_pattern_that_matches_nothing_is_refused(llama_model, profile):
@@ -417,7 +423,7 @@ def test_without_the_library_a_cpu_runs_the_reference_and_says_so_once(llama_mod
 @pytest.fixture
 def laid_out(monkeypatch):
     """Weights are stored as kernels want them, whether or not there are some."""
-    monkeypatch.setattr(modules.backends, "refuses_ffn", lambda *_, **__: None)
+    monkeypatch.setattr(modules.backends, "_refuses", lambda *_: None)
 
 
 def by_neuron(model):
@@ -449,19 +455,19 @@ def test_assigned_weights_are_laid_out_again(laid_out, llama_model, profile):
 
 
 def test_interrupted_halfway_the_model_is_as_it_was(laid_out, llama_model, profile, monkeypatch):
-    store, calls = modules._store, []
+    store, calls = PlainLinear.store, []
 
-    def fails_at_the_third(linear, weight):
+    def fails_at_the_third(holder, linear, weight):
         calls.append(linear)
         if len(calls) == 3:
             raise torch.OutOfMemoryError
-        store(linear, weight)
+        store(holder, linear, weight)
 
-    monkeypatch.setattr(modules, "_store", fails_at_the_third)
+    monkeypatch.setattr(PlainLinear, "store", fails_at_the_third)
     with pytest.raises(torch.OutOfMemoryError):
         countdown.sparsify_(llama_model, profile)
     assert all(parameter.is_contiguous() for parameter in llama_model.parameters())
-    assert not sparse_sites(llama_model)
+    assert not sparse_modules(llama_model)
     countdown.sparsify_(llama_model, profile)
 
 

@@ -14,7 +14,7 @@ import countdown
 from conftest import llama
 from countdown.errors import CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method
-from countdown.modules import sparse_sites
+from countdown.modules import sparse_modules
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 
@@ -157,8 +157,8 @@ def test_padding_is_left_out_of_statistics_and_metrics(side, tokenizer, text):
         progress=False,
     )
     for one, same in zip(got.entries[0].sites.values(), other.entries[0].sites.values(), strict=True):
-        assert torch.equal(one.weights, same.weights)
-        assert torch.equal(one.thresholds, same.thresholds)
+        assert torch.equal(one["multipliers"], same["multipliers"])
+        assert torch.equal(one["thresholds"], same["thresholds"])
     countdown.sparsify_(model, got)
     result = countdown.evaluate(model, batch, progress=False)
     assert result.tokens == 206
@@ -216,7 +216,7 @@ def test_a_sparse_linear_is_copied_moved_and_restored(tokenizer, text):
     assert torch.equal(logits(model), sparse)
     assert countdown.restore_(other).model.layers[0].self_attn.q_proj.weight.eq(0).all()
     half = copy.deepcopy(model).to(torch.float16)
-    assert {module.per_term.dtype for module in sparse_sites(half).values()} == {torch.float32}
+    assert {module.per_term.dtype for module in sparse_modules(half).values()} == {torch.float32}
     assert countdown.restore_(half).model.layers[0].self_attn.q_proj.weight.dtype == torch.float16
     assert torch.equal(logits(countdown.restore_(model)), dense)
 
@@ -230,7 +230,7 @@ def test_sparse_linears_compile_in_one_graph_and_the_compiled_code_runs(tokenize
     countdown.reset_counters(model)
     torch.testing.assert_close(logits(compiled, use_cache=False), expected)
     assert counter.frame_count == 1
-    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "sparse_linear" in str(node.target)]
+    calls = [node for graph in counter.graphs for node in graph.graph.nodes if "countdown.sparse" in str(node.target)]
     assert len(calls) == 21
     assert {site.tokens for site in countdown.status(model)} == {8}
 
@@ -302,7 +302,7 @@ def test_global_allocation_under_inference_mode(tokenizer, text):
     with pytest.raises(UnsupportedModelError, match="load it outside"):
         countdown.calibrate(made_inside, tokenizer, text, config, tokens=1024, progress=False)
     for one, same in zip(plain.entries[0].sites.values(), other.entries[0].sites.values(), strict=True):
-        assert torch.equal(one.errors, same.errors)
+        assert torch.equal(one["errors"], same["errors"])
 
 
 def test_an_output_that_is_not_finite_is_said(tokenizer, text):

@@ -16,9 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from countdown.calibration.calibrate import calibrate
-    from countdown.calibration.text import load_text
     from countdown.comparison.compare import compare
-    from countdown.comparison.results import Comparison
+    from countdown.comparison.comparison import Comparison
     from countdown.errors import (
         ConfigError,
         CountdownError,
@@ -29,19 +28,21 @@ if TYPE_CHECKING:
     )
     from countdown.evaluation.choice import choose
     from countdown.evaluation.evaluate import evaluate
+    from countdown.loading import load_tokenizer
     from countdown.methods import method, method_names
-    from countdown.models.loading import load_tokenizer
-    from countdown.profile import Profile
-    from countdown.recipe import Recipe, RecipeEntry
+    from countdown.phase import phases
+    from countdown.profiles.profile import Profile
+    from countdown.profiles.recipe import Recipe, RecipeEntry, recipe
     from countdown.sparsify import export, from_pretrained, reset_counters, restore_, sparsify_, status
+    from countdown.text import load_text
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
     "compare": "countdown.comparison.compare",
-    "Comparison": "countdown.comparison.results",
+    "Comparison": "countdown.comparison.comparison",
     "choose": "countdown.evaluation.choice",
-    "load_text": "countdown.calibration.text",
-    "load_tokenizer": "countdown.models.loading",
+    "load_text": "countdown.text",
+    "load_tokenizer": "countdown.loading",
     "ConfigError": "countdown.errors",
     "CountdownError": "countdown.errors",
     "ProfileError": "countdown.errors",
@@ -53,9 +54,11 @@ _HOMES = {
     "from_pretrained": "countdown.sparsify",
     "method": "countdown.methods",
     "method_names": "countdown.methods",
-    "Profile": "countdown.profile",
-    "Recipe": "countdown.recipe",
-    "RecipeEntry": "countdown.recipe",
+    "phases": "countdown.phase",
+    "Profile": "countdown.profiles.profile",
+    "recipe": "countdown.profiles.recipe",
+    "Recipe": "countdown.profiles.recipe",
+    "RecipeEntry": "countdown.profiles.recipe",
     "reset_counters": "countdown.sparsify",
     "restore_": "countdown.sparsify",
     "sparsify_": "countdown.sparsify",
@@ -84,6 +87,8 @@ __all__ = [
     "load_tokenizer",
     "method",
     "method_names",
+    "phases",
+    "recipe",
     "reset_counters",
     "restore_",
     "sparsify_",

@@ -1,4 +1,4 @@
-"""What one decoded token costs in bytes of weights, and what skipping neurons can save."""
+"""What one decoded token costs in bytes of weights, and what skipping terms can save."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from countdown.methods import Method
-from countdown.models.sites import GatedFFN, Site
-from countdown.ops.proxy_format import proxy_bytes as of_ffn
+from countdown.sites import Site
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,10 @@ class TokenBytes:
         own: In the sites that a method applies to: the gated FFNs, or all linears of the layers.
         other: Elsewhere in the text decoder: attention, norms, the output head. An input embedding that is not also
             the head is left out: a token reads one row of it.
-        itemsize: Bytes of one of the sites' weights.
     """
 
     own: int
     other: int
-    itemsize: int = 2
 
     @property
     def total(self) -> int:
@@ -54,29 +51,32 @@ class Ceiling:
 
 def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     """Count the weight bytes of one decoded token."""
-    own = sum(matrix.nbytes for site in sites for matrix in site.matrices)
+    own = sum(site.nbytes for site in sites)
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     read = [*model.get_decoder().parameters(), *(head.parameters() if head is not None else ())]  # type: ignore[operator]
     untied = head is not None and head.weight is not embedding
     # A tied head is the embedding itself, and counts once.
     total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())
-    return TokenBytes(own, total - own - (embedding.nbytes if untied else 0), sites[0].matrices[0].itemsize)
+    return TokenBytes(own, total - own - (embedding.nbytes if untied else 0))
 
 
-def proxy_bytes(sites: Sequence[Site], method: type[Method] | Method) -> int:
-    """Return the bytes that a method keeps beside the weights of these sites, those of its kind."""
-    bits = (method() if isinstance(method, type) else method).proxy_bits
-    ffns = [site for site in sites if isinstance(site, GatedFFN)] if bits else []
-    return sum(of_ffn(ffn.h, ffn.d, bits) for ffn in ffns)
+def beside_bytes(sites: Sequence[Site], method: Method) -> int:
+    """Return the bytes that a method's selector keeps beside the weights of these sites, those of its kind."""
+    return sum(method.selector.part_bytes(site.sum) for site in sites if site.kind == method.kind)
 
 
-def ceiling(bytes_: TokenBytes, method: type[Method], sparsity: float) -> Ceiling:
-    """Return what `method` can gain at `sparsity`, by bytes alone."""
-    read = method().weights_read(1 - sparsity, bytes_.itemsize)
+def weights_read(sites: Sequence[Site], method: Method, active: float) -> float:
+    """Return the share of these sites' weight bytes that a token reads where this share of their terms is active."""
+    return sum(method.selector.bytes_read(site.sum, active) for site in sites) / sum(site.nbytes for site in sites)
+
+
+def ceiling(bytes_: TokenBytes, sites: Sequence[Site], method: Method) -> Ceiling:
+    """Return what a method can gain at its sparsity, by bytes alone."""
+    read = weights_read(sites, method, 1 - method.sparsity)
     return Ceiling(
         method=method.name,
-        sparsity=sparsity,
+        sparsity=method.sparsity,
         weights_read=read,
         own_speedup=1 / read,
         token_speedup=bytes_.total / (bytes_.other + read * bytes_.own),

@@ -19,8 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.errors import ConfigError, UnsupportedModelError
-from countdown.models.loading import cache_argument, check_context
-from countdown.modules import sparse_sites
+from countdown.loading import cache_argument, check_context
+from countdown.modules import sparse_modules
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 
@@ -65,7 +65,7 @@ class DecodeLoop:
         layers = self.cache.layers
         self.cache.layers = [StaticLayer(max_cache_len=length) if layer.is_sliding else layer for layer in layers]
         self._first = True
-        counters = [site.counters for site in sparse_sites(model).values()]
+        counters = [site.counters for site in sparse_modules(model).values()]
         # Not inference_mode: the cache is written inside compiled code and outside of it.
         with torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True):
             self.token = self._next(prompt.to(device))
@@ -96,7 +96,7 @@ class DecodeLoop:
     def _next(self, ids: Tensor) -> Tensor:
         given = cache_argument(self.model, self.cache)
         logits = self.model(input_ids=ids, **given, use_cache=True, logits_to_keep=1).logits
-        return largest(logits[:, -1])
+        return argmax(logits[:, -1])
 
     def _trace(self) -> Callable[[], object]:
         def step() -> None:
@@ -274,7 +274,7 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def largest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """Return the place of the largest logit `[1, 1]` of `[1, vocabulary]`, in two stages: one is slow on a GPU."""
     missing = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, missing), value=float("-inf")) if missing else logits).view(-1, TILE)

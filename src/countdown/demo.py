@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from countdown.comparison.compare import compare
-from countdown.comparison.results import Comparison
+from countdown.comparison.comparison import Comparison
 from countdown.errors import ConfigError
 from countdown.methods import method
 

@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 from torch import nn
 
 from countdown.config import check_choice
-from countdown.cost import proxy_bytes
+from countdown.cost import beside_bytes, weights_read
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.folders import unwritable, whole_folder
-from countdown.models.find import find_sites
-from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.models.sites import Site, check_untouched
-from countdown.modules import APPLY_TO, SparseSite, check_dense, sparse_module, sparse_sites
-from countdown.ops.backends import RUNS_ON
+from countdown.loading import Source, load_model, load_tokenizer
+from countdown.memory import memory_for
+from countdown.modules import APPLY_TO, SparseModule, check_dense, sparse_modules
 from countdown.ops.cpu import library
-from countdown.ops.proxy import memory_for
-from countdown.ops.request import VARIABLE, requested
-from countdown.profile import Profile, Selector
+from countdown.ops.request import REFERENCE, VARIABLE, requested
+from countdown.phase import Phases
+from countdown.profiles.profile import Profile, Setting
+from countdown.profiles.saving import forget_profile, keep_profile, own_profile
 from countdown.progress import track
-from countdown.saving import forget_profile, keep_profile, own_profile
+from countdown.sites import Site, check_untouched, find_sites
+from countdown.sites.decoder import decoder_of
 from countdown.wrappers import base_model
 
 # Weights with proxies from which on making them shows progress.
@@ -61,25 +61,34 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
             replaced. The model is then unchanged.
         ProfileError: The profile belongs to another model.
         ConfigError: A setting is out of range.
+
+    Example:
+        countdown.sparsify_(model, profile, sparsity=0.6)
+        model.generate(**tokenizer("Why is the sky blue?", return_tensors="pt"), max_new_tokens=8)
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     requested()  # a name that does not exist is refused before anything is done
     check_dense(model)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
+    _sparsify(model, profile, find_sites(base_model(model), profile.kinds), apply_to)
+    return model
+
+
+def _sparsify(model: nn.Module, profile: Profile, sites: Sequence[Site], apply_to: str) -> None:
     base = base_model(model)
-    sites = find_sites(base, profile.kinds)
     profile.check(base, sites)
     # Everything that can fail comes before the first replacement.
-    replacements = _replacements(sites, profile, apply_to)
+    phases = Phases()
+    replacements = _replacements(sites, profile, phases, apply_to)
     for name, module in replacements.items():
         base.set_submodule(name, module)
+    phases.watch(decoder_of(base)[0])
     _say_refusals(replacements)
     keep_profile(base, profile)
     if apply_to == "decode":
         # transformers looks this hook up on the instance when, and only when, decoding is assisted.
         vars(base)["_get_candidate_generator"] = _refuse_assisted
-    return model
 
 
 def restore_(model: ModelT) -> ModelT:
@@ -87,10 +96,14 @@ def restore_(model: ModelT) -> ModelT:
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
+
+    Example:
+        countdown.restore_(model)
     """
-    for name, module in _require_sparse(model).items():
-        model.set_submodule(name, module.release().train(module.training))
     base = base_model(model)
+    for name, module in _require_sparse(model).items():
+        module.phases.leave(decoder_of(base)[0])
+        model.set_submodule(name, module.release().train(module.training))
     forget_profile(base)
     vars(base).pop("_get_candidate_generator", None)
     return model
@@ -107,9 +120,15 @@ def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
     Raises:
         UnsupportedModelError, ProfileError, ConfigError: See `sparsify_`.
     """
-    own = {id(site.matrices[-1]) for site in find_sites(base_model(model), profile.kinds)}
+    check_dense(model)
+    sites = find_sites(base_model(model), profile.kinds)
+    own = {id(site.linears[-1].weight) for site in sites}
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers()) if id(tensor) not in own}
-    return sparsify_(copy.deepcopy(model, shared), profile)
+    twin = copy.deepcopy(model, shared)
+    # What was proved of the one holds for the other.
+    base = base_model(twin)
+    _sparsify(twin, profile, [replace(site, module=base.get_submodule(site.name)) for site in sites], "decode")
+    return twin
 
 
 def from_pretrained(
@@ -138,6 +157,9 @@ def from_pretrained(
     Raises:
         ConfigError: Nothing loadable under this name, or a setting is out of range.
         ProfileError, UnsupportedModelError: See `sparsify_`.
+
+    Example:
+        model = countdown.from_pretrained("my-model", "my-profile", sparsity=0.7)
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -177,6 +199,9 @@ def export(
     Raises:
         ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken, or there is
             no proxy to include.
+
+    Example:
+        countdown.export("my-model", "my-profile", "my-sparse-model")
     """
     path = Path(path)
     if path.exists():
@@ -192,7 +217,7 @@ def export(
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
     sites = find_sites(loaded, profile.kinds)
     profile.check(loaded, sites)
-    profile.selectors(sites)
+    profile.settings(sites)
     keep_profile(loaded, profile.with_proxies(loaded) if include_proxy else profile)
     try:
         with whole_folder(path) as new:
@@ -213,7 +238,7 @@ class SiteStatus:
         terms: Neurons of an FFN, input channels of a linear.
         size: Weights of its matrices.
         method, decision, weighting, allocation: As calibrated.
-        indicator: What is compared.
+        selector: What decides.
         backend: What computes: `triton`, `cpu` or `reference`.
         backend_reason: Why the reference does, None where it does not.
         apply_to: `decode` or `all`.
@@ -221,7 +246,7 @@ class SiteStatus:
         realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
         tokens: Tokens computed sparsely since `sparsify_` or `reset_counters`.
         weights_read: Share of the dense weight bytes that the method reads at the realised sparsity.
-        proxy_bytes: What its proxy takes beside the weights.
+        beside_bytes: What its selector's own weights take beside the model's.
     """
 
     name: str
@@ -229,7 +254,7 @@ class SiteStatus:
     terms: int
     size: int
     method: str
-    indicator: str
+    selector: str
     decision: str
     weighting: str
     allocation: str
@@ -240,7 +265,7 @@ class SiteStatus:
     realised_sparsity: float | None
     tokens: int
     weights_read: float | None
-    proxy_bytes: int
+    beside_bytes: int
 
 
 def status(model: nn.Module) -> list[SiteStatus]:
@@ -248,6 +273,9 @@ def status(model: nn.Module) -> list[SiteStatus]:
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
+
+    Example:
+        [(site.name, site.backend, site.realised_sparsity) for site in countdown.status(model)]
     """
     return [_site_status(name, module) for name, module in _require_sparse(model).items()]
 
@@ -262,34 +290,35 @@ def reset_counters(model: nn.Module) -> None:
         module.counters.zero_()
 
 
-def _require_sparse(model: nn.Module) -> dict[str, SparseSite]:
-    modules = sparse_sites(model)
+def _require_sparse(model: nn.Module) -> dict[str, SparseModule]:
+    modules = sparse_modules(model)
     if not modules:
         raise UnsupportedModelError("the model is not sparsified; call countdown.sparsify_(model, profile) first.")
     return modules
 
 
-def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dict[str, SparseSite]:
+def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply_to: str) -> dict[str, SparseModule]:
     by_name = {site.name: site for site in sites}
-    chosen = profile.selectors(sites)
+    chosen = profile.settings(sites)
     for name in chosen:
         check_untouched(by_name[name])
-    beside = sum(proxy_bytes([by_name[name]], found.method) for name, found in chosen.items())
+    beside = sum(beside_bytes([by_name[name]], found.method) for name, found in chosen.items())
     with memory_for(beside):
         modules = {
-            name: sparse_module(
+            name: SparseModule(
                 by_name[name],
                 found.method,
                 found.per_term,
+                phases=phases,
                 apply_to=apply_to,
-                importance=found.importance,
-                proxy=found.proxy,
+                artifacts=found.artifacts,
+                parts=found.parts,
             )
             for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
         }
     for name, module in modules.items():
         reason = module.planned_refusal
-        if (wanted := requested()) in RUNS_ON and reason is not None:
+        if (wanted := requested()) not in (None, REFERENCE) and reason is not None:
             raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute {name}: {reason}.")
     try:
         with memory_for(beside):
@@ -302,24 +331,23 @@ def _replacements(sites: Sequence[Site], profile: Profile, apply_to: str) -> dic
     return modules
 
 
-def _slow(chosen: Mapping[str, Selector], sites: Mapping[str, Site]) -> bool:
+def _slow(chosen: Mapping[str, Setting], sites: Mapping[str, Site]) -> bool:
     """Return whether making the modules takes seconds."""
-    made = [name for name, found in chosen.items() if found.method.proxy_bits and found.proxy is None]
+    made = [name for name, found in chosen.items() if found.method.selector.artifacts and found.parts is None]
     return sum(sites[name].size for name in made) > SLOW_WEIGHTS
 
 
-def _site_status(name: str, module: SparseSite) -> SiteStatus:
+def _site_status(name: str, module: SparseModule) -> SiteStatus:
     tokens, active = module.counters.tolist()
     share = active / (tokens * module.terms) if tokens else None
     method = module.method
-    itemsize = next(module.dense.parameters()).itemsize
     return SiteStatus(
         name=name,
         kind=module.kind,
         terms=module.terms,
         size=module.size,
         method=method.name,
-        indicator=method.indicator.name,
+        selector=method.selector.name,
         decision=method.decision,
         weighting=method.weighting,
         allocation=method.allocation,
@@ -329,12 +357,12 @@ def _site_status(name: str, module: SparseSite) -> SiteStatus:
         target_sparsity=method.sparsity,
         realised_sparsity=None if share is None else 1 - share,
         tokens=tokens,
-        weights_read=None if share is None else method.weights_read(share, itemsize),
-        proxy_bytes=module.proxy_bytes,
+        weights_read=None if share is None else weights_read([module.site], method, share),
+        beside_bytes=module.part_bytes,
     )
 
 
-def _say_refusals(modules: Mapping[str, SparseSite]) -> None:
+def _say_refusals(modules: Mapping[str, SparseModule]) -> None:
     """Log, once for each reason, what a GPU leaves to the reference, and once that a CPU has no kernels."""
     reasons: dict[str, list[str]] = {}
     for name, module in modules.items():
@@ -343,7 +371,7 @@ def _say_refusals(modules: Mapping[str, SparseSite]) -> None:
     for reason, names in reasons.items():
         _LOG.warning("the Triton backend leaves %s to the reference: %s.", _listed(names), reason)
     on_cpu = any(module.per_term.device.type == "cpu" for module in modules.values())
-    if on_cpu and requested() != "reference" and (missing := library.missing()):
+    if on_cpu and requested() != REFERENCE and (missing := library.missing()):
         _say_once(f"the CPU backend leaves all to the reference, which gains no speed: {missing}.")
 
 

@@ -16,7 +16,7 @@ from countdown.benchmark.ffn import FFNBenchmark
 from countdown.benchmark.timing import in_turn, paired_ratio, relative_error
 from countdown.errors import ConfigError
 from countdown.methods import method
-from countdown.modules import sparse_sites
+from countdown.modules import sparse_modules
 from countdown.ops.cpu import library
 
 
@@ -135,7 +135,7 @@ def test_decode_records(device, monkeypatch):
     methods = [method("m-countdown", sparsity=0.6), method("d-proxy", sparsity=0.6)]
     dense, sparse, proxied = decode.run(model, methods, what)
     assert proxied["method"] == "d-proxy"
-    assert not sparse_sites(model)
+    assert not sparse_modules(model)
     assert (dense["run"], sparse["run"]) == ("dense", "sparse")
     assert sparse["realised_sparsity"] == pytest.approx(0.6, abs=0.1)
     assert sparse["floor_us"] < dense["floor_us"]
@@ -203,7 +203,7 @@ def test_arms_take_turns_on_a_cpu(device, monkeypatch):
     def watched(self):
         found = tokens(self)
         run = found[arm.TOKEN]
-        return found | {arm.TOKEN: lambda: (ran.append(bool(sparse_sites(self.model))), run())[1]}
+        return found | {arm.TOKEN: lambda: (ran.append(bool(sparse_modules(self.model))), run())[1]}
 
     monkeypatch.setattr(decode.Arm, "runs", watched)
     list(decode.run(llama(), [method("cats")], decode.DecodeBenchmark(context=8, new_tokens=4)))
@@ -239,6 +239,12 @@ def test_the_tokens_of_the_loop_are_counted_and_no_others(device, llama_model, t
     assert {site.tokens for site in countdown.status(llama_model)} == {arm.tokens_of(16) - 1}
 
 
-def test_decode_takes_ffns_only(device):
-    with pytest.raises(ConfigError, match="measures sparse FFNs"):
-        list(decode.run(llama(), [method("teal")], decode.DecodeBenchmark()))
+def test_decode_takes_any_site(device, monkeypatch):
+    monkeypatch.setattr(arm, "PREFILL", {"cpu": 16})
+    monkeypatch.setattr(decode, "CALIBRATION", (2, 64))
+    what = decode.DecodeBenchmark(context=8, new_tokens=4)
+    dense, sparse = decode.run(llama(), [method("teal", sparsity=0.6)], what)
+    assert dense["split_us"]
+    assert sparse["split_us"] == {}
+    assert sparse["weights_read"] == pytest.approx(1 - sparse["realised_sparsity"])
+    assert sparse["floor_us"] < dense["floor_us"]

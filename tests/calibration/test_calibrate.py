@@ -12,14 +12,16 @@ import torch
 
 import countdown
 from conftest import llama
+from countdown.artifacts import Moment
 from countdown.calibration.calibrate import calibrate, calibration_sequences
+from countdown.calibration.passes.sketches import SiteSketches, _SparsePass
 from countdown.calibration.sketch import MagnitudeSketch
-from countdown.calibration.statistics import SiteSketches, _SparsePass
-from countdown.calibration.text import Text, windows
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import Method, method, method_class, method_names
-from countdown.models.find import find_ffns, find_sites
-from countdown.ops.indicators import COEFFICIENT
+from countdown.selectors import COEFFICIENT
+from countdown.sites import find_sites
+from countdown.sites.ffn import find_ffns
+from countdown.text import Text, windows
 
 TOKENS = 2048
 
@@ -38,23 +40,24 @@ def kept(model, tokenizer, text):
     for hook in hooks:
         hook.remove()
     with torch.no_grad():
-        return {site.name: site.project(torch.cat(inputs[site.name], dim=1)[0]) for site in sites}
+        return {site.name: site.sum.project(torch.cat(inputs[site.name], dim=1)[0]) for site in sites}
 
 
 EVERY = [method(name, weighting=weighting) for name in method_names() for weighting in method_class(name).weightings]
 
 
 @pytest.mark.parametrize("config", EVERY, ids=str)
-def test_weights_are_those_of_the_activations(config, model, tokenizer, text, kept):
+def test_multipliers_are_those_of_the_activations(config, model, tokenizer, text, kept):
     profile = calibrate(model, tokenizer, text, config, tokens=TOKENS, progress=False)
     for site in find_sites(model, [config.kind]):
         squares = [factor.double().square().mean(0) for factor in kept[site.name]]
-        expected = config.weights(dict(zip(site.factors, squares, strict=True)), site.column_norms())
-        weights = profile.entries[0].sites[site.name].weights
+        moments = {Moment(name): square for name, square in zip(site.sum.factors, squares, strict=True)}
+        expected = config.multipliers(moments, site.sum.weights[-1].values().double().norm(dim=0))
+        multipliers = profile.entries[0].sites[site.name].get("multipliers")
         if expected is None:
-            assert weights is None
+            assert multipliers is None
         else:
-            torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(multipliers.double(), expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
@@ -85,7 +88,7 @@ class OnlyTopk(Method):
     name = "only-topk"
     summary = source = ""
     unseen = None
-    indicator = COEFFICIENT
+    selector = COEFFICIENT
     decisions = {"topk": ""}  # noqa: RUF012
 
     decision: str = "topk"
@@ -93,7 +96,7 @@ class OnlyTopk(Method):
 
 def test_a_method_without_threshold_has_none(llama_model, tokenizer, text):
     profile = calibrate(llama_model, tokenizer, text, OnlyTopk(), tokens=512, progress=False)
-    assert all(site.thresholds is None for site in profile.entries[0].sites.values())
+    assert all("thresholds" not in site for site in profile.entries[0].sites.values())
 
 
 def sketch_of(values: torch.Tensor) -> MagnitudeSketch:
@@ -136,7 +139,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("countdown.calibration.statistics.check_finite", interrupt)
+    monkeypatch.setattr("countdown.calibration.passes.sketches.check_finite", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
     assert llama_model.model.layers[1].mlp is original
@@ -193,7 +196,7 @@ def test_windows_are_spread_over_the_text(tokenizer):
 
 
 def test_provenance(model_folder, tokenizer, text):
-    from countdown.models.loading import Source, load_model
+    from countdown.loading import Source, load_model
 
     model = load_model(Source.parse(str(model_folder)), device="cpu")
     profile = calibrate(model, tokenizer, text, method("cats"), tokens=1024, progress=False)
@@ -240,4 +243,4 @@ def test_the_importance_is_the_mean_square_of_the_dense_inputs(llama_model, toke
             llama_model(sequence[None])
     hook.remove()
     expected = torch.cat(inputs).square().mean(dim=0).float()
-    torch.testing.assert_close(profile.entries[0].sites[ffn.name].importance, expected)
+    torch.testing.assert_close(profile.entries[0].sites[ffn.name]["importance"], expected)

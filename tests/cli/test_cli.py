@@ -94,8 +94,8 @@ def test_calibrate_then_evaluate(made, model_folder):
     assert set(document["meta"]) == {"date", "command", "hardware", "versions", "text", "calibration"}
     assert len(record["realised_sparsity_by_layer"]) == 3
     for part in ("recall", "precision", "lost"):
-        assert len(record[f"{part}_by_ffn"]) == 3
-        assert all(0 < share < 1 for share in record[f"{part}_by_ffn"])
+        assert len(record[f"{part}_by_module"]) == 3
+        assert all(0 < share < 1 for share in record[f"{part}_by_module"])
 
 
 def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
@@ -110,7 +110,8 @@ def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     (record,) = json.loads(result.stdout)["records"]
     assert (record["method"], record["bits"]) == ("d-proxy", 3)
-    assert record["weights_read"] == pytest.approx(1 - record["realised_sparsity"] + 2 / 3 * 3.25 / 32)
+    row = 3 * 32 / 8 + 2  # 24 weights in one group of 32
+    assert record["weights_read"] == pytest.approx(1 - record["realised_sparsity"] + 2 / 3 * row / (24 * 4))
     result = run("generate", model_folder, "hello", "--profile", "p", "--max-new-tokens", "4", "--raw", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "MB beside the weights" in result.stderr
@@ -139,12 +140,13 @@ def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
     assert "510 scored tokens of mine.txt, dense prompts" in result.stdout
 
 
-def test_sparse_linears_have_no_exact_sets_to_compare_with(model_folder, tmp_path):
+def test_sparse_linears_are_compared_with_their_exact_sets(model_folder, tmp_path):
     result = run("evaluate", model_folder, "--method", "teal", *EVALUATE, "--json", "e.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (record,) = json.loads((tmp_path / "e.json").read_text())["records"]
     assert record["method"] == "teal"
-    assert not [name for name in record if name.endswith("_by_ffn")]
+    assert len(record["recall_by_module"]) == 21
+    assert all(0.5 < share <= 1 for share in record["recall_by_module"])
 
 
 def test_generate(on_reference, made, model_folder):
@@ -436,7 +438,7 @@ def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
 PLUGIN = '''
 from dataclasses import dataclass
 from countdown.methods import Method
-from countdown.ops.indicators import Indicator
+from countdown.selectors import Factor
 
 @dataclass(frozen=True, kw_only=True)
 class Sum(Method):
@@ -444,7 +446,7 @@ class Sum(Method):
     name = "sum-of-both"
     summary = "|act(g)| + |u|"
     source = "a test"
-    indicator = Indicator("sum-of-both", reads=("gate", "up"), formula=lambda a, u: a.abs() + u.abs())
+    selector = Factor("sum-of-both", reads=("gate", "up"), formula=lambda a, u: a.abs() + u.abs())
     unseen = None
 '''
 

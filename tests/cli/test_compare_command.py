@@ -8,7 +8,7 @@ import pytest
 from test_cli import run
 
 from countdown.comparison import session
-from countdown.comparison.results import Comparison
+from countdown.comparison.comparison import Comparison
 
 FAST = ("--windows", "4", "--tokens", "1024", "--no-speed")
 

@@ -10,7 +10,7 @@ from conftest import llama
 from countdown.comparison.quantised import GROUP, quantise, schemes, settings
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
-from countdown.models.find import find_linears
+from countdown.sites.linear import find_linears
 
 CPU = torch.device("cpu")
 # Rows of whole groups, as int4 needs.

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
+from countdown.comparison.comparison import Cell, Quality, Speed
 from countdown.comparison.grid import Wish
 from countdown.comparison.recommend import nearest, recommend
-from countdown.comparison.results import Cell, Quality, Speed
 from countdown.errors import ConfigError
 
 DENSE_NLL = [2.0, 2.5, 3.0, 2.2]

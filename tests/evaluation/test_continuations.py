@@ -13,7 +13,7 @@ from countdown.errors import ConfigError, CountdownError, TextError, Unsupported
 from countdown.evaluation.continuations import compare_continuations, levenshtein, load_prompts
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.methods import method
-from countdown.modules import running, sparse_sites
+from countdown.modules import running, sparse_modules
 
 PROMPTS = ["tell me", "what is it", "go on then", "a"]
 
@@ -71,11 +71,11 @@ def test_a_model_without_sparsity_writes_the_same(on_reference, sparse, tokenize
 
 def test_the_model_is_left_as_it_was(sparse, tokenizer):
     compared(sparse, tokenizer, apply_to="all")
-    assert {(m.apply_to, m.forced_dense) for m in sparse_sites(sparse).values()} == {("decode", False)}
+    assert {(m.apply_to, m.forced_dense) for m in sparse_modules(sparse).values()} == {("decode", False)}
 
 
 def test_a_layer_that_stays_dense_is_noticed(sparse, tokenizer):
-    module = sparse_sites(sparse)["model.layers.1.mlp"]
+    module = sparse_modules(sparse)["model.layers.1.mlp"]
     module.forward = module.dense.forward
     with pytest.raises(CountdownError, match=r"model\.layers\.1\.mlp computed 0 tokens sparsely, expected 45"):
         compared(sparse, tokenizer)

@@ -11,8 +11,8 @@ from conftest import llama
 from countdown.errors import UnsupportedModelError
 from countdown.evaluation.diagnostics import diagnose
 from countdown.methods import method
-from countdown.models.find import find_ffns
-from countdown.modules import sparse_sites
+from countdown.modules import sparse_modules
+from countdown.sites.ffn import find_ffns
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -33,15 +33,16 @@ def test_the_exact_coefficient_finds_itself(dtype, tokenizer, text):
 
 def test_it_counts_what_the_definitions_say(llama_model, tokenizer, text):
     model = sparsified(llama_model, tokenizer, text, method("m-countdown", sparsity=0.6))
-    name, module = next(iter(sparse_sites(model).items()))
+    name, module = next(iter(sparse_modules(model).items()))
     inputs = []
     hook = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0]))
     (found, *_) = diagnose(model, IDS)
     hook.remove()
-    weights, biases = zip(*(rows.of(module) for rows in module.projections), strict=True)
+    sum_ = module.site.sum
+    weights, biases = [weight.values() for weight in sum_.weights], sum_.biases
     both = exact = active = 0
     for x in inputs:
-        a, u = oracle.projections(x, [w.detach() for w in weights], biases, module.activation)
+        a, u = oracle.projections(x, [w.detach() for w in weights], biases, sum_.activation)
         for token in range(len(x)):
             wanted = oracle.topk_active((a * u)[token].abs().tolist(), int(0.6 * 53))
             chosen = (u[token].abs() > module.per_term).tolist()
@@ -63,6 +64,6 @@ def test_more_bits_find_more(llama_model, tokenizer, text):
     assert 0.6 < recalls[0] < recalls[1] < 1
 
 
-def test_without_sparse_ffns_there_is_nothing_to_compare(llama_model):
-    with pytest.raises(UnsupportedModelError, match="no FFN of the model is sparse"):
+def test_without_sparse_modules_there_is_nothing_to_compare(llama_model):
+    with pytest.raises(UnsupportedModelError, match="the model is not sparsified"):
         diagnose(llama_model, IDS)

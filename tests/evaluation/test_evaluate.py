@@ -10,12 +10,12 @@ from transformers import DynamicCache
 
 import countdown
 from conftest import llama
-from countdown.calibration.text import windows
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
+from countdown.loading import cache_argument
 from countdown.methods import method
-from countdown.models.loading import cache_argument
-from countdown.modules import running, sparse_sites
+from countdown.modules import running, sparse_modules
+from countdown.text import windows
 
 
 @pytest.fixture
@@ -73,11 +73,11 @@ def test_a_model_without_sparsity_agrees_with_itself(model, tokenizer, text, ids
 
 def test_apply_to_is_left_as_it_was(sparse, ids):
     evaluate(sparse, ids, progress=False)
-    assert {(m.apply_to, m.forced_dense) for m in sparse_sites(sparse).values()} == {("decode", False)}
+    assert {(m.apply_to, m.forced_dense) for m in sparse_modules(sparse).values()} == {("decode", False)}
 
 
 def test_a_layer_that_stays_dense_is_noticed(sparse, ids):
-    module = sparse_sites(sparse)["model.layers.1.mlp"]
+    module = sparse_modules(sparse)["model.layers.1.mlp"]
     module.forward = module.dense.forward
     with pytest.raises(CountdownError, match=r"model\.layers\.1\.mlp computed 0 tokens sparsely, expected 96"):
         evaluate(sparse, ids, progress=False)

@@ -22,6 +22,7 @@ def main() -> None:
                     tokens, d, h, dtype, "cuda", indicator="gate", activation="gelu", share=0.5, bias=True
                 )
                 cases.check_proxy(tokens, d, h, dtype, "cuda", activation="gelu", share=0.5, bias=True)
+                cases.check_phases([0, 2, 1, 0, 0][:tokens], d, h, dtype, "cuda", by="proxy-4")
         weights, biases = cases.ffn(d, h, torch.float16, "cuda", bias=True)
         dense_ops.project_one(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])
     keys = cases.inputs(2 * 70, 40, torch.bfloat16, "cuda", 1).view(1, 2, 70, 40)

@@ -10,11 +10,11 @@ import torch
 
 import countdown
 import oracle
+from calls import DISPATCHED, arguments
 from conftest import FAMILIES
 from countdown.benchmark.timing import floor_rate
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
-from countdown.ops import reference  # noqa: F401
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.countdown
@@ -39,8 +39,8 @@ def test_against_the_oracle(decision, tokens, shape, dtype):
     per_neuron = torch.full((h,), 0.2)
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
     on_device = on_gpu(weights, biases)
-    active = OPS.select(x.cuda(), *on_device, per_neuron.cuda(), **how)
-    y = OPS.sparse_ffn(x.cuda(), *on_device, per_neuron.cuda(), counters, **how)
+    active = DISPATCHED.select(x.cuda(), *on_device, per_neuron.cuda(), **how)
+    y = DISPATCHED.sparse_ffn(x.cuda(), *on_device, per_neuron.cuda(), counters, **how)
     a, u = oracle.projections(x, weights, biases, "silu")
     expected = oracle.combine(a, u, active.cpu(), weights, biases)
     assert oracle.relative_error(y.cpu(), expected) <= TOLERANCE[dtype]
@@ -53,7 +53,8 @@ def test_opcheck():
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
     for decision in ("threshold", "topk"):
         how = {"decision": decision, "drop": 5, "indicator": "up", "activation": "gelu_tanh"}
-        torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), how)
+        tensors, options = arguments(x, weights, biases, **how)
+        torch.library.opcheck(OPS.sparse.default, (*tensors, per_neuron, counters, None), options)
 
 
 def test_graph_replay_follows_changing_active_sets():
@@ -63,7 +64,7 @@ def test_graph_replay_follows_changing_active_sets():
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
 
     def step():
-        return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+        return DISPATCHED.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 
 import countdown
 import kernel_cases as cases
+from calls import DISPATCHED, arguments
 from conftest import FAMILIES, llama
 from countdown.decoding import DecodeLoop
+from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import method
-from countdown.models.loading import Source, load_model, load_tokenizer
-from countdown.ops import gathering
-from countdown.profile import Profile
+from countdown.ops.triton.backend import Triton
+from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.profiles.profile import Profile
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.countdown
@@ -43,7 +45,7 @@ def test_proxies_against_float64(shape, dtype, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-@pytest.mark.parametrize("by", ["up", "proxy"])
+@pytest.mark.parametrize("by", ["up", "proxy-4"])
 @pytest.mark.parametrize(
     "shape",
     [(640, 2048), (896, 4864), (1536, 8960), (3584, 14336), (4096, 14336), (5120, 13824), (5120, 17920), (8192, 28672)],
@@ -51,7 +53,7 @@ def test_proxies_against_float64(shape, dtype, tokens):
 )
 def test_shapes_of_real_models(shape, by, tokens):
     how = {"activation": "silu", "share": 0.8}
-    if by == "proxy":
+    if by == "proxy-4":
         cases.check_proxy(tokens, *shape, torch.bfloat16, "cuda", **how)
     else:
         cases.check_sparse(tokens, *shape, torch.bfloat16, "cuda", indicator=by, **how)
@@ -64,7 +66,7 @@ def test_many_neurons_in_float32(tokens):
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("activation", Triton.activations)
 @pytest.mark.parametrize("form", ["split", "fused", "interleaved"])
 def test_activations(form, activation, dtype):
     for tokens in (1, 3):
@@ -79,44 +81,101 @@ def test_all_one_and_none_active(share, tokens):
     cases.check_sparse(tokens, 576, 1536, torch.float32, "cuda", indicator="up", activation="silu", share=share)
 
 
-@pytest.mark.parametrize("by", ["up", "proxy"])
+@pytest.mark.parametrize("by", ["up", "proxy-4"])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
 def test_the_same_bits_every_time(tokens, by):
     weights, biases = cases.ffn(1024, 4096, torch.bfloat16, "cuda")
-    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}
+    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy-4" else None}
     x = cases.inputs(tokens, 1024, torch.bfloat16, "cuda", 0)
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
     thresholds = torch.full((4096,), 0.3, device="cuda")
-    results = [OPS.sparse_ffn(x, weights, biases, thresholds, counters, **how) for _ in range(21)]
-    active = OPS.select(x, weights, biases, thresholds, **how)
-    given = [OPS.given_ffn(x, weights, biases, active, activation="silu") for _ in range(21)]
+    results = [DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counters, **how) for _ in range(21)]
+    active = DISPATCHED.select(x, weights, biases, thresholds, **how)
+    given = [DISPATCHED.given_ffn(x, weights, biases, active, activation="silu") for _ in range(21)]
     for some in (results, given):
         assert all(torch.equal(some[0], other) for other in some[1:])
     assert counters.tolist() == [21 * tokens, 21 * int(active.sum())]
 
 
+@pytest.mark.parametrize("phases", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_opcheck(tokens):
+def test_opcheck(tokens, phases):
     weights, biases = cases.ffn(32, 50, torch.float32, "cuda", bias=True)
     x, per_neuron = torch.randn(tokens, 32, device="cuda"), torch.full((50,), 0.5, device="cuda")
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
-    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), HOW)
-    torch.library.opcheck(OPS.select.default, (x, weights, biases, per_neuron), HOW)
+    now = torch.arange(tokens, device="cuda").to(torch.uint8) if phases else None
+    tensors, options = arguments(x, weights, biases, **HOW)
+    torch.library.opcheck(OPS.sparse.default, (*tensors, per_neuron, counters, now), options)
+    torch.library.opcheck(OPS.select.default, (*tensors, per_neuron, now), options)
     active = torch.rand(tokens, 50, device="cuda") > 0.5
-    torch.library.opcheck(OPS.given_ffn.default, (x, weights, biases, active), {"activation": "silu"})
+    form = {name: options[name] for name in ("kind", "formats", "activation")}
+    torch.library.opcheck(OPS.given.default, (*tensors, active), form)
 
 
-@pytest.mark.parametrize("by", ["up", "proxy"])
+@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+def test_phases(dtype, tokens, by):
+    for first in (GENERATED, PROMPT, PADDING):
+        phases = [(first + place) % 3 for place in range(tokens)]
+        cases.check_phases(phases, 576, 1536, dtype, "cuda", by=by, seed=tokens)
+
+
+@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+def test_tokens_and_weights_of_different_dtypes(dtype, tokens, by):
+    for other in cases.TOLERANCE:
+        cases.check_mixed(tokens, 576, 1536, dtype, [other] * 3, "cuda", by=by)
+    each = [torch.bfloat16, torch.float32, torch.float16]
+    cases.check_mixed(tokens, 1031, 2053, dtype, each, "cuda", by=by)
+
+
+@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_graph_replay_sees_changed_phases(tokens, by):
+    weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda", bias=True)
+    x = cases.inputs(tokens, 256, torch.bfloat16, "cuda", 0)
+    how, thresholds, _ = cases.decided(by, x, weights, biases, 0.6)
+    phases = torch.zeros(tokens, dtype=torch.uint8, device="cuda")
+    counters = torch.zeros(2, dtype=torch.int64, device="cuda")
+
+    def step():
+        return DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **how)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for now in (GENERATED, PROMPT, PADDING):
+        phases.fill_(GENERATED)
+        phases[-1] = now
+        counters.zero_()
+        captured.fill_(torch.nan)
+        graph.replay()
+        out, count = captured.clone(), counters.tolist()
+        counters.zero_()
+        assert torch.equal(out, step())
+        assert counters.tolist() == count
+        assert count[0] == tokens - (now != GENERATED)
+        seen.append(out[-1])
+    assert torch.equal(seen[2], biases[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("by", ["up", "proxy-4"])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_graph_replay_follows_changing_active_sets(tokens, by):
     weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda")
-    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy" else None}
+    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy-4" else None}
     x = cases.inputs(tokens, 256, torch.bfloat16, "cuda", 0)
     per_neuron = torch.full((1024,), 0.3, device="cuda")
     counters = torch.zeros(2, dtype=torch.int64, device="cuda")
 
     def step():
-        return OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+        return DISPATCHED.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 import countdown
-from countdown.calibration.text import windows
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
-from countdown.models.find import find_ffns
+from countdown.sites.ffn import find_ffns
+from countdown.text import windows
 
 pytestmark = [pytest.mark.gemma, pytest.mark.slow]
 

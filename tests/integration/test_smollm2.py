@@ -7,14 +7,14 @@ import torch
 
 import countdown
 from countdown.calibration.calibrate import calibrate_all
-from countdown.calibration.text import windows
 from countdown.cost import token_bytes
 from countdown.demo import find_model
 from countdown.evaluation.evaluate import evaluate
 from countdown.evaluation.generation import encode_prompt, generate
+from countdown.loading import Source, load_skeleton
 from countdown.methods import method
-from countdown.models.find import find_ffns
-from countdown.models.loading import Source, load_skeleton
+from countdown.sites.ffn import find_ffns
+from countdown.text import windows
 
 CONFIGS = {
     "m": method("m-countdown"),

@@ -26,7 +26,7 @@ from countdown.integrations.lm_eval import (
     score_tasks,
 )
 from countdown.methods import method
-from countdown.modules import running, sparse_sites
+from countdown.modules import running, sparse_modules
 from countdown.sparsify import status
 
 DOCUMENTS = [
@@ -206,13 +206,13 @@ def test_the_model_and_the_tokenizer_are_left_as_they_were(sparse, tokenizer, fo
     (task,) = load_tasks(["choice"], folder)
     scored(sparse, tokenizer, task, limit=2)
     assert tokenizer.pad_token is None
-    assert {(m.apply_to, m.forced_dense) for m in sparse_sites(sparse).values()} == {("decode", False)}
+    assert {(m.apply_to, m.forced_dense) for m in sparse_modules(sparse).values()} == {("decode", False)}
     assert not sparse.training
 
 
 @pytest.mark.parametrize("task", ["choice", "rolling", "writing"])
 def test_a_layer_that_stays_dense_is_noticed(task, sparse, speaker, folder):
-    module = sparse_sites(sparse)["model.layers.1.mlp"]
+    module = sparse_modules(sparse)["model.layers.1.mlp"]
     module.forward = module.dense.forward
     with pytest.raises(CountdownError, match=r"model\.layers\.1\.mlp computed 0 tokens sparsely, expected"):
         scored(sparse, speaker, load_tasks([task], folder)[0])

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from countdown.artifacts import Moment
 from countdown.errors import ConfigError
-from countdown.methods import Method, _registry, method, method_class, method_names, parse_method, register
-from countdown.ops.indicators import PROXY, UP, Indicator
+from countdown.methods import METHODS, Method, method, method_class, method_names, named, parse_method, register
+from countdown.profiles.recipe import Recipe
+from countdown.selectors import UP, Factor
 
 
 def every_setting():
@@ -43,8 +45,9 @@ def test_settings_survive_a_round_trip(config):
         ("cats", {"sparsity": True}, "expected a number"),
         ("cats", {"decision": "top-k"}, "Did you mean 'topk'"),
         ("cats", {"weighting": "rsm"}, "Did you mean 'rms'"),
-        ("d-countdown", {"weighting": "rms"}, "expected one of: none, rms-norm"),
-        ("chess", {"weighting": "none"}, "for weighting 'none' use cats"),
+        ("d-countdown", {"weighting": "rms"}, "expected one of: none, column-norm"),
+        ("wina", {"weighting": "none"}, "for weighting 'none' use teal"),
+        ("chess", {}, "'chess' is a recipe of several methods; make it with countdown.recipe"),
         ("d-proxy", {"bits": 5}, "bits of d-proxy is 5, expected 3 or 4"),
         ("d-proxy", {"bits": "4"}, "bits of d-proxy is '4', expected 3 or 4"),
     ],
@@ -60,15 +63,30 @@ def test_a_decision_that_a_method_does_not_offer_is_refused_with_its_reason():
         name = "only-topk"
         summary = source = ""
         unseen = None
-        indicator = UP
+        selector = UP
         decisions = {"topk": "(no threshold is known)"}  # noqa: RUF012
 
     with pytest.raises(ConfigError, match=r"does not offer decision 'threshold', only: topk \(no threshold is known\)"):
         OnlyTopk()
 
 
-def test_chess_is_cats_with_rms():
-    assert method("chess", sparsity=0.7) == method("cats", sparsity=0.7, weighting="rms")
+def test_wina_is_teal_with_column_norms():
+    assert method("wina", sparsity=0.4) == method("teal", sparsity=0.4, weighting="column-norm")
+
+
+def test_chess_is_cats_with_rms_and_thresholds_on_the_inputs_of_q_and_o():
+    entries = Recipe.named("chess", sparsity=0.7).entries
+    assert named("chess") is not None
+    assert [(entry.pattern, entry.method) for entry in entries] == [
+        ("*", method("cats", sparsity=0.7, weighting="rms")),
+        ("*.q_proj", method("teal", sparsity=0.7)),
+        ("*.o_proj", method("teal", sparsity=0.7)),
+    ]
+
+
+def test_the_old_name_of_a_weighting_is_an_alias():
+    assert method("cats", weighting="rms-norm") == method("cats", weighting="column-norm")
+    assert method("cats", weighting="rms-norm").to_dict()["weighting"] == "column-norm"
 
 
 def test_a_newer_version_is_refused():
@@ -76,7 +94,10 @@ def test_a_newer_version_is_refused():
         parse_method({"name": "cats", "version": 99})
 
 
-MOMENTS = {"gate": torch.tensor([4.0, 9.0, 0.0]).double(), "up": torch.tensor([1.0, 16.0, 25.0]).double()}
+MOMENTS = {
+    Moment("gate"): torch.tensor([4.0, 9.0, 0.0]).double(),
+    Moment("up"): torch.tensor([1.0, 16.0, 25.0]).double(),
+}
 NORMS = torch.tensor([1.0, 10.0, 100.0]).double()
 
 
@@ -85,40 +106,26 @@ NORMS = torch.tensor([1.0, 10.0, 100.0]).double()
     [
         ("m-countdown", "none", None),
         ("m-countdown", "rms", [2.0, 3.0, 0.0]),
-        ("m-countdown", "rms-norm", [2.0, 30.0, 0.0]),
+        ("m-countdown", "column-norm", [2.0, 30.0, 0.0]),
         ("cats", "rms", [1.0, 4.0, 5.0]),
-        ("cats", "rms-norm", [1.0, 40.0, 500.0]),
+        ("cats", "column-norm", [1.0, 40.0, 500.0]),
         ("d-countdown", "none", None),
-        ("d-countdown", "rms-norm", [1.0, 10.0, 100.0]),
+        ("d-countdown", "column-norm", [1.0, 10.0, 100.0]),
     ],
 )
-def test_weights(name, weighting, expected):
+def test_multipliers(name, weighting, expected):
     config = method(name, weighting=weighting)
     moments = {key: MOMENTS[key] for key in config.moments()}
-    weights = config.weights(moments, NORMS)
+    weights = config.multipliers(moments, NORMS)
     assert (None if weights is None else weights.tolist()) == expected
 
 
 def test_only_what_is_needed_is_estimated():
     assert method("m-countdown").moments() == ()
-    assert method("m-countdown", weighting="rms").moments() == ("gate",)
-    assert method("cats", weighting="rms").moments() == ("up",)
-    assert method("d-countdown", weighting="rms-norm").moments() == ()
-    assert method("d-proxy").moments() == ("input",)
-
-
-@pytest.mark.parametrize(
-    "name, active, expected",
-    [("m-countdown", 0.3, 1.6 / 3), ("cats", 0.1, 1.2 / 3), ("d-countdown", 0.3, 2.3 / 3), ("cats", 1.0, 1.0)],
-)
-def test_weights_read(name, active, expected):
-    assert method(name).weights_read(active) == pytest.approx(expected)
-
-
-def test_a_proxy_counts_as_read():
-    # 4 bits and a 16-bit scale for 64 weights, of two matrices out of three.
-    assert method("d-proxy").weights_read(0.2) == pytest.approx(0.2 + 2 / 3 * 4.25 / 16)
-    assert method("d-proxy", bits=3).weights_read(0.2, itemsize=4) == pytest.approx(0.2 + 2 / 3 * 3.25 / 32)
+    assert method("m-countdown", weighting="rms").moments() == (Moment("gate"),)
+    assert method("cats", weighting="rms").moments() == (Moment("up"),)
+    assert method("d-countdown", weighting="column-norm").moments() == ()
+    assert method("d-proxy").moments() == (Moment("input"),)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_drop_is_the_floor(sparsity, neurons, drop):
 
 
 def test_a_broken_package_is_named_only_when_asked_for(monkeypatch):
-    monkeypatch.setitem(_registry._BROKEN, "broken", ImportError("no module named 'gone'"))
+    monkeypatch.setitem(METHODS.broken, "broken", ImportError("no module named 'gone'"))
     assert method("cats").name == "cats"
     with pytest.raises(ConfigError, match="'broken' of an installed package cannot be loaded: ImportError"):
         method("broken")
@@ -138,19 +145,19 @@ def test_a_broken_package_is_named_only_when_asked_for(monkeypatch):
 def test_registering_checks_the_class():
     @dataclass(frozen=True, kw_only=True)
     class Nameless(Method):
-        indicator = UP
+        selector = UP
 
     with pytest.raises(ConfigError, match="sets no 'name'"):
         register(Nameless)
 
     @dataclass(frozen=True, kw_only=True)
     class Impostor(Method):
-        name = "chess"
+        name = "wina"
         summary = source = ""
         unseen = None
-        indicator = UP
+        selector = UP
 
-    with pytest.raises(ConfigError, match="'chess' is registered already"):
+    with pytest.raises(ConfigError, match="'wina' is registered already"):
         register(Impostor)
 
     @dataclass(frozen=True, kw_only=True)
@@ -158,18 +165,17 @@ def test_registering_checks_the_class():
         name = "other-up"
         summary = source = ""
         unseen = None
-        indicator = Indicator("up", reads=("up",), formula=lambda a, u: u)
+        selector = Factor("up", reads=("up",), formula=lambda a, u: u)
 
-    with pytest.raises(ConfigError, match="indicator named 'up'"):
+    with pytest.raises(ConfigError, match="selector named 'up' is registered already"):
         register(OtherUp)
 
     @dataclass(frozen=True, kw_only=True)
-    class NoBits(Method):
-        name = "no-bits"
+    class Undecided(Method):
+        name = "undecided"
         summary = source = ""
         unseen = None
-        indicator = PROXY
 
-    with pytest.raises(ConfigError, match="'proxy' and proxy_bits go together"):
-        register(NoBits)
+    with pytest.raises(ConfigError, match="sets no 'selector' of type Selector"):
+        register(Undecided)
     assert "other-up" not in method_names()

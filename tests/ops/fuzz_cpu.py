@@ -15,18 +15,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import kernel_cases as cases
 import oracle
-from countdown.ops import gathering, reference
-from countdown.ops.cpu import dense_ops, ops
+from calls import CPU
+from countdown.ops import backends, dense
+from countdown.ops.cpu import dense_ops
 from countdown.ops.cpu import library as cpu_library
 from countdown.ops.cpu.library import Library
 from countdown.ops.cpu.small import small_calls
-from countdown.ops.proxy_tiles import in_tiles
+from countdown.phase import GENERATED, PADDING, PROMPT
 
 
 def main() -> None:
     """Run them; the number of a case that fails is its seed."""
     library = Library(Path(sys.argv[1]))
-    ops.library = dense_ops.library = lambda: library
+    cpu_library.library = dense_ops.library = lambda: library
     cpu_library._GRAIN = 256  # small as they are, on several threads
     count = int(sys.argv[2])
     for seed in range(count):
@@ -44,33 +45,51 @@ def main() -> None:
 def check_ffn(draw: random.Random, seed: int) -> None:
     """One FFN: whatever decides, the sum is that of the active sets, and these differ at thresholds only."""
     d, h, tokens = draw.randint(1, 150), draw.randint(1, draw.choice([120, 600])), draw.randint(1, 8)
-    dtype, form = draw.choice(list(cases.TOLERANCE)), draw.choice(["split", "fused", "interleaved"])
-    activation, by = draw.choice(gathering.ACTIVATIONS), draw.choice(["up", "gate", "coefficient", "proxy"])
-    weights, biases = cases.ffn(d, h, dtype, "cpu", bias=draw.random() < 0.5, seed=seed, form=form)
+    form, activation = draw.choice(["split", "fused", "interleaved"]), draw.choice(backends.BACKENDS["cpu"].activations)
+    by = draw.choice(["up", "gate", "coefficient", "proxy-4"])
+    weights, biases = cases.ffn(d, h, torch.float32, "cpu", bias=draw.random() < 0.5, seed=seed, form=form)
+    dtype, weights, biases = cast(draw, weights, biases)
     skip = draw.randint(0, 3)
     x = torch.randn(tokens, d + skip, generator=torch.Generator().manual_seed(seed)).to(dtype)[:, skip:]
-    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    phases = torch.tensor([draw.choice([GENERATED, GENERATED, PROMPT, PADDING]) for _ in range(tokens)]).byte()
+    phases = draw.choice([None, phases])
+    counted, padding = (torch.ones(tokens).bool(), []) if phases is None else (phases == GENERATED, phases == PADDING)
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
     factors = oracle.projections(x, weights, biases, activation)
     a, u = factors if proxy is None else oracle.proxy_factors(x, proxy, biases, activation)
     value = {"up": u, "gate": a}.get(by, a * u).abs()
     thresholds = value.quantile(draw.random()).float().expand(h).clone()
     if proxy is not None and draw.random() < 0.5:
-        proxy = [misplaced(part) for part in in_tiles(proxy)]
+        proxy = [type(tiles)(map(misplaced, tiles.parts), tiles.shape) for tiles in (part.in_tiles() for part in proxy)]
+    if draw.random() < 0.3:
+        x[padding] = torch.nan
     how = {"decision": "threshold", "drop": 0, "indicator": by, "activation": activation, "proxy": proxy}
     counters = torch.zeros(2, dtype=torch.int64)
-    active = ops.select(x, weights, biases, thresholds, **how)
-    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
-    given = ops.given_ffn(x, weights, biases, active, activation=activation)
-    assert counters.tolist() == [tokens, int(active.sum())]
+    active = CPU.select(x, weights, biases, thresholds, phases=phases, **how)
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **how)
+    given = CPU.given_ffn(x, weights, biases, active, activation=activation)
+    assert counters.tolist() == [int(counted.sum()), int(active[counted].sum())]
+    assert phases is None or (active[phases == PROMPT].all() and not active[padding].any())
     rounding = 1e-4 if proxy is not None or dtype == torch.float32 else 2e-2
     near = (value - thresholds.double()).abs() <= rounding * (1 + value)
-    assert (near | (active == (value > thresholds.double()))).all()
+    assert (near | (active == (value > thresholds.double())))[counted].all()
     expected = oracle.combine(*factors, active, weights, biases)
     # Sums that cancel, or are of one neuron, are as exact as their terms.
     scale = oracle.combine(*(f.abs() for f in factors), active, [w.abs() for w in weights], [None] * 3).norm()
     allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
     assert float((y.double() - expected).norm()) <= allowed
     assert float((given.double() - expected).norm()) <= allowed
+
+
+def cast(draw: random.Random, weights: list, biases: list) -> tuple[torch.dtype, list, list]:
+    """Return the dtype of x, weights and biases: all of one dtype, or each of its own."""
+    dtypes = list(cases.TOLERANCE)
+    dtype, alike = draw.choice(dtypes), draw.random() < 0.5
+
+    def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.to(dtype if alike else draw.choice(dtypes))
+
+    return dtype, [some(weight) for weight in weights], [some(bias) for bias in biases]
 
 
 def misplaced(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,7 +107,7 @@ def check_dense(draw: random.Random, seed: int) -> None:
     biases = [draw.choice([None, cases.inputs(1, rows, dtype, "cpu", seed)[0]]) for rows in heights]
     x = cases.inputs(1, d, dtype, "cpu", seed)
     exact = [[t if t is None else t.double() for t in some] for some in ([x], weights, biases)]
-    expected = reference.project_one(exact[0][0], exact[1], exact[2])
+    expected = dense.project_one(exact[0][0], exact[1], exact[2])
     allowed = cases.TOLERANCE[dtype] * (float(expected.norm()) + d**0.5)
     assert float((dense_ops.project_one(x, weights, biases).double() - expected).norm()) <= allowed
     groups, each, length, size = draw.randint(1, 3), draw.randint(1, 9), draw.randint(1, 90), draw.randint(1, 80)
@@ -100,7 +119,7 @@ def check_dense(draw: random.Random, seed: int) -> None:
     mask = torch.rand(1, 1, 1, length, generator=torch.Generator().manual_seed(seed)) < 0.7
     mask[..., draw.randrange(length)] = True
     mask = draw.choice([None, mask])
-    expected = reference.attend_one(q.double(), keys.double(), values.double(), mask, 0.2)
+    expected = dense.attend_one(q.double(), keys.double(), values.double(), mask, 0.2)
     y = dense_ops.attend_one(q, keys, values, mask, 0.2)
     # What cancels is as exact as what it is made of.
     allowed = 2 * cases.TOLERANCE[dtype] * float(expected.norm() + 0.1 * values.double().norm())
@@ -136,7 +155,7 @@ def check_small(draw: random.Random, seed: int) -> None:
     )
     expected = torch.cat(*args) if expected is None else expected
     made = torch.full(expected.shape, 77.0, dtype=expected.dtype)
-    ops.library().again(small_calls(name, args, {}, made))()
+    cpu_library.library().again(small_calls(name, args, {}, made))()
     torch.testing.assert_close(
         made, expected, rtol=0 if name != "aten::mean" else 1e-2, atol=0 if name != "aten::mean" else 1e-2
     )

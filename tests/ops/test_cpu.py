@@ -9,10 +9,15 @@ import torch
 
 import kernel_cases as cases
 import oracle
+from calls import CPU, DISPATCHED, REFERENCE, arguments
 from countdown.errors import ConfigError
-from countdown.ops import backends, gathering, reference
-from countdown.ops.cpu import dense_ops, library, ops
+from countdown.ops import backends, dense
+from countdown.ops.cpu import dense_ops, library
 from countdown.ops.cpu.small import small_calls
+from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.selectors import UP
+from countdown.sums.gated import Gated
+from countdown.weights import Plain
 
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
@@ -50,37 +55,37 @@ def test_the_portable_variant_is_always_there(variant):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (577, 301)], ids=str)
 @pytest.mark.parametrize("indicator", ["up", "gate", "coefficient"])
 def test_against_float64(indicator, shape, dtype, tokens):
-    how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": ops}
+    how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": CPU}
     cases.check_sparse(tokens, *shape, dtype, "cpu", **how)
 
 
 @pytest.mark.parametrize("indicator", ["up", "gate"])
 @pytest.mark.parametrize("shape", [(576, 1536), (640, 2048)], ids=str)
 def test_shapes_of_real_models_on_threads(shape, indicator, threads):
-    how = {"indicator": indicator, "activation": "silu", "share": 0.7, "ops": ops}
+    how = {"indicator": indicator, "activation": "silu", "share": 0.7, "ops": CPU}
     cases.check_sparse(1, *shape, torch.bfloat16, "cpu", **how)
-    cases.check_proxy(2, *shape, torch.bfloat16, "cpu", activation="gelu_tanh", share=0.7, ops=ops)
+    cases.check_proxy(2, *shape, torch.bfloat16, "cpu", activation="gelu_tanh", share=0.7, ops=CPU)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("shape", [(160, 911), (200, 613)], ids=str)
 def test_threads_whose_ranges_end_within_a_tile(shape, tokens, threads):
-    cases.check_proxy(tokens, *shape, torch.float32, "cpu", activation="silu", share=0.7, ops=ops)
+    cases.check_proxy(tokens, *shape, torch.float32, "cpu", activation="silu", share=0.7, ops=CPU)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (200, 91)], ids=str)
 def test_proxies_against_float64(shape, dtype, tokens):
-    how = {"activation": "gelu", "share": 0.6, "bias": True, "ops": ops}
+    how = {"activation": "gelu", "share": 0.6, "bias": True, "ops": CPU}
     cases.check_proxy(tokens, *shape, dtype, "cpu", **how)
 
 
 @pytest.mark.parametrize("form", ["fused", "interleaved"])
-@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("activation", backends.BACKENDS["cpu"].activations)
 @pytest.mark.parametrize("share", [0.0, 0.95])
 def test_activations_and_storage(share, activation, form):
-    how = {"activation": activation, "share": share, "bias": True, "form": form, "ops": ops}
+    how = {"activation": activation, "share": share, "bias": True, "form": form, "ops": CPU}
     cases.check_sparse(2, 37, 91, torch.float32, "cpu", indicator="gate", **how)
     cases.check_proxy(1, 37, 91, torch.float32, "cpu", **how)
 
@@ -91,32 +96,32 @@ def test_none_and_one_active(tokens, threads):
     x = cases.inputs(tokens, 21, torch.float32, "cpu", 0)
     counters, thresholds = counted(), torch.full((50,), torch.inf)
     with cases.poisoned():
-        none = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+        none = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
     assert torch.equal(none, biases[2].expand(tokens, -1))
     assert counters.tolist() == [tokens, 0]
     thresholds[17] = -1
     with cases.poisoned():
-        one = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+        one = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
     active = torch.zeros(tokens, 50, dtype=torch.bool)
     active[:, 17] = True
     expected = oracle.combine(*oracle.projections(x, weights, biases, "silu"), active, weights, biases)
     assert oracle.relative_error(one, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("activation", backends.BACKENDS["cpu"].activations)
 def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, by):
     weights, biases = cases.ffn(13, 29, torch.float32, "cpu")
     x = cases.inputs(3, 13, torch.float32, "cpu", 1)
-    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
     how = HOW | {"indicator": by, "activation": activation, "proxy": proxy}
     thresholds = torch.full((29,), 0.3)
-    clean = ops.select(x, weights, biases, thresholds, **how)
+    clean = CPU.select(x, weights, biases, thresholds, **how)
     x[-1, 5] = bad
     counters = counted()
-    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
-    active = ops.select(x, weights, biases, thresholds, **how)
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    active = CPU.select(x, weights, biases, thresholds, **how)
     assert active[-1].all()
     assert torch.equal(active[:-1], clean[:-1])
     assert not y[-1].isfinite().any()
@@ -129,22 +134,22 @@ def test_a_nan_indicator_stays_active():
     weights[1][7, 3] = torch.nan
     counters = counted()
     x = cases.inputs(1, 13, torch.float32, "cpu", 1)
-    y = ops.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf), counters, **HOW)
+    y = CPU.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf), counters, **HOW)
     assert counters.tolist() == [1, 1]
     assert y.isnan().all()
 
 
-@pytest.mark.parametrize("by", ["up", "proxy"])
+@pytest.mark.parametrize("by", ["up", "proxy-4"])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_the_same_bits_every_time(tokens, by, threads):
     weights, biases = cases.ffn(100, 700, torch.bfloat16, "cpu")
     x = cases.inputs(tokens, 100, torch.bfloat16, "cpu", 3)
-    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
     how = HOW | {"indicator": by, "proxy": proxy}
     thresholds = torch.full((700,), 0.5)
-    first = ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how)
+    first = CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **how)
     for _ in range(20):
-        assert torch.equal(ops.sparse_ffn(x, weights, biases, thresholds, counted(), **how), first)
+        assert torch.equal(CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **how), first)
 
 
 def test_calls_at_once_do_not_share_memory():
@@ -152,7 +157,7 @@ def test_calls_at_once_do_not_share_memory():
     tokens = [cases.inputs(1, 100, torch.float32, "cpu", seed) for seed in range(4)]
 
     def outputs(x, times=300):
-        return [ops.sparse_ffn(x, weights, biases, torch.full((700,), 0.5), counted(), **HOW) for _ in range(times)]
+        return [CPU.sparse_ffn(x, weights, biases, torch.full((700,), 0.5), counted(), **HOW) for _ in range(times)]
 
     alone = [outputs(x, times=1)[0] for x in tokens]
     with ThreadPoolExecutor(len(tokens)) as pool:
@@ -165,14 +170,14 @@ def test_another_default_device_changes_nothing(monkeypatch):
     weights, biases = cases.ffn(10, 70, torch.float32, "cpu")
     x, thresholds, counters = cases.inputs(1, 10, torch.float32, "cpu", 0), torch.full((70,), 0.5), counted()
     with torch.device("meta"):
-        y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
-        active = ops.select(x, weights, biases, thresholds, **HOW)
-    assert torch.equal(active, reference.select(x, weights, biases, thresholds, **HOW))
+        y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+        active = CPU.select(x, weights, biases, thresholds, **HOW)
+    assert torch.equal(active, REFERENCE.select(x, weights, biases, thresholds, **HOW))
     expected = oracle.combine(*oracle.projections(x, weights, biases, "silu"), active, weights, biases)
     assert oracle.relative_error(y, expected) < 1e-5
 
 
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy"])
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
 def test_equal_indicators_give_the_active_sets_of_the_reference(by):
     # Whole numbers: no sum is rounded, so indicators are equal and may lie on their thresholds.
     generator = torch.Generator().manual_seed(5)
@@ -180,11 +185,11 @@ def test_equal_indicators_give_the_active_sets_of_the_reference(by):
     weights[2] = weights[2].t().contiguous().t()
     x = torch.randint(-3, 4, (5, 24), generator=generator).float()
     x[:, 0] = 127  # so that a proxy's steps are whole numbers too
-    proxy = cases.proxy_of(weights) if by == "proxy" else None
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
     thresholds = torch.randint(0, 40, (60,), generator=generator).float()
     how = HOW | {"indicator": by, "activation": "relu", "proxy": proxy}
-    active = ops.select(x, weights, NONE, thresholds, **how)
-    assert torch.equal(active, reference.select(x, weights, NONE, thresholds, **how))
+    active = CPU.select(x, weights, NONE, thresholds, **how)
+    assert torch.equal(active, REFERENCE.select(x, weights, NONE, thresholds, **how))
     assert 0 < active.sum() < active.numel()
 
 
@@ -192,8 +197,8 @@ def test_a_token_does_not_see_its_neighbours():
     weights, biases = cases.ffn(24, 60, torch.float32, "cpu")
     x = cases.inputs(8, 24, torch.float32, "cpu", 2)
     thresholds = torch.full((60,), 0.6)
-    together = ops.select(x, weights, biases, thresholds, **HOW)
-    alone = [ops.select(row[None], weights, biases, thresholds, **HOW)[0] for row in x]
+    together = CPU.select(x, weights, biases, thresholds, **HOW)
+    alone = [CPU.select(row[None], weights, biases, thresholds, **HOW)[0] for row in x]
     assert torch.equal(together, torch.stack(alone))
 
 
@@ -204,10 +209,126 @@ def test_strided_and_misaligned_inputs_and_leading_dimensions():
     x = cases.inputs(4, 32, torch.bfloat16, "cpu", 3)[:, ::2].reshape(2, 2, 16)
     arguments = (biases, torch.full((48,), 0.1)[::2])
     how = HOW | {"indicator": "gate", "activation": "gelu"}
-    y = ops.sparse_ffn(x, [wide[:, 1:17], wide[:, 17:], odd], *arguments, counted(), **how)
-    expected = reference.sparse_ffn(x, weights, *arguments, counted(), **how)
+    y = CPU.sparse_ffn(x, [wide[:, 1:17], wide[:, 17:], odd], *arguments, counted(), **how)
+    expected = REFERENCE.sparse_ffn(x, weights, *arguments, counted(), **how)
     assert y.shape == x.shape
     assert oracle.relative_error(y, expected.double()) <= 1e-2
+
+
+F32, BF16, F16 = DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of each weight, of x, and of biases.
+MIXED = [
+    *(([weight] * 3, x, bias) for weight in DTYPES for x in DTYPES for bias in dict.fromkeys([weight, x])),
+    ([F32, BF16, F16], BF16, F32),
+    ([BF16, F32, BF16], BF16, BF16),
+    ([BF16, BF16, F32], BF16, F16),
+    ([F16, F16, BF16], F32, BF16),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "dtype", "bias_dtype"), MIXED, ids=str)
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_dtypes_of_weights_biases_and_tokens_are_independent(tokens, by, dtypes, dtype, bias_dtype):
+    weights, biases = cases.ffn(197, 91, F32, "cpu", bias=True, seed=tokens)
+    weights = [weight.to(own) for weight, own in zip(weights, dtypes, strict=True)]
+    biases = [bias.to(bias_dtype) for bias in biases]
+    x = cases.inputs(tokens, 197, dtype, "cpu", 4)
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
+    factors = oracle.projections(x, weights, biases, "silu")
+    a, u = factors if proxy is None else oracle.proxy_factors(x, proxy, biases, "silu")
+    value = {"up": u, "gate": a}.get(by, a * u)
+    thresholds, counters = cases.clear_thresholds(value, 0.6), counted()
+    how = HOW | {"indicator": by, "proxy": proxy}
+    with cases.poisoned():
+        y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+        active = CPU.select(x, weights, biases, thresholds, **how)
+        given = CPU.given_ffn(x, weights, biases, active, activation="silu")
+    # Products are in float32: only what is rounded to a narrow x may cross a threshold.
+    wrong = int((active != (value.abs() > thresholds.double())).sum())
+    assert wrong <= (0 if dtype == F32 or proxy else 0.02 * tokens * 91 + 1)
+    assert counters.tolist() == [tokens, int(active.sum())]
+    expected = oracle.combine(*factors, active, weights, biases)
+    for found in (y, given):
+        assert found.dtype == dtype
+        assert oracle.relative_error(found, expected) <= cases.TOLERANCE[dtype]
+    assert dtype != F32 or torch.equal(active, REFERENCE.select(x, weights, biases, thresholds, **how))
+
+
+def phased(tokens: int) -> torch.Tensor:
+    """Return phases of so many tokens, all of them from three tokens on."""
+    return torch.tensor([PROMPT, PADDING, GENERATED, PADDING, GENERATED, PROMPT, GENERATED, PADDING][:tokens]).byte()
+
+
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_phases(tokens, bias, dtype, by, threads):
+    weights, biases = cases.ffn(37, 91, dtype, "cpu", bias=bias, seed=tokens)
+    x, phases = cases.inputs(tokens, 37, dtype, "cpu", 1), phased(tokens)
+    x[phases == PADDING] = 0
+    proxy = cases.proxy_of(weights) if by == "proxy-4" else None
+    factors = oracle.projections(x, weights, biases, "silu")
+    a, u = factors if proxy is None else oracle.proxy_factors(x, proxy, biases, "silu")
+    thresholds = cases.clear_thresholds({"up": u, "gate": a}.get(by, a * u), 0.6)
+    x[phases == PADDING] = torch.nan  # nobody sees it
+    how = HOW | {"indicator": by, "proxy": proxy}
+    counters = torch.tensor([3, 5])
+    with cases.poisoned():
+        active = CPU.select(x, weights, biases, thresholds, phases=phases, **how)
+        y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **how)
+        decided = CPU.select(x, weights, biases, thresholds, **how)
+    generated = phases == GENERATED
+    assert active[phases == PROMPT].all()
+    assert not active[phases == PADDING].any()
+    assert torch.equal(active[generated], decided[generated])
+    assert counters.tolist() == [3 + int(generated.sum()), 5 + int(active[generated].sum())]
+    nothing = torch.zeros(37, dtype=dtype) if biases[2] is None else biases[2]
+    assert torch.equal(y[phases == PADDING], nothing.expand(int((phases == PADDING).sum()), -1))
+    assert oracle.relative_error(y, oracle.combine(*factors, active, weights, biases)) <= cases.TOLERANCE[dtype]
+    if dtype == torch.float32:
+        expected, seen = counted(), CPU.select(x, weights, biases, thresholds, phases=phases, **how)
+        z = REFERENCE.sparse_ffn(x, weights, biases, thresholds, expected, phases=phases, **how)
+        assert torch.equal(seen, REFERENCE.select(x, weights, biases, thresholds, phases=phases, **how))
+        assert (expected + torch.tensor([3, 5])).tolist() == counters.tolist()
+        assert oracle.relative_error(y, z.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("phase", [GENERATED, PROMPT, PADDING])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
+def test_phases_of_a_token_that_is_not_finite(by, bad, phase):
+    weights, biases = cases.ffn(13, 29, torch.float32, "cpu", bias=True)
+    x, phases = cases.inputs(3, 13, torch.float32, "cpu", 1), torch.tensor([GENERATED, phase, GENERATED]).byte()
+    how = HOW | {"indicator": by, "proxy": cases.proxy_of(weights) if by == "proxy-4" else None}
+    thresholds, counters = torch.full((29,), 0.3), counted()
+    others = CPU.sparse_ffn(x, weights, biases, thresholds, counted(), phases=phases, **how)[::2]
+    x[1, 5] = bad
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **how)
+    active = CPU.select(x, weights, biases, thresholds, phases=phases, **how)
+    assert active[1].sum() == (0 if phase == PADDING else 29)
+    assert torch.equal(y[::2], others)
+    assert torch.equal(y[1], biases[2]) if phase == PADDING else not y[1].isfinite().any()
+    assert counters.tolist() == [3 - (phase != GENERATED), int(active[phases == GENERATED].sum())]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_phases_are_read_anew_where_a_call_is_done_again(tokens, threads):
+    weights, biases = cases.ffn(37, 91, torch.float32, "cpu", bias=True)
+    x, thresholds = cases.inputs(tokens, 37, torch.float32, "cpu", 1), torch.full((91,), 0.4)
+    phases, counters = torch.full((tokens,), GENERATED, dtype=torch.uint8), counted()
+    with library.library().watched() as row:
+        y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **HOW)
+    again = library.library().again(row)
+    for change in (PADDING, PROMPT, GENERATED):
+        phases[tokens // 2] = change
+        expected, more = counted(), counters.clone()
+        alone = CPU.sparse_ffn(x, weights, biases, thresholds, expected, phases=phases, **HOW)
+        y.fill_(torch.nan)
+        again()
+        assert torch.equal(y, alone)
+        assert torch.equal(counters, more + expected)
 
 
 LEFT = {
@@ -217,6 +338,7 @@ LEFT = {
     "activation": ({}, {"activation": "mish"}),
     "layout": ({"plain": True}, {}),
     "float64": ({"dtype": torch.float64}, {}),
+    "x in float64": ({"x": torch.randn(1, 16).double()}, {}),
 }
 
 
@@ -225,25 +347,88 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
     weights, biases = cases.ffn(16, 24, change.get("dtype", torch.float32), "cpu")
     if "plain" in change:
         weights[2] = weights[2].contiguous()
-    x = change.get("x", torch.randn(1, 16)).to(weights[0].dtype)
+    x = change.get("x", torch.randn(1, 16, dtype=weights[0].dtype))
     counters = [counted(), counted()]
-    y = ops.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[0], **(HOW | how))
-    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[1], **(HOW | how)))
+    y = CPU.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[0], **(HOW | how))
+    assert torch.equal(y, REFERENCE.sparse_ffn(x, weights, biases, torch.full((24,), 0.3), counters[1], **(HOW | how)))
     assert torch.equal(*counters)
+
+
+def test_what_was_right_once_is_checked_again_where_it_differs(monkeypatch):
+    weights, biases = cases.ffn(16, 24, torch.float32, "cpu", bias=True)
+    x, thresholds = cases.inputs(2, 16, torch.float32, "cpu", 0), torch.full((24,), 0.3)
+    y = DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
+    assert torch.equal(DISPATCHED.sparse_ffn(x.view(2, 1, 16), weights, biases, thresholds, counted(), **HOW)[:, 0], y)
+    assert torch.equal(DISPATCHED.sparse_ffn(x.t().clone().t(), weights, biases, thresholds, counted(), **HOW), y)
+    for wrong, message in (
+        ((x[:, 1:], weights, biases, thresholds, counted()), "to fit W_gate"),
+        ((x, [weights[1], weights[2], weights[0]], biases, thresholds, counted()), "W_up is"),
+        ((x, weights, [biases[2], *biases[:2]], thresholds, counted()), "bias of gate has the wrong shape"),
+        ((x, weights, biases, thresholds.double(), counted()), "are torch.float64"),
+        ((x, weights, biases, thresholds, counted().int()), "counters is torch.int32"),
+        ((x, weights, biases, thresholds, torch.zeros(4, dtype=torch.int64)[::2]), "expected contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DISPATCHED.sparse_ffn(*wrong, **HOW)
+    _, options = arguments(x, weights, biases, **HOW)
+    with pytest.raises(ValueError, match="weights has 4 tensors, which are not those of plain, plain, plain"):
+        torch.ops.countdown.sparse(x, [*weights, biases[0]], biases[1:], thresholds, counted(), None, **options)
+    with pytest.raises(ValueError, match=r"phases is torch\.int64"):
+        DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counted(), phases=torch.zeros(2).long(), **HOW)
+    with pytest.raises(ValueError, match="drop is 25"):
+        DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW | {"drop": 25})
+    monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
+    z = DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
+    assert torch.equal(z, REFERENCE.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
+
+
+def test_weights_in_other_memory_are_read_there():
+    weights, biases = cases.ffn(16, 24, torch.float32, "cpu", bias=True)
+    x, thresholds = cases.inputs(1, 16, torch.float32, "cpu", 0), torch.full((24,), 0.3)
+    for seed in range(3):
+        others, other_biases = cases.ffn(16, 24, torch.float32, "cpu", bias=True, seed=seed)
+        for tensor, other in zip([*weights, *biases], [*others, *other_biases], strict=True):
+            tensor.data = other
+        y = DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
+        expected = REFERENCE.sparse_ffn(x, others, other_biases, thresholds, counted(), **HOW)
+        assert oracle.relative_error(y, expected.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_copies_in_rows_are_put_into_tiles(tokens):
+    weights, biases = cases.ffn(40, 29, torch.float32, "cpu", bias=True)
+    x, thresholds = cases.inputs(tokens, 40, torch.float32, "cpu", 1), torch.full((29,), 0.2)
+    rows = cases.proxy_of(weights)
+    results = []
+    for proxy in (rows, rows, [part.in_tiles() for part in rows], [part.in_tiles() for part in rows]):
+        how, counters = HOW | {"indicator": "proxy-4", "proxy": proxy}, counted()
+        y = DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+        results.append((y, counters, DISPATCHED.select(x, weights, biases, thresholds, **how)))
+    assert 0 < results[0][1][1] < tokens * 29
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
+def test_copies_in_other_bits_are_left_to_the_reference():
+    weights, biases = cases.ffn(32, 20, torch.float32, "cpu")
+    x, thresholds, counters = cases.inputs(1, 32, torch.float32, "cpu", 1), torch.full((20,), 0.2), counted()
+    how = HOW | {"indicator": "proxy-4", "proxy": cases.proxy_of(weights, bits=3)}
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    assert torch.equal(y, REFERENCE.sparse_ffn(x, weights, biases, thresholds, counters, **how))
 
 
 def test_an_explicit_request_is_loud_and_reference_is_obeyed(monkeypatch):
     weights, biases = cases.ffn(16, 24, torch.float32, "cpu")
     x, arguments = torch.randn(1, 16), (torch.full((24,), 0.3), counted())
     monkeypatch.setenv("COUNTDOWN_BACKEND", "cpu")
-    with pytest.raises(ConfigError, match="'cpu', which cannot compute this FFN: W_down is not laid out by neuron"):
-        ops.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **HOW)
+    with pytest.raises(ConfigError, match="'cpu', which cannot compute this call: W_down is not laid out by neuron"):
+        CPU.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **HOW)
     monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
-    y = ops.sparse_ffn(x, weights, biases, *arguments, **HOW)
-    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, *arguments, **HOW))
+    y = CPU.sparse_ffn(x, weights, biases, *arguments, **HOW)
+    assert torch.equal(y, REFERENCE.sparse_ffn(x, weights, biases, *arguments, **HOW))
     monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
-    reason = backends.refuses_ffn(weights, decision="threshold", indicator="up", activation="silu")
-    assert reason == "it runs on GPUs, and the weights are on cpu"
+    chosen = backends.choose(Gated([Plain([weight]) for weight in weights], biases, "silu"), UP, (), "threshold")
+    assert chosen.reason == "it runs on GPUs, and the weights are on cpu"
 
 
 def test_compiled_code_runs_the_same_kernel():
@@ -251,14 +436,14 @@ def test_compiled_code_runs_the_same_kernel():
     x, thresholds = cases.inputs(1, 24, torch.float32, "cpu", 2), torch.full((60,), 0.5)
 
     def twice(x, counters):
-        return 2 * torch.ops.countdown.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+        return 2 * DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
 
     eager, compiled = counted(), counted()
     expected = twice(x, eager)
     y = torch.compile(twice, fullgraph=True, backend="aot_eager")(x, compiled)
     assert torch.equal(y, expected)
     assert torch.equal(compiled, eager)
-    assert torch.equal(expected, 2 * ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
+    assert torch.equal(expected, 2 * CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
 
 
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
@@ -293,7 +478,7 @@ def test_attend_one(heads, groups, length, size, mask, dtype, threads):
     with cases.poisoned():
         y = dense_ops.attend_one(q, keys, values, seen, 0.3)
     exact = [tensor.double() for tensor in (q, keys, values)]
-    assert oracle.relative_error(y, reference.attend_one(*exact, seen, 0.3)) <= 2 * cases.TOLERANCE[dtype]
+    assert oracle.relative_error(y, dense.attend_one(*exact, seen, 0.3)) <= 2 * cases.TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
@@ -308,7 +493,7 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
         with library.library().watched() as row:
             for threads in order:  # each reads what the one before it wrote
                 torch.set_num_threads(threads)
-                y = ops.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
+                y = CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
                 z = dense_ops.project_one(y, [square], [None])
                 a = dense_ops.attend_one(z.view(1, 9, 1, 64), keys, values, None, 0.3)
                 x = (a * 2).view(1, d)
@@ -335,4 +520,4 @@ def test_attention_of_keys_that_are_not_finite_is_as_torchs(keys_at, value, thre
     keys, values = (cases.inputs(2000, 64, torch.float32, "cpu", s).view(1, 1, 2000, 64).clone() for s in (2, 3))
     keys[:, :, keys_at, 0] = value
     y = dense_ops.attend_one(q, keys, values, None, 0.3)
-    torch.testing.assert_close(y, reference.attend_one(q, keys, values, None, 0.3), equal_nan=True)
+    torch.testing.assert_close(y, dense.attend_one(q, keys, values, None, 0.3), equal_nan=True)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import kernel_cases as cases
 import oracle
-from countdown.ops import reference
+from countdown.ops import dense
 from countdown.ops.triton import dense_ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +49,7 @@ def test_attend_one(heads, groups, length, size, mask, dtype):
     with cases.poisoned():
         y = dense_ops.attend_one(q, keys, values, seen, 0.3)
     exact = [tensor.double() for tensor in (q, keys, values)]
-    assert oracle.relative_error(y.cpu(), reference.attend_one(*exact, seen, 0.3).cpu()) <= 2 * cases.tolerance(dtype)
+    assert oracle.relative_error(y.cpu(), dense.attend_one(*exact, seen, 0.3).cpu()) <= 2 * cases.tolerance(dtype)
 
 
 def test_attend_one_of_a_cache_that_is_a_view():
@@ -57,7 +57,7 @@ def test_attend_one_of_a_cache_that_is_a_view():
     cache = cases.inputs(40, 32, torch.float32, DEVICE, 2).view(1, 40, 2, 16).transpose(1, 2)
     y = dense_ops.attend_one(q, cache, cache.flip(2), None, 1.0)
     exact = [q.double(), cache.double(), cache.flip(2).double()]
-    assert oracle.relative_error(y.cpu(), reference.attend_one(*exact, None, 1.0).cpu()) <= 1e-5
+    assert oracle.relative_error(y.cpu(), dense.attend_one(*exact, None, 1.0).cpu()) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_attend_one_of_a_cache_that_is_a_view():
 )
 def test_products_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        reference.project_one(**{"x": torch.ones(1, 8), "weights": [torch.ones(4, 8)], "biases": [None]} | change)
+        dense.project_one(**{"x": torch.ones(1, 8), "weights": [torch.ones(4, 8)], "biases": [None]} | change)
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_products_that_do_not_fit(change, message):
 def test_attention_that_does_not_fit(change, message):
     fitting = {"q": torch.ones(1, 4, 1, 8), "keys": torch.ones(1, 2, 5, 8), "values": torch.ones(1, 2, 5, 8)}
     with pytest.raises(ValueError, match=message):
-        reference.attend_one(**{**fitting, "mask": None, "scale": 1.0} | change)
+        dense.attend_one(**{**fitting, "mask": None, "scale": 1.0} | change)

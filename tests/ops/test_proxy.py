@@ -8,20 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from countdown.ops import proxy as proxies
-from countdown.ops import reference  # noqa: F401  (registers the ops)
-from countdown.ops.proxy_format import bits_per_weight
-from countdown.ops.proxy_tiles import in_rows, in_tiles
-
-OPS = torch.ops.countdown
+from calls import DISPATCHED, arguments
+from countdown.weights.symmetric import SHRINK, Symmetric, Tiles4, quantise, round_tokens
 
 
 def made(weights, bits, importance=None):
-    """Levels and scales of gate and up."""
-    d = weights[0].shape[1]
-    importance = torch.ones(d) if importance is None else importance
-    matrices = [proxies.quantise(weight, importance, bits) for weight in weights[:2]]
-    return [part for matrix in matrices for part in (matrix.levels, matrix.scales)]
+    """Gate and up in few bits."""
+    importance = torch.ones(weights[0].shape[1]) if importance is None else importance
+    return [quantise(weight, importance, bits) for weight in weights[:2]]
+
+
+def in_tiles(proxy):
+    return [part.in_tiles() for part in proxy]
 
 
 @settings(max_examples=40, deadline=None)
@@ -32,9 +30,9 @@ def made(weights, bits, importance=None):
 def test_unpacking_gives_what_the_packing_means(d, h, bits, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(h, d, generator=generator).to(dtype)
-    matrix = proxies.quantise(weight, torch.rand(d, generator=generator), bits)
-    unpacked = proxies.dequantise(matrix.levels, matrix.scales, d)
-    assert torch.equal(unpacked.double(), oracle.proxy_weights(matrix.levels, matrix.scales, d, bits))
+    matrix = quantise(weight, torch.rand(d, generator=generator), bits)
+    unpacked = matrix.values()
+    assert torch.equal(unpacked.double(), oracle.proxy_weights(*matrix.parts, d, bits))
     # No weight is further from its own than half a step of the largest range, or than what shrinking cut off.
     reach = weight.float().abs().max()
     assert (unpacked - weight.float()).abs().max() <= 0.45 * reach
@@ -44,16 +42,16 @@ def test_unpacking_gives_what_the_packing_means(d, h, bits, seed, dtype):
 def test_weights_on_the_grid_are_kept(bits):
     levels = torch.arange(64).remainder(2**bits) - 2 ** (bits - 1) + 0.5
     weight = torch.stack([levels * 0.25, -levels * 3.0])
-    matrix = proxies.quantise(weight, torch.ones(64), bits)
-    assert torch.equal(proxies.dequantise(matrix.levels, matrix.scales, 64), weight)
+    matrix = quantise(weight, torch.ones(64), bits)
+    assert torch.equal(matrix.values(), weight)
 
 
 def test_the_scale_is_the_best_of_those_tried():
     generator = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(7, 64, generator=generator), torch.rand(64, generator=generator) ** 4
-    matrix = proxies.quantise(weight, importance, 4)
-    kept = (proxies.dequantise(matrix.levels, matrix.scales, 64) - weight).square() @ importance
-    for shrink in proxies.SHRINK:
+    matrix = quantise(weight, importance, 4)
+    kept = (matrix.values() - weight).square() @ importance
+    for shrink in SHRINK:
         scale = (shrink * weight.abs().amax(1, keepdim=True) / 7.5).half().float()
         tried = ((weight / scale - 0.5).round().clamp(-8, 7) + 0.5) * scale
         assert (kept <= (tried - weight).square() @ importance + 1e-6).all()
@@ -66,40 +64,39 @@ def test_columns_of_large_inputs_are_kept_better():
     importance[:8] = 100
     errors = []
     for cost in (torch.ones(64), importance):
-        matrix = proxies.quantise(weight, cost, 3)
-        errors.append((proxies.dequantise(matrix.levels, matrix.scales, 64) - weight)[:, :8].square().mean())
+        matrix = quantise(weight, cost, 3)
+        errors.append((matrix.values() - weight)[:, :8].square().mean())
     assert errors[1] < errors[0]
 
 
 def test_the_same_weights_give_the_same_proxy_in_every_dtype():
     weight = torch.randn(9, 100).bfloat16()
-    one, other = (proxies.quantise(w, torch.ones(100), 4) for w in (weight, weight.float()))
-    assert torch.equal(one.levels, other.levels)
-    assert torch.equal(one.scales, other.scales)
+    one, other = (quantise(w, torch.ones(100), 4) for w in (weight, weight.float()))
+    assert all(torch.equal(a, b) for a, b in zip(one.parts, other.parts, strict=True))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-6])
 def test_small_weights_keep_their_proportions(size):
     weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(2)) * size
-    matrix = proxies.quantise(weight, torch.ones(64), 4)
-    unpacked = proxies.dequantise(matrix.levels, matrix.scales, 64)
+    matrix = quantise(weight, torch.ones(64), 4)
+    unpacked = matrix.values()
     assert oracle.relative_error(unpacked, weight.double()) < 0.12
 
 
 def test_zeros_stay_near_zero():
-    matrix = proxies.quantise(torch.zeros(3, 70), torch.zeros(70), 4)
-    assert (proxies.dequantise(matrix.levels, matrix.scales, 70) == 0).all()
+    matrix = quantise(torch.zeros(3, 70), torch.zeros(70), 4)
+    assert (matrix.values() == 0).all()
 
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_bytes(bits):
-    matrix = proxies.quantise(torch.randn(16, 256), torch.ones(256), bits)
-    assert matrix.nbytes == 16 * 256 * bits_per_weight(bits) / 8
+    matrix = quantise(torch.randn(16, 256), torch.ones(256), bits)
+    assert matrix.nbytes == 16 * 256 * (bits + 16 / 64) / 8 == Symmetric.__subclasses__()[bits - 3].bytes_of(16, 256)
 
 
 def test_round_tokens():
     x = torch.randn(4, 33) * torch.tensor([[1.0], [1e-3], [1e4], [0.0]])
-    rounded = proxies.round_tokens(x)
+    rounded = round_tokens(x)
     assert ((rounded - x).abs() <= x.abs().amax(1, keepdim=True) / 254 * 1.001).all()
     assert torch.equal(rounded[3], x[3])
 
@@ -110,10 +107,10 @@ def test_round_tokens():
 def test_the_op_decides_by_the_proxy_and_computes_exactly(bias, bits, decision):
     weights, biases = oracle.random_ffn(37, 23, torch.float32, bias=bias)
     proxy, x = made(weights, bits), torch.randn(3, 37)
-    how = {"decision": decision, "drop": 14, "indicator": "proxy", "activation": "silu", "proxy": proxy}
+    how = {"decision": decision, "drop": 14, "indicator": f"proxy-{bits}", "activation": "silu", "proxy": proxy}
     per_neuron, counters = torch.full((23,), 0.11 if decision == "threshold" else 1.0), torch.zeros(2).long()
-    active = OPS.select(x, weights, biases, per_neuron, **how)
-    y = OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+    active = DISPATCHED.select(x, weights, biases, per_neuron, **how)
+    y = DISPATCHED.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
     a, u = oracle.proxy_factors(x, proxy, biases, "silu")
     value = (a * u).abs()
     if decision == "threshold":
@@ -123,7 +120,8 @@ def test_the_op_decides_by_the_proxy_and_computes_exactly(bias, bits, decision):
     exact = oracle.projections(x, weights, biases, "silu")
     assert oracle.relative_error(y, oracle.combine(*exact, active, weights, biases)) < 1e-5
     assert counters.tolist() == [3, int(active.sum())]
-    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), how)
+    tensors, options = arguments(x, weights, biases, **how)
+    torch.library.opcheck(torch.ops.countdown.sparse.default, (*tensors, per_neuron, counters, None), options)
 
 
 def test_more_bits_find_more_of_what_matters():
@@ -133,20 +131,20 @@ def test_more_bits_find_more_of_what_matters():
     best = (a * u).abs().topk(200).indices
     recalls = []
     for bits in (3, 4):
-        how = {"decision": "topk", "drop": 800, "indicator": "proxy", "activation": "silu"}
-        active = OPS.select(x, weights, [None] * 3, torch.ones(1000), **how, proxy=made(weights, bits))
+        how = {"decision": "topk", "drop": 800, "indicator": f"proxy-{bits}", "activation": "silu"}
+        active = DISPATCHED.select(x, weights, [None] * 3, torch.ones(1000), **how, proxy=made(weights, bits))
         recalls.append(active.gather(1, best).float().mean().item())
     assert 0.7 < recalls[0] < recalls[1]
     assert recalls[1] > 0.85
 
 
 BAD = {
-    "missing": (None, "proxy", "proxy is not given, and indicator is 'proxy'"),
-    "for another": ("made", "up", "proxy is given, and indicator is 'up'"),
-    "three tensors": ("short", "proxy", "proxy has 3 tensors"),
-    "other shape": ("other", "proxy", r"does not fit W_gate \(11, 7\)"),
-    "rows and tiles": ("mixed", "proxy", r"proxy has levels \(11, 4\) of gate and \(1, 1, 16, 4\) of up"),
-    "other bits": ("bits", "proxy", r"proxy has levels \(11, 4\) of gate and \(11, 3\) of up"),
+    "missing": (None, "proxy-4", "formats has 3 entries, expected one for each of 5 weights"),
+    "for another": ("made", "up", "formats has 5 entries, expected one for each of 3 weights"),
+    "one of two": ("short", "proxy-4", "formats has 4 entries, expected one for each of 5 weights"),
+    "other shape": ("other", "proxy-4", r"a part of selector 'proxy-4' has levels .* do not fit \(11, 7\) in 4 bits"),
+    "rows and tiles": ("mixed", "proxy-4", "have formats symmetric-4, symmetric-4-tiles, not its own"),
+    "other bits": ("bits", "proxy-4", "have formats symmetric-4, symmetric-3, not its own"),
 }
 
 
@@ -155,31 +153,39 @@ def test_proxies_that_do_not_fit_are_named(kind, indicator, message):
     weights, biases = oracle.random_ffn(7, 11, torch.float32)
     proxy = None if kind is None else made(weights, 4)
     if kind == "short":
-        proxy = proxy[:3]
+        proxy = proxy[:1]
     if kind == "mixed":
-        proxy = proxy[:2] + in_tiles(proxy)[2:]
+        proxy = [proxy[0], proxy[1].in_tiles()]
     if kind == "bits":
-        proxy = proxy[:2] + made(weights, 3)[2:]
+        proxy = [proxy[0], made(weights, 3)[1]]
     if kind == "other":
         proxy = made(oracle.random_ffn(7, 12, torch.float32)[0], 4)
     how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": "silu", "proxy": proxy}
     with pytest.raises(ValueError, match=message):
-        OPS.select(torch.randn(1, 7), weights, biases, torch.ones(11), **how)
+        DISPATCHED.select(torch.randn(1, 7), weights, biases, torch.ones(11), **how)
+
+
+def test_parts_that_are_missing_are_named():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    how = {"indicator": "proxy-4", "activation": "silu", "proxy": made(weights, 4)}
+    (x, tensors, none), options = arguments(torch.randn(1, 7), weights, biases, **how)
+    with pytest.raises(ValueError, match="weights has 6 tensors, which are not those of plain, plain, plain, symm"):
+        torch.ops.countdown.select(x, tensors[:-1], none, torch.ones(11), None, **options)
 
 
 @pytest.mark.parametrize("d", [8, 40, 64, 100])
 @pytest.mark.parametrize("h", [1, 15, 16, 17, 53])
 def test_tiles_hold_the_same_and_give_the_rows_back(h, d):
-    weights = [torch.randn(h, d) for _ in range(2)]
-    rows = made(weights, 4)
-    levels, scales, _, up_scales = tiles = in_tiles(rows)
-    neuron = h - 1
-    assert torch.equal(levels[neuron // 16, :, neuron % 16].flatten(), rows[0][neuron])
-    assert torch.equal(scales[neuron // 16, :, neuron % 16], rows[1][neuron])
-    assert not up_scales.mT.flatten(0, 1)[h:].any()
-    assert all(torch.equal(one, other) for one, other in zip(in_rows(tiles, h), rows, strict=True))
-    assert in_tiles(tiles) is tiles
-    assert in_rows(rows, h) is rows
+    for rows in made([torch.randn(h, d) for _ in range(2)], 4):
+        tiles = rows.in_tiles()
+        (levels, scales), neuron = tiles.parts, h - 1
+        assert torch.equal(levels[neuron // 16, :, neuron % 16].flatten(), rows.parts[0][neuron])
+        assert torch.equal(scales[neuron // 16, :, neuron % 16], rows.parts[1][neuron])
+        assert not scales.mT.flatten(0, 1)[h:].any()
+        assert all(torch.equal(one, other) for one, other in zip(tiles.in_rows().parts, rows.parts, strict=True))
+        assert torch.equal(tiles.values(), rows.values())
+        assert tiles.in_tiles() is tiles
+        assert rows.in_rows() is rows
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9])
@@ -187,12 +193,13 @@ def test_ops_take_rows_and_tiles(tokens):
     weights, biases = oracle.random_ffn(37, 23, torch.float32, bias=True)
     weights[2] = weights[2].t().contiguous().t()  # for the kernels of a CPU
     proxy, x, thresholds = made(weights, 4), torch.randn(tokens, 37), torch.full((23,), 0.11)
-    how = {"decision": "threshold", "drop": 0, "indicator": "proxy", "activation": "silu"}
+    how = {"decision": "threshold", "drop": 0, "indicator": "proxy-4", "activation": "silu"}
     results = []
     for form in (proxy, in_tiles(proxy)):
         counters = torch.zeros(2).long()
-        y = OPS.sparse_ffn(x, weights, biases, thresholds, counters, proxy=form, **how)
-        results.append((y, counters, OPS.select(x, weights, biases, thresholds, proxy=form, **how)))
+        y = DISPATCHED.sparse_ffn(x, weights, biases, thresholds, counters, proxy=form, **how)
+        results.append((y, counters, DISPATCHED.select(x, weights, biases, thresholds, proxy=form, **how)))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-    with pytest.raises(ValueError, match="does not fit W_gate"):
-        OPS.select(x, weights, biases, thresholds, proxy=in_tiles([part[:16] for part in proxy]), **how)
+    few = [Tiles4([tensor[:1] for tensor in part.parts], part.shape) for part in in_tiles(proxy)]
+    with pytest.raises(ValueError, match=r"do not fit \(23, 37\) in 4 bits"):
+        DISPATCHED.select(x, weights, biases, thresholds, proxy=few, **how)

@@ -9,21 +9,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
+from calls import DISPATCHED, arguments, sparse_module
 from countdown.errors import ConfigError
 from countdown.methods import method
-from countdown.models.sites import GatedFFN, Rows
-from countdown.modules import sparse_module
 from countdown.ops import reference
+from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.sites.gated import GatedFFN
+from countdown.sites.holders import Rows
 
-OPS = torch.ops.countdown
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 def call(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], per_neuron: Tensor, **how: object):
     counters = torch.zeros(2, dtype=torch.int64)
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"} | how
-    active = OPS.select(x, weights, biases, per_neuron, **how)
-    y = OPS.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
+    active = DISPATCHED.select(x, weights, biases, per_neuron, **how)
+    y = DISPATCHED.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
     return y, active, counters
 
 
@@ -107,7 +108,9 @@ def test_sparse_linear_is_the_linear_of_the_masked_input(d, out, tokens, dtype, 
     x = (torch.randint(-4, 5, (tokens, d), generator=generator) / 2).to(dtype)
     per_channel = torch.randint(0, 4, (d,), generator=generator).float()
     counters, drop = torch.zeros(2, dtype=torch.int64), int(share * d)
-    z = OPS.sparse_linear(x, weight, offset, per_channel, counters, decision=decision, drop=drop, indicator="input")
+    z = DISPATCHED.sparse_linear(
+        x, weight, offset, per_channel, counters, decision=decision, drop=drop, indicator="input"
+    )
     expected, active = torch.zeros(tokens, out).double(), 0
     for token in range(tokens):
         sizes, given = x[token].double().abs().tolist(), per_channel.tolist()
@@ -143,7 +146,7 @@ def test_the_module_is_the_masked_dense_module_in_every_form(d, h, form, dtype, 
         y = module(x)[0]
     a, u = oracle.projections(x[0], weights, biases, "silu")
     # The op ranks u as rounded to its dtype, and so does this.
-    rounded = torch.nn.functional.linear(x[0], *site.up.of(site.module)).double()
+    rounded = site.sum.project(x[0])[1].double()
     active = torch.tensor([oracle.topk_active(row, config.drop(h)) for row in rounded.abs().tolist()])
     expected = oracle.combine(a, u, active, weights, biases)
     scale = oracle.combine(a, u, torch.ones_like(active), weights, biases).norm().item()
@@ -242,7 +245,7 @@ def test_counters_add_up():
     weights, biases = oracle.random_ffn(7, 11, torch.float32)
     counters = torch.tensor([5, 40])
     how = {"decision": "topk", "drop": 4, "indicator": "gate", "activation": "gelu"}
-    OPS.sparse_ffn(torch.randn(2, 3, 7), weights, biases, torch.ones(11), counters, **how)
+    DISPATCHED.sparse_ffn(torch.randn(2, 3, 7), weights, biases, torch.ones(11), counters, **how)
     assert counters.tolist() == [5 + 6, 40 + 6 * 7]
 
 
@@ -253,17 +256,21 @@ def test_opcheck(decision, shape):
     x, per_neuron = torch.randn(shape), torch.full((11,), 0.5)
     how = {"decision": decision, "drop": 5, "indicator": "coefficient", "activation": "gelu_tanh"}
     counters = torch.zeros(2, dtype=torch.int64)
-    torch.library.opcheck(OPS.sparse_ffn.default, (x, weights, biases, per_neuron, counters), how)
-    torch.library.opcheck(OPS.select.default, (x, weights, biases, per_neuron), how)
+    tensors, options = arguments(x, weights, biases, **how)
+    torch.library.opcheck(torch.ops.countdown.sparse.default, (*tensors, per_neuron, counters, None), options)
+    torch.library.opcheck(torch.ops.countdown.select.default, (*tensors, per_neuron, None), options)
+    phases = torch.zeros(x.shape[:-1].numel(), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.countdown.sparse.default, (*tensors, per_neuron, counters, phases), options)
     active = torch.rand(*shape[:-1], 11) > 0.5
-    torch.library.opcheck(OPS.given_ffn.default, (x, weights, [None, None, None], active), {"activation": "silu"})
+    form = {name: options[name] for name in ("kind", "formats", "activation")}
+    torch.library.opcheck(torch.ops.countdown.given.default, (*tensors, active), form)
 
 
 def test_given_ffn_is_sparse_ffn_with_its_active_set():
     weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
     x = torch.randn(4, 7)
     y, active, _ = call(x, weights, biases, torch.full((11,), 0.5))
-    assert torch.equal(OPS.given_ffn(x, weights, biases, active, activation="silu"), y)
+    assert torch.equal(DISPATCHED.given_ffn(x, weights, biases, active, activation="silu"), y)
 
 
 def test_drop_smallest_keeps_nan_and_infinity():
@@ -274,15 +281,14 @@ def test_drop_smallest_keeps_nan_and_infinity():
 
 BAD = {
     "x": ({"x": torch.randn(3, 8)}, "x is"),
-    "dtype": ({"x": torch.randn(3, 7).half()}, "expected torch.float16 like x"),
+    "dtype": ({"weights": [torch.ones(11, 7).long(), torch.ones(11, 7), torch.ones(7, 11)]}, "W_gate is torch.int64"),
     "down": ({"weights": [torch.randn(11, 7), torch.randn(11, 7), torch.randn(11, 7)]}, "W_down is"),
     "bias": ({"biases": [torch.randn(7), None, None]}, "bias of gate"),
-    "threshold shape": ({"per_neuron": torch.ones(10)}, "thresholds or weights are"),
-    "threshold dtype": ({"per_neuron": torch.ones(11).double()}, "thresholds or weights are"),
-    "decision": ({"decision": "best"}, "decision is 'best'"),
+    "threshold shape": ({"per_neuron": torch.ones(10)}, "thresholds or multipliers are"),
+    "threshold dtype": ({"per_neuron": torch.ones(11).double()}, "thresholds or multipliers are"),
+    "decision": ({"decision": "best"}, "rule is 'best'"),
     "drop": ({"drop": 12}, "drop is 12"),
     "activation": ({"activation": "swish"}, "activation is 'swish'"),
-    "weight format": ({"weight_format": "int4"}, "weight_format is 'int4'"),
 }
 
 
@@ -296,5 +302,54 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 def test_unknown_indicator():
     weights, biases = oracle.random_ffn(7, 11, torch.float32)
-    with pytest.raises(ConfigError, match="indicator is 'down'"):
+    with pytest.raises(ConfigError, match="selector is 'down'"):
         call(torch.randn(3, 7), weights, biases, torch.ones(11), indicator="down")
+
+
+def test_unknown_weight_format():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    tensors, options = arguments(torch.randn(3, 7), weights, biases, activation="silu")
+    with pytest.raises(ConfigError, match="weight format is 'int5'"):
+        torch.ops.countdown.select(*tensors, torch.ones(11), None, **options | {"formats": ["int5"] * 3})
+
+
+@pytest.mark.parametrize("x_dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_dtype_of_weights_need_not_be_that_of_x(dtype, x_dtype):
+    weights, biases = oracle.random_ffn(37, 91, dtype, bias=True)
+    x = torch.randn(5, 37).to(x_dtype)
+    y, active, _ = call(x, weights, biases, torch.full((91,), 0.3))
+    a, u = oracle.projections(x, weights, biases, "silu")
+    assert y.dtype == x_dtype
+    assert oracle.relative_error(y, oracle.combine(a, u, active, weights, biases)) <= TOLERANCE[x_dtype]
+
+
+@pytest.mark.parametrize("decision", ["threshold", "topk"])
+def test_a_prompt_token_is_dense_and_padding_is_nothing(decision):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
+    x = torch.randn(2, 3, 7)
+    x[1, 2] = torch.nan
+    phases = torch.tensor([GENERATED, PROMPT, PADDING, PROMPT, GENERATED, PADDING], dtype=torch.uint8)
+    how = {"decision": decision, "drop": 6, "indicator": "up", "activation": "silu"}
+    per_neuron = torch.full((11,), 0.5)
+    expected, sets, _ = call(x, weights, biases, per_neuron, **how)
+    counters = torch.zeros(2, dtype=torch.int64)
+    y = DISPATCHED.sparse_ffn(x, weights, biases, per_neuron, counters, phases=phases, **how)
+    active = DISPATCHED.select(x, weights, biases, per_neuron, phases=phases, **how)
+    dense = DISPATCHED.given_ffn(x, weights, biases, torch.ones(2, 3, 11).bool(), activation="silu")
+    for place, phase in enumerate(phases.tolist()):
+        row, token = divmod(place, 3)
+        wanted = [expected[row, token], dense[row, token], biases[2]][phase]
+        torch.testing.assert_close(y[row, token], wanted)
+        assert torch.equal(active[row, token], [sets[row, token], torch.ones(11).bool(), torch.zeros(11).bool()][phase])
+    assert counters.tolist() == [2, int(sets[0, 0].sum() + sets[1, 1].sum())]
+
+
+def test_phases_that_do_not_fit_are_named():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    uint8 = torch.zeros(6, dtype=torch.uint8)
+    for phases in (uint8[:2], uint8.float()[:3], uint8[::2]):
+        with pytest.raises(ValueError, match=r"phases is .*, expected contiguous uint8 \(3,\)"):
+            DISPATCHED.select(
+                torch.randn(3, 7), weights, biases, torch.ones(11), phases=phases, activation="silu", indicator="up"
+            )

@@ -14,9 +14,11 @@ pytest.importorskip("triton")
 
 import kernel_cases as cases
 import oracle
+from calls import REFERENCE, TRITON
 from countdown.errors import ConfigError
-from countdown.ops import gathering, reference
-from countdown.ops.triton import launch, ops
+from countdown.ops.triton import ffn, launch
+from countdown.ops.triton.backend import Triton
+from countdown.phase import GENERATED, PADDING, PROMPT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("activation", Triton.activations)
 def test_against_float64(activation, indicator, share, tokens):
     cases.check_sparse(tokens, 37, 91, torch.float32, DEVICE, indicator=indicator, activation=activation, share=share)
 
@@ -48,12 +50,12 @@ def test_none_and_one_active(tokens):
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     thresholds = torch.full((50,), torch.inf, device=DEVICE)
     with cases.poisoned():
-        none = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+        none = TRITON.sparse_ffn(x, weights, biases, thresholds, counters, **how)
     assert torch.equal(none, biases[2].expand(tokens, -1))
     assert counters.tolist() == [tokens, 0]
     thresholds[17] = -1
     with cases.poisoned():
-        one = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+        one = TRITON.sparse_ffn(x, weights, biases, thresholds, counters, **how)
     assert counters.tolist() == [2 * tokens, tokens]
     active = torch.zeros(tokens, 50, dtype=torch.bool)
     active[:, 17] = True
@@ -63,7 +65,7 @@ def test_none_and_one_active(tokens):
 
 
 @pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", gathering.ACTIVATIONS)
+@pytest.mark.parametrize("activation", Triton.activations)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, indicator):
@@ -71,11 +73,11 @@ def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, 
     x = cases.inputs(tokens, 13, torch.float32, DEVICE, 1)
     how = {"decision": "threshold", "drop": 0, "indicator": indicator, "activation": activation}
     thresholds = torch.full((29,), 0.4, device=DEVICE)
-    clean = ops.select(x, weights, biases, thresholds, **how)
+    clean = TRITON.select(x, weights, biases, thresholds, **how)
     x[-1, 5] = bad
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    y = ops.sparse_ffn(x, weights, biases, thresholds, counters, **how)
-    active = ops.select(x, weights, biases, thresholds, **how)
+    y = TRITON.sparse_ffn(x, weights, biases, thresholds, counters, **how)
+    active = TRITON.select(x, weights, biases, thresholds, **how)
     assert active[-1].all()
     assert torch.equal(active[:-1], clean[:-1])
     assert not y[-1].isfinite().any()
@@ -89,7 +91,7 @@ def test_a_nan_indicator_stays_active():
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     x = cases.inputs(1, 13, torch.float32, DEVICE, 1)
-    y = ops.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf, device=DEVICE), counters, **how)
+    y = TRITON.sparse_ffn(x, weights, biases, torch.full((29,), torch.inf, device=DEVICE), counters, **how)
     assert counters.tolist() == [1, 1]
     assert y.isnan().all()
 
@@ -99,8 +101,8 @@ def test_a_token_does_not_see_its_neighbours():
     x = cases.inputs(8, 24, torch.float32, DEVICE, 2)
     how = {"decision": "threshold", "drop": 30, "indicator": "up", "activation": "silu"}
     thresholds = torch.full((60,), 0.6, device=DEVICE)
-    together = ops.select(x, weights, biases, thresholds, **how)
-    alone = [ops.select(row[None], weights, biases, thresholds, **how)[0] for row in x]
+    together = TRITON.select(x, weights, biases, thresholds, **how)
+    alone = [TRITON.select(row[None], weights, biases, thresholds, **how)[0] for row in x]
     assert torch.equal(together, torch.stack(alone))
 
 
@@ -112,10 +114,65 @@ def test_strided_inputs_and_leading_dimensions():
     counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     how = {"decision": "threshold", "drop": 0, "indicator": "gate", "activation": "gelu"}
     arguments = (biases, torch.full((24,), 0.1, device=DEVICE), counters)
-    y = ops.sparse_ffn(x, padded, *arguments, **how)
-    expected = reference.sparse_ffn(x.contiguous(), weights, *arguments, **how)
+    y = TRITON.sparse_ffn(x, padded, *arguments, **how)
+    expected = REFERENCE.sparse_ffn(x.contiguous(), weights, *arguments, **how)
     assert y.shape == x.shape
     torch.testing.assert_close(y, expected)
+
+
+PHASES = [
+    [GENERATED], [PROMPT], [PADDING],
+    [GENERATED, PADDING], [PADDING, PROMPT], [PROMPT, GENERATED], [GENERATED, GENERATED], [PADDING, PADDING],
+    [PADDING, GENERATED, PROMPT], [PADDING] * 3,
+    [PROMPT, GENERATED, GENERATED, PADDING, GENERATED, PADDING, PROMPT, GENERATED],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("phases", PHASES, ids=str)
+@pytest.mark.parametrize("by", Triton.selectors)
+def test_phases(by, phases, bias):
+    cases.check_phases(phases, 37, 91, torch.float32, DEVICE, by=by, bias=bias)
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+@pytest.mark.parametrize("by", Triton.selectors)
+def test_phases_of_any_number_of_tokens_in_16_bits(by, tokens):
+    phases = [(tokens + place) % 3 for place in range(tokens)]
+    cases.check_phases(phases, 40, 33, torch.float16, DEVICE, by=by, seed=tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("by", Triton.selectors)
+def test_generated_tokens_with_their_phases_said_are_those_without(by, tokens):
+    weights, biases = cases.ffn(24, 60, torch.float32, DEVICE, bias=True)
+    x = cases.inputs(tokens, 24, torch.float32, DEVICE, 2)
+    how, thresholds, _ = cases.decided(by, x, weights, biases, 0.5)
+    x[-1, 3] = torch.inf  # dense, and counted
+    results = []
+    for phases in (None, torch.zeros(tokens, dtype=torch.uint8, device=DEVICE)):
+        counters = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        y = TRITON.sparse_ffn(x, weights, biases, thresholds, counters, phases=phases, **how)
+        results.append((y[:-1], counters, TRITON.select(x, weights, biases, thresholds, phases=phases, **how)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert results[0][2][-1].all()
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+MIXED = [(x, [w] * 3) for x in FLOATS for w in FLOATS if x != w]
+MIXED += [(x, [torch.bfloat16, torch.float32, torch.float16]) for x in FLOATS]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize(("dtype", "dtypes"), MIXED, ids=str)
+@pytest.mark.parametrize("by", Triton.selectors)
+def test_tokens_and_weights_of_different_dtypes(by, dtype, dtypes, tokens):
+    cases.check_mixed(tokens, 40, 67, dtype, dtypes, DEVICE, by=by, seed=tokens)
+
+
+def test_the_tables_are_what_the_backend_says_it_takes():
+    assert set(ffn.DECIDERS) == set(Triton.selectors)
+    assert set(ffn.FORMATS) == set(Triton.formats)
 
 
 LEFT = {
@@ -136,8 +193,8 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"} | how
     per_neuron = torch.full((24,), 0.3, device=DEVICE)
     counters = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
-    y = ops.sparse_ffn(x, weights, biases, per_neuron, counters[0], **how)
-    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, per_neuron, counters[1], **how))
+    y = TRITON.sparse_ffn(x, weights, biases, per_neuron, counters[0], **how)
+    assert torch.equal(y, REFERENCE.sparse_ffn(x, weights, biases, per_neuron, counters[1], **how))
     assert torch.equal(*counters)
 
 
@@ -151,17 +208,13 @@ def test_what_no_kernel_takes_is_the_reference_to_the_bit(change, how):
 def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
     d, h = shape
     found = launch.Hardware(multiprocessors, shared=100 * 1024, dependent_launch=False, dot4=False, tf32=False)
+    proxy = 8 * launch.packed(d, found)[1]
     deciding = [
         config
         for expected in (0, h // 10, h)
-        for config in (
-            launch.decide(d, h, itemsize, expected, found),
-            launch.proxy_decision(d, h, itemsize, expected, found),
-            launch.pair(d, h, itemsize, expected, found),
-            launch.pair(d, h, itemsize, expected, found, given=True),
-            launch.pair_by_proxy(d, h, itemsize, expected, found),
-        )
-        if config is not None  # too wide for two tokens
+        for tokens, read in ((1, None), (1, proxy), (2, None), (2, 2), (2, proxy))
+        # None where a token is too wide for two.
+        if (config := launch.row_blocks(d, h, itemsize, tokens, expected, found, read=read)) is not None
     ]
     assert len(deciding) == (15 if d <= launch.PAIR_WIDTH else 6)
     for config in deciding:
@@ -183,8 +236,8 @@ def test_strided_thresholds():
     spread = torch.rand(24, 2, device=DEVICE)
     counters = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in range(2)]
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
-    y = ops.sparse_ffn(x, weights, biases, spread[:, 0], counters[0], **how)
-    expected = ops.sparse_ffn(x, weights, biases, spread[:, 0].contiguous(), counters[1], **how)
+    y = TRITON.sparse_ffn(x, weights, biases, spread[:, 0], counters[0], **how)
+    expected = TRITON.sparse_ffn(x, weights, biases, spread[:, 0].contiguous(), counters[1], **how)
     assert torch.equal(y, expected)
     assert torch.equal(*counters)
 
@@ -195,11 +248,11 @@ def test_an_explicit_request_is_loud_and_reference_is_obeyed(monkeypatch):
     arguments = (torch.full((24,), 0.3, device=DEVICE), counters)
     how = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
     monkeypatch.setenv("COUNTDOWN_BACKEND", "triton")
-    with pytest.raises(ConfigError, match="cannot compute this FFN: W_down is not laid out by neuron"):
-        ops.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **how)
+    with pytest.raises(ConfigError, match="cannot compute this call: W_down is not laid out by neuron"):
+        TRITON.sparse_ffn(x, [*weights[:2], weights[2].contiguous()], biases, *arguments, **how)
     monkeypatch.setenv("COUNTDOWN_BACKEND", "reference")
-    y = ops.sparse_ffn(x, weights, biases, *arguments, **how)
-    assert torch.equal(y, reference.sparse_ffn(x, weights, biases, *arguments, **how))
+    y = TRITON.sparse_ffn(x, weights, biases, *arguments, **how)
+    assert torch.equal(y, REFERENCE.sparse_ffn(x, weights, biases, *arguments, **how))
 
 
 # Bytes of shared memory that a program may have: RTX 40, and MI300.
@@ -216,5 +269,5 @@ def test_compiled_kernels_fit_the_shared_memory_of_small_devices(target):
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
     shared = json.loads(run.stdout)
-    assert len(shared) == 52
+    assert len(shared) == 84
     assert {name: size for name, size in shared.items() if size > LIMITS[target]} == {}

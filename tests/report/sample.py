@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from countdown.comparison.results import (
+from countdown.comparison.comparison import (
     CURVE,
     Cell,
     Comparison,

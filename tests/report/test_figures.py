@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from countdown.comparison.results import Cell, Comparison
+from countdown.comparison.comparison import Cell, Comparison
 from countdown.report.figures import all_figures
 from report.sample import sample
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from countdown.comparison.results import Sample
+from countdown.comparison.comparison import Sample
 from countdown.report.samples import Piece, mark
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from countdown.comparison.results import Cell, Layer, Quality
+from countdown.comparison.comparison import Cell, Layer, Quality
 from countdown.report.selection import MOST_LINES, all_series, by_block, by_layer, front
 from report.sample import sample
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from countdown.benchmark.timing import in_turn, paired_ratio, timed, wait
-from countdown.decoding import DecodeLoop, compiler_options, largest, on_device, undone
-from countdown.models.find import find_ffns
-from countdown.modules import sparse_sites
-from countdown.ops.activations import ACTIVATIONS
+from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device, undone
+from countdown.modules import sparse_modules
 from countdown.replay import recorded
+from countdown.sites import SITES, find_parts
 from countdown.sparsify import reset_counters, status
+from countdown.sums.activations import ACTIVATIONS
 
 # By type of device, the tokens of a prompt that is timed.
 PREFILL = {"cuda": 2048, "cpu": 512}
@@ -66,19 +66,18 @@ class Arm:
         started = time.perf_counter()
         self.loop = DecodeLoop(model, ids, new_tokens=tokens_of(new_tokens))
         self.compile_s = time.perf_counter() - started
-        if sparse_sites(model):
+        if sparse_modules(model):
             reset_counters(model)  # what it computed before is not of these tokens
-        self._prefill, self._split = prefill, split
+        self._prefill, self._split = prefill, split and _splits(model)
 
     @torch.no_grad()
     def runs(self) -> dict[str, Callable[[], float]]:
-        """See `Timed`."""
         device = self.ids.device
         found = {TOKEN: token_run(self.loop.run, self.part, device)}
         if self._prefill:
             found[PROMPT] = self._prompt_run()
         # Timed as a part, an FFN must not count what it computes.
-        counters = [site.counters for site in sparse_sites(self.model).values()]
+        counters = [site.counters for site in sparse_modules(self.model).values()]
         if self._split:
             with on_device(device), undone(counters):
                 parts = {name: timed(step, device) for name, step in _parts(self.model, self.loop.linears, self.ids)}
@@ -86,7 +85,6 @@ class Arm:
         return found
 
     def record(self, times: Times, dense: Times) -> dict[str, Any]:
-        """See `Timed`."""
         token = median(times[TOKEN])
         parts = {name: median(found) for name, found in times.items() if name not in (TOKEN, PROMPT)}
         found = {
@@ -100,7 +98,7 @@ class Arm:
         if self._prefill:
             found["prefill_ms"] = median(times[PROMPT]) / 1e3
             found["prefill_ratio"] = paired_ratio(times[PROMPT], dense[PROMPT])
-        return found | (_counted(self.model) if sparse_sites(self.model) else {})
+        return found | (_counted(self.model) if sparse_modules(self.model) else {})
 
     def _prompt_run(self) -> Callable[[], float]:
         tokens, device = PREFILL[self.ids.device.type], self.ids.device
@@ -131,8 +129,8 @@ def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) 
     """
     runs: dict[tuple[str, str], Callable[[], float]] = {} if rate is None else {_RATE: rate}
     of_arms = {name: arm.runs() for name, arm in arms.items()}
-    whats = dict.fromkeys(what for of_arm in of_arms.values() for what in of_arm)
-    runs |= {(name, what): of_arm[what] for what in whats for name, of_arm in of_arms.items() if what in of_arm}
+    measured = dict.fromkeys(name for of_arm in of_arms.values() for name in of_arm)
+    runs |= {(arm, name): of_arm[name] for name in measured for arm, of_arm in of_arms.items() if name in of_arm}
     found = in_turn(runs, rounds=ROUNDS, warm_up=WARM_UP)
     rates = found.pop(_RATE, [])
     return {name: {what: one for (arm, what), one in found.items() if arm == name} for name in arms}, rates
@@ -195,8 +193,15 @@ def _counted(model: nn.Module) -> dict[str, Any]:
     return {
         "realised_sparsity": realised,
         "backend": ", ".join(dict.fromkeys(site.backend for site in sites)),
-        "weights_read_by_ffn": {site.name: site.weights_read for site in sites},
+        "weights_read_by_site": {site.name: site.weights_read for site in sites},
     }
+
+
+def _splits(model: nn.Module) -> bool:
+    """Return whether a token's time can be split up: what is sparse, or would be, are whole parts of it."""
+    parts = {kind.site.sum_class.kind for kind in SITES if kind.part}
+    sparse = {module.kind for module in sparse_modules(model).values()}
+    return sparse <= parts if sparse else bool(find_parts(model))
 
 
 def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
@@ -205,12 +210,12 @@ def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iter
     Each part is timed by itself, captured or recorded, with the kernels of the step and the inputs that the prompt's
     last token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
-    sparse = sparse_sites(model)
+    sparse = sparse_modules(model)
+    sites = [] if sparse else find_parts(model)
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
     inputs = _last_inputs(model, ids, [*sparse.values(), *(linear for group in groups for linear in group)])
-    ffns = [] if sparse else find_ffns(model)
     # Of each dense FFN, gate and up in one group or one linear, and down.
-    dense = [[group for group in groups if group[0] in set(model.get_submodule(ffn.name).modules())] for ffn in ffns]
+    dense = [[group for group in groups if group[0] in set(site.module.modules())] for site in sites]
     taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
     attention = [group for group in groups if id(group[0]) not in taken]
     gated = torch.compile(_product, dynamic=False, options=compiler_options()) if ids.is_cuda else _product
@@ -218,15 +223,15 @@ def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iter
     def run_ffns() -> None:
         for module in sparse.values():
             module.sparse(inputs[id(module)][None])
-        for ffn, (first, last) in zip(ffns, dense, strict=True):
-            gated(_project(first, inputs), ffn.activation)
+        for site, (first, last) in zip(sites, dense, strict=True):
+            gated(_project(first, inputs), site.sum.activation)
             _project(last, inputs)
 
     def run_linears() -> None:
         for group in attention:
             _project(group, inputs)
 
-    steps = {"ffn": run_ffns, "attention_linears": run_linears, "head": lambda: largest(_project([head], inputs))}
+    steps = {"ffn": run_ffns, "attention_linears": run_linears, "head": lambda: argmax(_project([head], inputs))}
     return [(name, step if ids.is_cuda else recorded(step, everything=True)) for name, step in steps.items()]
 
 

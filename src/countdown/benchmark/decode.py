@@ -18,13 +18,11 @@ from countdown.benchmark.arm import Arm, Timed, Times, free, measure, tokens_of
 from countdown.benchmark.timing import bandwidth, floor_rate, wait
 from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
-from countdown.cost import TokenBytes, token_bytes
-from countdown.errors import ConfigError
+from countdown.cost import token_bytes
+from countdown.loading import DTYPES, check_context
 from countdown.methods import Method
-from countdown.models.find import find_ffns
-from countdown.models.loading import DTYPES, check_context
-from countdown.models.sites import GatedFFN
-from countdown.profile import Profile
+from countdown.profiles.profile import Profile
+from countdown.sites import Site, find_sites
 from countdown.sparsify import sparse_twin
 
 DENSE = "dense"
@@ -103,7 +101,7 @@ class DecodeBenchmark:
 
 def run(
     model: nn.Module,
-    whats: Sequence[Method | Profile],
+    arms: Sequence[Method | Profile],
     benchmark: DecodeBenchmark,
     *,
     say: Callable[[str], None] = lambda _: None,
@@ -113,7 +111,7 @@ def run(
     Args:
         model: A dense model on a CUDA device or a CPU; left dense. Sparse ones are copies that share every weight but
             W_down with it.
-        whats: Profiles of it, or methods that are calibrated on random tokens, for random weights.
+        arms: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         say: Called with a line at the start of each step.
 
@@ -121,7 +119,6 @@ def run(
         ConfigError, UnsupportedModelError, ProfileError: See `DecodeLoop` and `sparsify_`.
     """
     device = next(model.parameters()).device
-    check_whats(whats)
     if benchmark.llama_cpp:
         llama_cpp.check(model)
     check_context(model, benchmark.context + tokens_of(benchmark.new_tokens))
@@ -130,36 +127,36 @@ def run(
     ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator)
     ids = (ids if benchmark.prompt is None else benchmark.prompt).to(device)
     some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
-    ffns = find_ffns(model)
-    size, common = token_bytes(model, ffns), _common(model, ffns, benchmark) | {"vocab": vocabulary}
-    profiles = [what if isinstance(what, Profile) else _calibrated(model, what, some) for what in whats]
+    common = _common(model, benchmark) | {"vocab": vocabulary}
+    profiles = [one if isinstance(one, Profile) else _calibrated(model, one, some) for one in arms]
     by_name = {str(profile.recipe): profile for profile in profiles}
     dense: Times = {}
     rate = bandwidth(device).floor if device.type == "cuda" else None
     for group in _groups(model, by_name, ids, benchmark):
         say(f"measuring {', '.join(group)}")
         with ExitStack() as stack:
-            arms = {name: make(stack) for name, make in group.items()}
-            times, rates = measure(arms, None if rate else floor_rate(device))
+            made = {name: make(stack) for name, make in group.items()}
+            times, rates = measure(made, None if rate else floor_rate(device))
         dense = times.get(DENSE, dense)
         bytes_s = rate or statistics.median(rates)
-        for name, arm in arms.items():
+        for name, arm in made.items():
             record = arm.record(times[name], dense)
             if isinstance(arm, Arm):
-                record |= _against_floor(record, size, ffns, bytes_s)
+                sites = find_sites(model, by_name[name].kinds) if name in by_name else []
+                record |= _against_floor(record, token_bytes(model, sites).total, sites, bytes_s)
             yield common | {"bandwidth": bytes_s} | _named(name, by_name) | record
-        del arms, arm
+        del made, arm
         free()
     if benchmark.generate:
         say("measuring Hugging Face's generate")
         yield common | {"run": "generate", "tokens_per_s": _generate(model, ids, benchmark.new_tokens)}
 
 
-def _common(model: nn.Module, ffns: Sequence[GatedFFN], benchmark: DecodeBenchmark) -> dict[str, Any]:
+def _common(model: nn.Module, benchmark: DecodeBenchmark) -> dict[str, Any]:
     """Return what all records say."""
     first = next(model.parameters())
     return {
-        "layers": len(ffns),
+        "layers": model.config.get_text_config().num_hidden_layers,  # type: ignore[operator, union-attr]
         "dtype": str(first.dtype).removeprefix("torch."),
         "tokens": 1,
         "context": benchmark.context,
@@ -196,21 +193,14 @@ def _named(name: str, profiles: Mapping[str, Profile]) -> dict[str, Any]:
     return {"run": name if name == DENSE else llama_cpp.NAME}
 
 
-def _against_floor(record: dict[str, Any], size: TokenBytes, ffns: Sequence[GatedFFN], rate: float) -> dict[str, Any]:
+def _against_floor(record: dict[str, Any], total: int, sites: Sequence[Site], rate: float) -> dict[str, Any]:
     """Return the bytes that a token of an arm reads, and how far it is from the time they take."""
-    shares = record.pop("weights_read_by_ffn", {})
-    read = sum(shares.get(f.name, 1.0) * f.size for f in ffns) / sum(f.size for f in ffns)
-    floor = (size.other + read * size.own) / rate
+    shares = record.pop("weights_read_by_site", {})
+    own = sum(site.nbytes for site in sites if site.name in shares)
+    read = sum(shares[site.name] * site.nbytes for site in sites if site.name in shares)
+    floor = (total - own + read) / rate
     found = {"floor_us": floor * 1e6, "floor_share": floor * record["tokens_per_s"]}
-    return found | ({"weights_read": read} if shares else {})
-
-
-def check_whats(whats: Sequence[Method | Profile]) -> None:
-    """Raise ConfigError unless these apply to FFNs alone."""
-    for what in whats:
-        kinds = [what.kind] if isinstance(what, Method) else what.kinds
-        if kinds != [GatedFFN.kind]:
-            raise ConfigError("the decode benchmark measures sparse FFNs; this profile or method has others as well.")
+    return found | ({"weights_read": read / own} if shares else {})
 
 
 def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:

@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from countdown.artifacts import Artifacts
 from countdown.benchmark.timing import floor_rate, in_turn, paired_ratio, relative_error, require_cuda, timed
 from countdown.config import check_choice
 from countdown.errors import ConfigError
+from countdown.loading import DTYPES
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
-from countdown.models.loading import DTYPES
 from countdown.ops import backends
-from countdown.ops import proxy as proxies
-from countdown.ops.activations import ACTIVATIONS
-from countdown.ops.indicators import GATE, PROXY
-from countdown.ops.proxy_tiles import in_rows, in_tiles
 from countdown.progress import track
 from countdown.replay import recorded
+from countdown.selectors import Selector
+from countdown.sums.activations import ACTIVATIONS
+from countdown.sums.gated import Gated
+from countdown.weights import Plain, Weight
 
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
 FUSED = "cuBLAS, gate and up fused"
@@ -90,8 +91,10 @@ def measurable() -> list[str]:
 
 
 def _has_kernel(name: str) -> bool:
-    cls = method_class(name)
-    return len(cls.indicator.reads) == 1 or cls.indicator is PROXY
+    if method_class(name).kind != Gated.kind:
+        return False
+    selector = method(name).selector
+    return len(selector.reads) == 1 or selector.indicator == "proxy"
 
 
 def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
@@ -206,20 +209,24 @@ class _Layers:
         self.count = min(-(-wanted // max(1, int(least))), MOST_LAYERS, fit)
         self.both = [self._draw(2 * h, d) for _ in range(self.count)]
         self.down = [self._draw(h, d).t() for _ in range(self.count)]
-        self._proxies: dict[int, list[list[Tensor]]] = {}
+        self._parts: dict[Selector, list[Sequence[Weight]]] = {}
 
-    def weights(self, layer: int) -> list[Tensor]:
-        """Gate, up and down of a layer."""
-        return [self.both[layer][: self.h], self.both[layer][self.h :], self.down[layer]]
+    def sum(self, layer: int) -> Gated:
+        """What a layer computes."""
+        weights = (self.both[layer][: self.h], self.both[layer][self.h :], self.down[layer])
+        return Gated([Plain([weight]) for weight in weights], [None] * 3, self.benchmark.activation)
 
-    def proxies(self, bits: int) -> list[list[Tensor]]:
-        """Proxies of every layer, as good for what inputs are."""
-        if bits not in self._proxies:
-            even = torch.ones(self.d, device=self.device)
-            made = [[proxies.quantise(w, even, bits) for w in self.weights(layer)[:2]] for layer in range(self.count)]
-            rows = ([part for m in pair for part in (m.levels, m.scales)] for pair in made)
-            self._proxies[bits] = [in_tiles(proxy) if self.device.type == "cpu" else proxy for proxy in rows]
-        return self._proxies[bits]
+    def parts(self, selector: Selector) -> list[Sequence[Weight]]:
+        """The selector's own weights of every layer, made for inputs that are all as large."""
+        if selector not in self._parts:
+            even = {one.name: torch.ones(self.d, device=self.device) for one in selector.artifacts}
+            self._parts[selector] = [self._laid_out(self.sum(layer), selector, even) for layer in range(self.count)]
+        return self._parts[selector]
+
+    @staticmethod
+    def _laid_out(sum_: Gated, selector: Selector, artifacts: Artifacts) -> Sequence[Weight]:
+        parts = selector.make(sum_, artifacts)
+        return backends.choose(sum_, selector, parts, "threshold").lay_out(sum_, parts)[1]
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:
         """Return x `[tokens, d]`, correlated so far that active sets overlap as the benchmark wants."""
@@ -274,25 +281,25 @@ class _Layers:
         return drawn.mul_(self.d**-0.5)
 
 
+def _arguments(sum_: Gated, parts: Sequence[Weight] = ()) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return weights and biases of a call, and what says how they are stored."""
+    stored = (*sum_.weights, *parts)
+    options = {"kind": sum_.kind, "formats": [weight.format for weight in stored], "activation": sum_.activation}
+    return ([part for weight in stored for part in weight.parts], list(sum_.biases)), options
+
+
 class _Deciding:
     """A method that decides by one projection, which is not read again, or by a proxy."""
 
     def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
         self.layers, self.name, self.sparsity, self.x = layers, name, sparsity, x
-        h, decider = layers.h, method(name)
-        self.indicator = decider.indicator.name
-        self.how = {
-            "decision": "threshold",
-            "drop": int(sparsity * h),
-            "indicator": self.indicator,
-            "activation": layers.benchmark.activation,
-        }
+        self.selector = method(name).selector
+        self.indicator = self.selector.indicator
+        self.how = {"selector": self.selector.name, "rule": "threshold", "drop": int(sparsity * layers.h)}
         self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
-        self.proxies = layers.proxies(decider.proxy_bits) if decider.proxy_bits else [None] * layers.count
-        self.decides, self.reused = 1.0, 1
-        if self.proxies[0] is not None:
-            size = sum(part.nbytes for part in self.proxies[0])
-            self.decides, self.reused = size / (layers.d * h * x.element_size()), 0
+        self.parts = layers.parts(self.selector)
+        own = sum(part.nbytes for part in self.parts[0]) / (layers.d * layers.h * x.element_size())
+        self.decides, self.reused = len(self.selector.reads) + own, len(self.selector.reads)
         self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
 
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
@@ -315,30 +322,29 @@ class _Deciding:
 
     def _value(self, layer: int, scale: float = 1.0) -> Tensor:
         """Return the indicator of all tokens' neurons `[tokens·h]`, what it is rounded from times `scale`."""
-        act = ACTIVATIONS[self.layers.benchmark.activation]
-        gate, up, _ = self.layers.weights(layer)
-        if proxy := self.proxies[layer]:
-            a, u = proxies.factors(self.x, in_rows(proxy, self.layers.h), [None] * 3, act)
-            return (scale * a * u).abs().flatten()
-        z = scale * F.linear(self.x.float(), (gate if self.indicator == GATE.name else up).float())
-        rounded = z.to(self.layers.dtype)
-        return (act(rounded) if self.indicator == GATE.name else rounded).float().abs().flatten()
+        sum_ = self.layers.sum(layer)
+        if self.parts[layer]:
+            return (scale * self.selector.score(sum_, self.x, self.parts[layer], ())).flatten()
+        role = sum_.roles.index(self.selector.reads[0])
+        rounded = (scale * F.linear(self.x.float(), sum_.weights[role].values().float())).to(self.layers.dtype)
+        activated = ACTIVATIONS[sum_.activation](rounded) if sum_.roles[role] == "gate" else rounded
+        return activated.float().abs().flatten()
 
     def run(self, layer: int) -> Tensor:
-        return torch.ops.countdown.sparse_ffn(  # type: ignore[no-any-return]
-            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer], self.counters,
-            proxy=self.proxies[layer], **self.how,
-        )  # fmt: skip
+        arguments, options = _arguments(self.layers.sum(layer), self.parts[layer])
+        return torch.ops.countdown.sparse(  # type: ignore[no-any-return]
+            self.x, *arguments, self.thresholds[layer], self.counters, None, **options, **self.how
+        )
 
     def step(self) -> None:
         for layer in range(self.layers.count):
             self.run(layer)
 
     def active(self, layer: int) -> Tensor:
+        arguments, options = _arguments(self.layers.sum(layer), self.parts[layer])
         return torch.ops.countdown.select(  # type: ignore[no-any-return]
-            self.x, self.layers.weights(layer), [None] * 3, self.thresholds[layer],
-            proxy=self.proxies[layer], **self.how,
-        )  # fmt: skip
+            self.x, *arguments, self.thresholds[layer], None, **options, **self.how
+        )
 
     def union(self) -> float:
         shares = [self.active(layer).any(dim=0).float().mean() for layer in range(self.layers.count)]
@@ -374,14 +380,13 @@ class _Given:
         return fresh
 
     def run(self, layer: int) -> Tensor:
-        weights, activation = self.layers.weights(layer), self.layers.benchmark.activation
+        sum_ = self.layers.sum(layer)
         if len(self.x) > 1 or self.x.device.type == "cpu":
-            return torch.ops.countdown.given_ffn(  # type: ignore[no-any-return]
-                self.x, weights, [None] * 3, self.sets[layer], activation=activation
-            )
-        from countdown.ops.triton.ops import listed_ffn
+            arguments, options = _arguments(sum_)
+            return torch.ops.countdown.given(self.x, *arguments, self.sets[layer], **options)  # type: ignore[no-any-return]
+        from countdown.ops.triton.ffn import listed_ffn
 
-        return listed_ffn(self.x, weights, [None] * 3, *self._lists()[layer], activation=activation)
+        return listed_ffn(self.x, sum_, *self._lists()[layer])
 
     def _lists(self) -> list[tuple[Tensor, Tensor]]:
         if not hasattr(self, "_listed"):
@@ -408,7 +413,7 @@ class _Given:
 
 
 def _error(layers: _Layers, x: Tensor, active: Tensor, y: Tensor) -> float:
-    gate, up, down = [weight.double() for weight in layers.weights(0)]
+    gate, up, down = [weight.values().double() for weight in layers.sum(0).weights]
     x = x.double()
     a = ACTIVATIONS[layers.benchmark.activation](x @ gate.t())
     return relative_error(y, torch.where(active, a * (x @ up.t()), 0) @ down.t())

@@ -98,11 +98,9 @@ class Decoding:
             self._token = self._after([self._token])
 
     def runs(self) -> dict[str, Callable[[], float]]:
-        """See `arm.Timed`."""
         return {TOKEN: token_run(self.run, self._part, torch.device("cpu"))}
 
     def record(self, times: Times, dense: Times) -> dict[str, Any]:
-        """See `arm.Timed`."""
         return {
             "format": self.kind,
             "tokens_per_s": 1e6 / median(times[TOKEN]),

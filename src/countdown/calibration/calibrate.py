@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from countdown.calibration.sensitivity import chord, kl_slopes
-from countdown.calibration.statistics import Assignment, Moments, second_moments, sketch_sparse
-from countdown.calibration.text import WINDOW, Text, unpadded, windows
+from countdown.calibration.passes import PASSES, Assignment, Run
 from countdown.config import CALIBRATION_TOKENS
-from countdown.cost import proxy_bytes
 from countdown.errors import ConfigError, TextError
+from countdown.loading import check_context
 from countdown.methods import Method
-from countdown.models.find import find_sites
-from countdown.models.fingerprint import structure, weight_sample
-from countdown.models.loading import check_context
-from countdown.models.sites import GatedFFN, Site, check_untouched
 from countdown.modules import check_dense
-from countdown.ops.proxy import memory_for
-from countdown.profile import Entry, Profile, Statistics, allocated, threshold_at
-from countdown.progress import track
-from countdown.recipe import Recipe, match
+from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe, match
+from countdown.sites import Site, check_untouched, find_sites
+from countdown.sites.fingerprint import structure, weight_sample
+from countdown.text import WINDOW, Text, unpadded, windows
 from countdown.wrappers import base_model
 
 Texts = str | Text | Sequence[str] | Sequence[Text] | Mapping[str, Any]
-
-# The sparsities at which the sparse pass runs the model, beside the one that was asked for.
-LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-# To allocate, error curves are estimated on every so many-th sequence; their scales in so many rounds over the text,
-# as a mean over so many of the last ones, each going this part of the way to what looks best then.
-ERROR_STRIDE = 4
-ROUNDS = 16
-MEMORY = 8
-STEP = 0.4
 
 
 def calibrate(
@@ -76,6 +60,10 @@ def calibrate(
         ConfigError: Too few tokens asked for, or a recipe that does not fit the model.
         TextError: The text is too short.
         CountdownError: Activations are not finite.
+
+    Example:
+        text = countdown.load_text("python-docs", "calibration")
+        profile = countdown.calibrate(model, tokenizer, text, countdown.method("m-countdown", weighting="rms"))
     """
     return calibrate_all(model, tokenizer, texts, [config], tokens=tokens, progress=progress)[0]
 
@@ -138,22 +126,18 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
         [(entry.pattern, entry.method.kind) for entry in recipe.entries], [(site.name, site.kind) for site in sites]
     )
     assigned = [Assignment(site, recipe.entries[owners[site.name]].method) for site in sites if site.name in owners]
-    for entry in assigned:
-        check_untouched(entry.site)
-    assigned = _weighted(model, assigned, sequences, progress)
-    found = {entry.site.name: Statistics(entry.weights, importance=entry.importance) for entry in assigned}
-    entries = [
-        Entry(entry.pattern, entry.method, {name: found[name] for name, owner in owners.items() if owner == index})
-        for index, entry in enumerate(recipe.entries)
-    ]
-    entries = _with_errors(model, entries, assigned, _shuffled(sequences, _loaded(texts)), progress)
-    entries = _with_thresholds(model, entries, assigned, sequences, progress)
+    for one in assigned:
+        check_untouched(one.site)
+    run = Run(model, sequences, _shuffled(sequences, _loaded(texts)), recipe, assigned, owners, progress)
+    wanted = {name for one in assigned for name in one.method.passes()}
+    for pass_ in sorted((PASSES.get(name) for name in wanted), key=lambda pass_: pass_.rank):
+        pass_.run(run)
     return Profile(
         base_model=_facts(model),
         structure=structure(model, sites),
         samples={site.name: weight_sample(site) for site in sites},
         calibration=_provenance(texts, sequences, sites),
-        entries=entries,
+        entries=run.entries,
     )
 
 
@@ -163,122 +147,6 @@ def _shuffled(sequences: list[Tensor], texts: list[Text]) -> list[Tensor]:
         return sequences
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
     return [sequences[index] for index in order.tolist()]
-
-
-def _weighted(
-    model: nn.Module, assigned: list[Assignment], sequences: list[Tensor], progress: bool
-) -> list[Assignment]:
-    """Return the assignments with the weights of their indicators, and their proxies."""
-    any_moments = any(entry.method.moments() for entry in assigned)
-    moments = second_moments(model, assigned, sequences, progress=progress) if any_moments else {}
-    with memory_for(sum(proxy_bytes([entry.site], entry.method) for entry in assigned)):
-        return [_with_proxy(_with_weights(entry, moments.get(entry.site.name, {})), moments) for entry in assigned]
-
-
-def _with_weights(entry: Assignment, moments: Mapping[str, Tensor]) -> Assignment:
-    if entry.method.weighting == "none":
-        return entry
-    weights = entry.method.weights(moments, entry.site.column_norms().cpu())
-    # Sparse modules compare in float32, so that is what is sketched and stored.
-    return replace(entry, weights=None if weights is None else weights.float())
-
-
-def _with_proxy(entry: Assignment, moments: Moments) -> Assignment:
-    if not entry.method.proxy_bits or not isinstance(entry.site, GatedFFN):
-        return entry
-    importance = moments[entry.site.name]["input"].float()
-    return replace(entry, importance=importance, proxy=entry.site.proxy(importance, entry.method.proxy_bits))
-
-
-def _with_errors(
-    model: nn.Module, entries: list[Entry], assigned: list[Assignment], sequences: list[Tensor], progress: bool
-) -> list[Entry]:
-    """Return the entries, those of global allocation with the estimated errors of their sites.
-
-    A site's estimate is the expected squared error of its output, E Σ c_i²‖w_i‖² over the terms it drops, as a
-    function of sparsity, scaled so that at the allocated sparsity it rises as the KL of the whole model does. What
-    is allocated moves the scales, so this is repeated.
-    """
-    owners = [e for e in entries if e.method.allocation == "global" and e.method.sparsity]
-    chosen = {name for entry in owners for name in entry.sites}
-    if not chosen:
-        return entries
-    some, schedule = sequences[::ERROR_STRIDE], itertools.repeat(_uniform(assigned)(None))
-    sketches = sketch_sparse(
-        model, assigned, some, schedule, losses=True, label="errors to allocate by", progress=progress
-    )
-    judged = [entry for entry in assigned if entry.site.name in chosen]
-    local = {entry.site.name: sketches[entry.site.name].errors(entry.site.terms) for entry in judged}
-    curves = {entry.site.name: sketches[entry.site.name].thresholds() for entry in assigned}
-    sizes = {entry.site.name: entry.site.size for entry in assigned}
-    now, scales = _uniform(assigned)(None), dict.fromkeys(chosen, 0.0)
-    for round_, some in enumerate(track(_rounds(sequences), "calibrating, effect of each module", show=progress), 1):
-        slopes = kl_slopes(model, assigned, some, now, lambda name, k: threshold_at(curves[name], k))
-        for name in chosen:
-            rise = _rise(local[name], now[name])
-            # A mean over the rounds that forgets the first ones, which were made elsewhere.
-            scales[name] += ((slopes[name] / rise if rise else 0.0) - scales[name]) / min(round_, MEMORY)
-        entries = _updated(entries, "errors", {n: (local[n] * max(scales[n], 0.0)).float() for n in chosen})
-        wanted = {name: k for entry in entries for name, k in allocated(entry, sizes).items()}
-        now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
-    return entries
-
-
-def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:
-    """Return other sequences for each round, each lot spread over the text."""
-    count = min(ROUNDS, len(sequences))
-    return [sequences[start::count] for start in range(count)]
-
-
-def _rise(local: Tensor, sparsity: float) -> float:
-    """Return the slope of an error curve at a sparsity, over the chord that the slopes of the KL are taken over."""
-    low, high = chord(sparsity)
-    return (threshold_at(local, high) - threshold_at(local, low)) / (high - low)
-
-
-def _with_thresholds(
-    model: nn.Module, entries: list[Entry], assigned: list[Assignment], sequences: list[Tensor], progress: bool
-) -> list[Entry]:
-    """Return the entries with the threshold curves of those sites whose method can decide by threshold."""
-    wanted = {name for entry in entries if "threshold" in entry.method.decisions for name in entry.sites}
-    if not wanted:
-        return entries
-    sizes = {entry.site.name: entry.site.size for entry in assigned}
-
-    def levels(sparsity: float | None) -> dict[str, float]:
-        settings = (e if sparsity is None else replace(e, method=replace(e.method, sparsity=sparsity)) for e in entries)
-        return {name: level for entry in settings for name, level in allocated(entry, sizes).items()}
-
-    label = f"thresholds of {'; '.join(entry.method.label for entry in entries)}"
-    sketches = sketch_sparse(model, assigned, sequences, _schedule(levels), label=label, progress=progress)
-    return _updated(entries, "thresholds", {name: sketches[name].thresholds() for name in wanted})
-
-
-def _updated(entries: list[Entry], part: str, found: Mapping[str, Tensor]) -> list[Entry]:
-    """Return the entries with `found`, by site, as this part of their statistics."""
-    return [
-        replace(
-            entry,
-            sites={
-                name: replace(old, **{part: found[name]}) if name in found else old for name, old in entry.sites.items()
-            },
-        )
-        for entry in entries
-    ]
-
-
-def _uniform(assigned: Sequence[Assignment]) -> Callable[[float | None], dict[str, float]]:
-    return lambda sparsity: {e.site.name: e.method.sparsity if sparsity is None else sparsity for e in assigned}
-
-
-def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[dict[str, float]]:
-    """Yield the sparsity of every site for each sequence: the targets, and `LEVELS` in turn, alternately."""
-    own = levels(None)
-    others = [found for level in LEVELS if (found := levels(level)) != own]
-    for turn in itertools.count():
-        yield own
-        # Each round of levels begins one later, so that no level falls in step with texts that take turns.
-        yield others[(turn + turn // len(others)) % len(others)]
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:
@@ -301,7 +169,7 @@ def _provenance(texts: Texts, sequences: list[Tensor], sites: Sequence[Site]) ->
         "texts": described,
         "tokens": sum(len(sequence) for sequence in sequences),
         "window": max(len(sequence) for sequence in sequences),
-        "dtype": str(sites[0].matrices[0].dtype).removeprefix("torch."),
+        "dtype": str(next(iter(sites[0].sum.weights[0].parts)).dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -18,8 +18,8 @@ from countdown.methods import DEFAULT_METHOD, method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from countdown.models.loading import Source
-    from countdown.profile import Profile
+    from countdown.loading import Source
+    from countdown.profiles.profile import Profile
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine.")
 
@@ -45,7 +45,7 @@ def bandwidth(
 ) -> None:
     """Memory bandwidth of the device: of a copy and of reading; which of them floors are computed with."""
     from countdown.benchmark.timing import bandwidth as measure
-    from countdown.models.loading import resolve_device
+    from countdown.loading import resolve_device
     from countdown.results import meta
 
     found = measure(resolve_device(device))
@@ -73,7 +73,7 @@ def ffn(
 ) -> None:
     """One FFN with random weights, sparse against dense: time, floor, share of the floor."""
     from countdown.benchmark.ffn import FFNBenchmark, run
-    from countdown.models.loading import resolve_device
+    from countdown.loading import resolve_device
     from countdown.results import meta
 
     shapes, overlaps = [_sizes(text) for text in shape or ["4096x14336"]], _union(union)
@@ -116,9 +116,9 @@ def decode(
 ) -> None:
     """A whole model, dense and sparse in the same loop: tokens/s, and where a token's time goes."""
     from countdown.benchmark import llama_cpp
-    from countdown.benchmark.decode import DecodeBenchmark, check_whats, random_model, run
+    from countdown.benchmark.decode import DecodeBenchmark, random_model, run
     from countdown.config import check_choice
-    from countdown.models.loading import Source, load_model, resolve_device
+    from countdown.loading import Source, load_model, resolve_device
     from countdown.results import meta
 
     if (model is None) == (shape is None):
@@ -129,23 +129,22 @@ def decode(
     where = resolve_device(device)
     say = printing.say if o.show_progress() else lambda _: None
     loaded: Any
-    whats: list[Any]
+    arms: list[Any]
     if shape is not None:
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
         settings = {} if sparsity is None else {"sparsity": sparsity}
-        whats = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
-        check_whats(whats)
+        arms = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
         loaded, name, prompt = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape, None
     else:
         if methods:
             raise ConfigError("--method goes with --shape; a model is measured with its --profile.")
         source = Source.parse(str(model), revision=revision, trust_remote_code=trust_remote_code)
-        whats, name, prompt = [_profile(source, profile, sparsity)], source.label, _prompt(source, context)
+        arms, name, prompt = [_profile(source, profile, sparsity)], source.label, _prompt(source, context)
         loaded = load_model(source, dtype=dtype, device=device)
     benchmark = DecodeBenchmark(context, new_tokens, generate=generate, llama_cpp=versus is not None, prompt=prompt)
     records = _written(
-        json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, whats, benchmark, say=say))
+        json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, arms, benchmark, say=say))
     )
     printing.print_decode_speeds(printing.table_console(json), records)
 
@@ -164,15 +163,15 @@ def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[st
 
 def _prompt(source: Source, length: int) -> Tensor:
     """Return the beginning of a text that calibration does not read."""
-    from countdown.calibration.text import load_text, windows
-    from countdown.models.loading import load_tokenizer
+    from countdown.loading import load_tokenizer
+    from countdown.text import load_text, windows
 
     return windows(load_tokenizer(source), load_text("python-docs", "evaluation").content, count=1, length=length)
 
 
 def _profile(source: Source, path: Path | None, sparsity: float | None) -> Profile:
-    from countdown.profile import Profile
-    from countdown.saving import own_profile
+    from countdown.profiles.profile import Profile
+    from countdown.profiles.saving import own_profile
 
     profile = own_profile(source) if path is None else Profile.load(path)
     if profile is None:

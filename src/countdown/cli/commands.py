@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +14,16 @@ from countdown.cli import options as o
 from countdown.cli.compare import compare
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError
-from countdown.methods import method, method_class, method_names
+from countdown.methods import method, method_names
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from countdown.calibration.text import Text
     from countdown.evaluation.generation import Generation
-    from countdown.models.loading import Source
-    from countdown.profile import Profile
-    from countdown.recipe import Recipe
+    from countdown.loading import Source
+    from countdown.profiles.profile import Profile
+    from countdown.profiles.recipe import Recipe
+    from countdown.text import Text
 
 AUTO = "auto"
 
@@ -55,17 +55,18 @@ def inspect(
     debug: o.Debug = False,
 ) -> None:
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
-    from countdown.cost import ceiling, proxy_bytes, token_bytes
-    from countdown.models.find import find_ffns, find_sites
-    from countdown.models.loading import Source, load_skeleton
+    from countdown.cost import beside_bytes, ceiling, token_bytes
+    from countdown.loading import Source, load_skeleton
+    from countdown.sites import find_sites
+    from countdown.sites.ffn import find_ffns
 
     skeleton = load_skeleton(Source.parse(model, revision=revision, trust_remote_code=trust_remote_code))
     ffns = find_ffns(skeleton)
     bytes_ = token_bytes(skeleton, ffns)
-    classes = [method_class(name) for name in method_names()]
-    read = {kind: token_bytes(skeleton, find_sites(skeleton, [kind])) for kind in {cls.kind for cls in classes}}
-    ceilings = [ceiling(read[cls.kind], cls, sparsity) for cls in classes for sparsity in (0.5, 0.7, 0.8, 0.9)]
-    beside = {cls.name: extra for cls in classes if (extra := proxy_bytes(ffns, cls))}
+    methods = [method(name, sparsity=sparsity) for name in method_names() for sparsity in (0.5, 0.7, 0.8, 0.9)]
+    sites = {kind: find_sites(skeleton, [kind]) for kind in {one.kind for one in methods}}
+    ceilings = [ceiling(token_bytes(skeleton, sites[one.kind]), sites[one.kind], one) for one in methods]
+    beside = {one.name: extra for one in methods if (extra := beside_bytes(ffns, one))}
     facts = {
         "model_class": type(skeleton).__name__,
         "ffns": [
@@ -127,16 +128,16 @@ def calibrate(
 ) -> None:
     """Estimate what a method needs from a text and write it as a profile."""
     from countdown.calibration.calibrate import calibration_sequences
-    from countdown.cost import proxy_bytes
+    from countdown.cost import beside_bytes
     from countdown.evaluation.choice import trial_sequences
-    from countdown.models.find import find_sites
-    from countdown.models.loading import Source, load_tokenizer
-    from countdown.profile import check_free
+    from countdown.loading import Source, load_tokenizer
+    from countdown.profiles.profile import check_free
+    from countdown.sites import find_sites
 
     settings = _given(sparsity, decision, weighting, allocation, bits)
     config = None if method_name == AUTO else _recipe(method_name, settings)
     _check_wishes(method_name, settings, max_loss)
-    if include_proxy and config and not any(entry.method.proxy_bits for entry in config.entries):
+    if include_proxy and config and not config.has_proxy:
         raise ConfigError(f"--include-proxy needs a method with a proxy, and {method_name} has none.")
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
@@ -156,7 +157,7 @@ def calibrate(
         printing.say("no proxy is stored: what was picked has none")
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
-    if extra := sum(proxy_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
+    if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
         printing.say(f"when it runs, proxies take {extra / 1e6:.1f} MB beside the weights")
     printing.say(f"profile of {profile.recipe} written; run: countdown generate {model} --profile {path} 'Hello'")
     typer.echo(str(path))
@@ -197,7 +198,7 @@ def evaluate(
 ) -> None:
     """Measure what sparsity costs against the same model run dense: on a text, on tasks, or on its own answers."""
     from countdown.cli.evaluation import subject
-    from countdown.models.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_tokenizer
     from countdown.results import meta
     from countdown.sparsify import sparsify_
 
@@ -259,7 +260,7 @@ def generate(
     from countdown.config import check_choice
     from countdown.evaluation.generation import encode_prompt
     from countdown.evaluation.generation import generate as run
-    from countdown.models.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_tokenizer
     from countdown.modules import APPLY_TO
     from countdown.results import meta
     from countdown.sparsify import sparsify_
@@ -328,7 +329,7 @@ def report(
     debug: o.Debug = False,
 ) -> None:
     """Write what a comparison found as one HTML file that needs no network."""
-    from countdown.comparison.results import Comparison
+    from countdown.comparison.comparison import Comparison
     from countdown.report.html import check_installed, write_report
 
     check_installed()
@@ -381,13 +382,13 @@ def _given(
 
 def _recipe(name: str, settings: dict[str, Any]) -> Recipe:
     """Return the recipe in the file of this name, or of the method of this name."""
-    from countdown.recipe import SUFFIXES, Recipe
+    from countdown.profiles.recipe import SUFFIXES, Recipe
 
     if name == AUTO:
         raise ConfigError("--method auto belongs to countdown calibrate; give its --profile here.")
     if Path(name).suffix in SUFFIXES:
         return Recipe.load(name).with_settings(**settings)
-    return Recipe.of(method(name, **settings))
+    return Recipe.named(name, **settings)
 
 
 def _check_wishes(name: str, settings: dict[str, Any], max_loss: float | None) -> None:
@@ -416,13 +417,13 @@ def _picked(
 
     choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, tokens=tokens, progress=o.show_progress())
     printing.say(choice.reason)
-    return _named(choice.profile, source)
+    return choice.profile.with_name(source.label)
 
 
 def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], source: Source) -> Profile | Recipe | None:
     """Return the profile that the options name, with their settings, or what to calibrate, or the model's own."""
-    from countdown.profile import Profile
-    from countdown.saving import own_profile
+    from countdown.profiles.profile import Profile
+    from countdown.profiles.saving import own_profile
 
     if path is not None and name is not None:
         raise ConfigError("give --profile or --method, not both: a profile has its method.")
@@ -438,7 +439,7 @@ def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], sourc
 
 def _texts(names: list[str], text_dir: Path | None) -> list[Text]:
     """Return the texts to calibrate on; `text_dir` goes to wikitext2, or else to what refuses it."""
-    from countdown.calibration.text import load_text
+    from countdown.text import load_text
 
     elsewhere = "wikitext2" not in names
     return [
@@ -449,8 +450,8 @@ def _texts(names: list[str], text_dir: Path | None) -> list[Text]:
 
 def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None) -> list[Text] | None:
     """Return what to calibrate a method on: another split of a built-in text, python-docs for a file."""
-    from countdown.calibration.text import BUILT_IN, load_text
-    from countdown.profile import Profile
+    from countdown.profiles.profile import Profile
+    from countdown.text import BUILT_IN, load_text
 
     if isinstance(chosen, Profile):
         return None
@@ -462,7 +463,7 @@ def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None
 def _as_profile(
     chosen: Profile | Recipe, model: nn.Module, tokenizer: Any, texts: list[Text] | None, tokens: int, source: Source
 ) -> Profile:
-    from countdown.profile import Profile
+    from countdown.profiles.profile import Profile
 
     if isinstance(chosen, Profile):
         return chosen
@@ -475,18 +476,15 @@ def _calibrate(
 ) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    return _named(calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress()), source)
-
-
-def _named(profile: Profile, source: Source) -> Profile:
-    # transformers names a GGUF model after its folder.
-    return replace(profile, base_model=profile.base_model | {"name": source.label})
+    made = calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress())
+    return made.with_name(source.label)
 
 
 def _load(source: Source, dtype: str, device: str, seed: int) -> nn.Module:
     import torch
 
-    from countdown.models.loading import load_model
+    from countdown.loading import load_model
+    from countdown.ops import backends  # noqa: F401  (their names become known)
     from countdown.ops.request import requested
 
     requested()  # a backend that does not exist is said before the model loads

@@ -56,7 +56,7 @@ def compare(
     """Measure methods at sparsities, dense and quantised: quality and speed here, and what to take."""
     from countdown.comparison.compare import compare as run
     from countdown.comparison.session import PROMPT
-    from countdown.models.loading import Source
+    from countdown.loading import Source
 
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     folder = output or Path(f"{source.label.rpartition('/')[2]}-comparison")

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor, nn
 
-    from countdown.calibration.text import Text
-    from countdown.profile import Profile
-    from countdown.recipe import Recipe
+    from countdown.profiles.profile import Profile
+    from countdown.profiles.recipe import Recipe
+    from countdown.text import Text
 
 # Enough tokens for shares that are stable to a point.
 DIAGNOSED_WINDOWS = 2
@@ -94,25 +94,21 @@ class OnText:
     _ids: Tensor = field(init=False)
 
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        """See `Subject`."""
-        from countdown.calibration.text import load_text, windows
+        from countdown.text import load_text, windows
 
         self._text = load_text(self.text, "evaluation", text_dir=self.text_dir)
         _check_unseen(chosen, self._text)
         self._ids = windows(tokenizer, self._text.content, count=self.windows)
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
-        """See `Subject`."""
         from countdown.evaluation.evaluate import evaluate
 
         result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
         printing.print_evaluation(out, recipe, result, self._text.source)
-        ffns = any(entry.method.kind == "ffn" for entry in recipe.entries)
-        judged = _diagnosed(model, self._ids) if self.details and ffns else {}
+        judged = _diagnosed(model, self._ids) if self.details else {}
         return [{"text": self._text.source, "windows": self.windows, **result.record(), **judged}]
 
     def meta(self) -> dict[str, Any]:
-        """See `Subject`."""
         return {"text": self._text.describe()}
 
 
@@ -128,7 +124,6 @@ class OnTasks:
     _tasks: list[Any] = field(init=False)
 
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        """See `Subject`."""
         from countdown.integrations.lm_eval import check_protocol, load_tasks
 
         if not o.verbose():
@@ -138,7 +133,6 @@ class OnTasks:
         check_protocol(self._tasks, self.protocol)
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
-        """See `Subject`."""
         from countdown.integrations.lm_eval import evaluate_tasks
 
         if o.show_progress():
@@ -156,7 +150,6 @@ class OnTasks:
         return [record | {"limit": self.limit} for record in result.records()]
 
     def meta(self) -> dict[str, Any]:
-        """See `Subject`."""
         return {"lm_eval": version("lm-eval"), "batch_size": self.batch_size}
 
 
@@ -170,13 +163,11 @@ class OnPrompts:
     _prompts: list[str] = field(init=False)
 
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        """See `Subject`."""
         from countdown.evaluation.continuations import load_prompts
 
         self._prompts = load_prompts(self.path)
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
-        """See `Subject`."""
         from countdown.evaluation.continuations import MAX_NEW_TOKENS, compare_continuations
 
         result = compare_continuations(
@@ -191,13 +182,12 @@ class OnPrompts:
         return result.records()
 
     def meta(self) -> dict[str, Any]:
-        """See `Subject`."""
         return {"prompts": self.path.name}
 
 
 def _check_unseen(chosen: Profile | Recipe, text: Text) -> None:
     """Refuse to evaluate a profile on the text it was calibrated on."""
-    from countdown.profile import Profile
+    from countdown.profiles.profile import Profile
 
     if not isinstance(chosen, Profile):
         return
@@ -206,9 +196,9 @@ def _check_unseen(chosen: Profile | Recipe, text: Text) -> None:
 
 
 def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:
-    """Return how the active sets of FFNs compare with the exact ones, by FFN, on a few windows, every token sparse."""
+    """Return how active sets compare with the exact ones, by module, on a few windows, every token sparse."""
     from countdown.evaluation.diagnostics import diagnose
 
     found = diagnose(model, ids[:DIAGNOSED_WINDOWS])
     parts = ("recall", "precision", "lost")
-    return {f"{part}_by_ffn": [round(getattr(one, part), 5) for one in found] for part in parts}
+    return {f"{part}_by_module": [round(getattr(one, part), 5) for one in found] for part in parts}

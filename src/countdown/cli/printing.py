@@ -15,12 +15,12 @@ from countdown.errors import ProfileWarning
 if TYPE_CHECKING:
     from torch import nn
 
-    from countdown.comparison.results import Cell, Comparison
+    from countdown.comparison.comparison import Cell, Comparison
     from countdown.evaluation.continuations import Continuations
     from countdown.evaluation.evaluate import Evaluation
     from countdown.evaluation.generation import Generation
     from countdown.integrations.lm_eval import TaskEvaluation
-    from countdown.recipe import Recipe
+    from countdown.profiles.recipe import Recipe
 
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -148,7 +148,7 @@ def _parting(dense: Generation, sparse: Generation) -> str:
 
 
 def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
-    from countdown.modules import sparse_sites
+    from countdown.modules import sparse_modules
     from countdown.sparsify import status
 
     for name, run in runs.items():
@@ -156,12 +156,12 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
             err.print(f"{name}: {len(run.tokens)} tokens, {run.tokens_per_s:.1f} tokens/s")
     if len(runs) == 2:
         err.print(_parting(runs["dense"], runs["sparse"]))
-    if sparse_sites(model):
+    if sparse_modules(model):
         sites = [site for site in status(model) if site.realised_sparsity is not None]
         if sites:
             size = sum(site.size for site in sites)
             mean = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
-            proxies = sum(site.proxy_bytes for site in sites)
+            proxies = sum(site.beside_bytes for site in sites)
             beside = f", proxies {proxies / 1e6:.0f} MB beside the weights" if proxies else ""
             err.print(f"realised sparsity {mean:.1%}, backend {sites[0].backend}{beside}")
 
@@ -191,7 +191,9 @@ def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None
             name = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
             rows.append((name, f"{r['tokens_per_s']:.1f}", *[""] * 7))
             continue
-        parts = [f"{r['split_us'][part]:.0f}" for part in ("ffn", "attention_linears", "head", "rest")]
+        # Of single linears that are sparse it is not known.
+        split = r["split_us"]
+        parts = [f"{split[part]:.0f}" if split else "" for part in ("ffn", "attention_linears", "head", "rest")]
         speeds = (f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}", f"{r['floor_share']:.0%}")
         rows.append((r.get("method", r["run"]), *speeds, *parts, f"{r['prefill_ms']:.1f}"))
     print_table(out, header, rows)

@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from countdown.errors import ConfigError, ProfileError
 from countdown.folders import unwritable
-from countdown.profile import Profile
+from countdown.profiles.profile import Profile
 from countdown.results import write_text
 
 VARIABLE = "COUNTDOWN_CACHE"
 # Of what is stored under a key: another countdown may measure other things by the same name.
-FORMAT = 1
+FORMAT = 2
 Key = Mapping[str, Any]
 T = TypeVar("T")
 

@@ -7,21 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from countdown.calibration.text import WINDOW
 from countdown.comparison import quantised as schemes
 from countdown.comparison.cache import Cache, default_folder
+from countdown.comparison.comparison import FILE, KINDS, TABLE, Cell, Comparison, Recommendation
 from countdown.comparison.grid import DENSE, Configuration, Wish, configurations
 from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
-from countdown.comparison.results import FILE, KINDS, TABLE, Cell, Comparison, Recommendation
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, TOKENS, WINDOWS, Outcome, Protocol, Session
 from countdown.errors import ConfigError, CountdownError
 from countdown.folders import unwritable
+from countdown.loading import Source
 from countdown.methods import Method
-from countdown.models.loading import Source
-from countdown.profile import check_free
-from countdown.recipe import Recipe
+from countdown.profiles.profile import check_free
+from countdown.profiles.recipe import Recipe
 from countdown.results import meta
+from countdown.text import WINDOW
 
 PROFILE = "profile"
 # Speeds of one model that differ by less than this are the same.
@@ -80,6 +80,10 @@ def compare(
         TextError: A text is missing or too short.
         UnsupportedModelError: The model has no gated FFNs.
         CountdownError: The dense model cannot be measured.
+
+    Example:
+        found = countdown.compare("my-model", methods=["cats"], sparsities=[0.5], quantised=False, speed=False)
+        print(found.recommendation)
     """
     wish = Wish(max_loss, min_speedup)
     if min_speedup is not None and not speed:
@@ -189,7 +193,7 @@ def _caveats(
     for reason, labels in reasons.items():
         who = "any configuration" if len(labels) == len(plan) else ", ".join(labels)
         found.append(f"No speed was measured of {who}: {reason}")
-    few_bits = [one.label for one in plan if one.scheme == "int4" or (one.recipe and _has_proxy(one.recipe))]
+    few_bits = [one.label for one in plan if one.scheme == "int4" or (one.recipe and one.recipe.has_proxy)]
     if session.source.gguf_file and few_bits:
         found.append(
             "The weights come from a GGUF file. If they were stored in few bits, what rounds them to few bits again "
@@ -208,10 +212,6 @@ def _drift(cells: Sequence[Cell]) -> list[str]:
         f"Dense ran at {min(dense):.1f} to {max(dense):.1f} tokens/s while the others were timed, as other work came "
         "and went: each speed-up is over dense timed beside it, so compare those, not tokens/s."
     ]
-
-
-def _has_proxy(recipe: Recipe) -> bool:
-    return any(entry.method.proxy_bits for entry in recipe.entries)
 
 
 def _about(session: Session, wish: Wish, dense: Mapping[str, Outcome], caveats: list[str]) -> dict[str, Any]:

@@ -11,12 +11,11 @@ import torch
 import yaml
 
 from countdown.comparison import quantised
-from countdown.comparison.results import Cell
+from countdown.comparison.comparison import Cell
 from countdown.errors import ConfigError
 from countdown.evaluation.choice import candidates
-from countdown.methods import Method, method
-from countdown.models.sites import GatedFFN
-from countdown.recipe import SUFFIXES, Recipe
+from countdown.methods import DEFAULT_METHOD, Method, method, method_class
+from countdown.profiles.recipe import SUFFIXES, Recipe
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 # What profiles are calibrated at; they serve every sparsity.
@@ -61,9 +60,9 @@ class Configuration:
         return self.label if self.sparsity is None else self.label.removesuffix(f" at {self.sparsity:g}")
 
     @property
-    def only_ffns(self) -> bool:
-        """Whether nothing but FFNs is sparse."""
-        return self.recipe is None or all(entry.method.kind == GatedFFN.kind for entry in self.recipe.entries)
+    def kinds(self) -> list[str]:
+        """The kinds of sites whose share of weights read is shown: those that it makes sparse."""
+        return [method_class(DEFAULT_METHOD).kind] if self.recipe is None else self.recipe.kinds
 
 
 DENSE = Configuration("dense", "dense")
@@ -144,7 +143,7 @@ def _named(name: str) -> tuple[str, Recipe]:
     if Path(name).suffix in SUFFIXES:
         return Path(name).stem, Recipe.load(name)
     name, _, settings = name.partition(":")
-    recipe = Recipe.of(method(name, **_settings(name, settings)))
+    recipe = Recipe.named(name, **_settings(name, settings))
     return _label(recipe), recipe
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from countdown.models.loading import Source, explained
+from countdown.loading import Source, explained
 from countdown.ops.request import VARIABLE
 from countdown.results import hardware, versions
 

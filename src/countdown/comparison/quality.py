@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from countdown.comparison.intervals import loss_interval
-from countdown.comparison.results import CURVE, Layer, Quality
+from countdown.comparison.bootstrap import loss_interval
+from countdown.comparison.comparison import CURVE, Layer, Quality
 from countdown.errors import CountdownError
 from countdown.evaluation.diagnostics import SelectorQuality, diagnose
 from countdown.evaluation.evaluate import Sums, check_sparse, overall, perplexity
-from countdown.modules import SparseFFN, running, sparse_sites
+from countdown.modules import running, sparse_modules
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
 
@@ -84,11 +84,10 @@ def measure_quality(model: nn.Module, dense: DenseLogits, *, label: str, seed: i
     Raises:
         CountdownError: Logits are not finite, or a token was not computed sparsely.
     """
-    sparse = bool(sparse_sites(model))
+    sparse = bool(sparse_modules(model))
     judged: list[SelectorQuality] = []
-    if any(isinstance(module, SparseFFN) for module in sparse_sites(model).values()):
-        judged = diagnose(model, dense.windows[:DIAGNOSED_WINDOWS])
     if sparse:
+        judged = diagnose(model, dense.windows[:DIAGNOSED_WINDOWS])
         reset_counters(model)
     scored = score(model, dense, label=label, progress=progress)
     sites = status(model) if sparse else []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
-from countdown.models.find import find_linears
+from countdown.sites.linear import find_linears
 
 Linears = Mapping[str, Any]
 # Weights that share a scale in int4: the smallest there is, which loses least. Larger groups cost small models much.
@@ -119,7 +119,6 @@ class Int4Linear(Int8Linear):
         self.bias = linear.bias
 
     def product(self, x: Tensor) -> Tensor:
-        """See `Int8Linear.product`."""
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.levels, self.group, self.scales)
         return y[:, : self.out_features]  # type: ignore[no-any-return]
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from countdown.comparison.bootstrap import prediction_intervals
+from countdown.comparison.comparison import Cell, Quality, Recommendation
 from countdown.comparison.grid import Wish
-from countdown.comparison.intervals import prediction_intervals
-from countdown.comparison.results import Cell, Quality, Recommendation
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,24 @@ from torch import Tensor, nn
 from countdown.benchmark.arm import Arm, Times, free, measure
 from countdown.benchmark.timing import bandwidth
 from countdown.calibration.calibrate import calibrate, calibration_sequences
-from countdown.calibration.text import BUILT_IN, WINDOW, Text, load_text, windows
+from countdown.comparison.bootstrap import FEWEST_WINDOWS
 from countdown.comparison.cache import Cache
+from countdown.comparison.comparison import Cell, Quality, Sample, Speed
 from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
-from countdown.comparison.intervals import FEWEST_WINDOWS
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
 from countdown.comparison.quantised import quantise
-from countdown.comparison.results import Cell, Quality, Sample, Speed
-from countdown.cost import TokenBytes, token_bytes
-from countdown.errors import ConfigError, CountdownError
+from countdown.cost import token_bytes
+from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.generation import encode_prompt, generate
-from countdown.models.find import find_ffns
-from countdown.models.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
-from countdown.models.sites import GatedFFN
-from countdown.modules import sparse_sites
+from countdown.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
+from countdown.modules import sparse_modules
 from countdown.ops.request import requested
-from countdown.profile import Profile
-from countdown.recipe import Recipe
+from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe
+from countdown.sites import Site, find_sites
 from countdown.sparsify import sparse_twin, status
+from countdown.text import BUILT_IN, WINDOW, Text, load_text, windows
 
 TOKENS = 16384
 WINDOWS = 12
@@ -220,9 +219,17 @@ class Session:
         return model
 
     @cached_property
-    def _bytes(self) -> tuple[TokenBytes, list[GatedFFN]]:
-        ffns = find_ffns(self._model)
-        return token_bytes(self._model, ffns), ffns
+    def _token_bytes(self) -> int:
+        return token_bytes(self._model, ()).total
+
+    def _sites(self, configuration: Configuration) -> list[Site]:
+        """Return the sites that a configuration makes sparse; of what makes none, those that others would."""
+        try:
+            return find_sites(self._model, configuration.kinds)
+        except UnsupportedModelError:
+            if configuration.recipe is None:
+                return []
+            raise
 
     @cached_property
     def _dense(self) -> DenseLogits:
@@ -299,8 +306,7 @@ class Session:
     def _calibrated(self, recipe: Recipe) -> Profile:
         tokens, progress = self.protocol.tokens, self.progress
         made = calibrate(self._model, self._tokenizer, self.calibration, recipe, tokens=tokens, progress=progress)
-        # transformers names a GGUF model after its folder.
-        return replace(made, base_model=made.base_model | {"name": self.source.label})
+        return made.with_name(self.source.label)
 
     def _stored(self, part: str, configuration: Configuration) -> Outcome | None:
         return self.cache.get(self._key(part, configuration), lambda value: _checked(part, Outcome(**value)))
@@ -308,7 +314,7 @@ class Session:
     def _measured(self, configuration: Configuration, parts: list[str]) -> dict[str, Outcome]:
         """Return what comes of measuring these parts."""
         # What fails here is wrong with the model or the texts, not with a configuration.
-        _ = self._bytes
+        _ = self._sites(configuration)
         found: dict[str, Outcome] = {}
 
         def measure_all() -> dict[str, Any]:
@@ -340,22 +346,21 @@ class Session:
         quality = measure_quality(
             applied.model, self._dense, label=configuration.label, seed=self.protocol.seed, progress=self.progress
         )
-        sites = status(applied.model) if sparse_sites(applied.model) else []
-        shares = {site.name: site.weights_read or 0.0 for site in sites}
-        whole, ffns = self._read(applied, shares)
-        return {"quality": asdict(quality), "weights_read": whole, "ffn_weights_read": ffns}
+        sparse = status(applied.model) if sparse_modules(applied.model) else []
+        shares = {site.name: site.weights_read or 0.0 for site in sparse}
+        whole, own = self._read(configuration, applied, shares)
+        return {"quality": asdict(quality), "weights_read": whole, "site_weights_read": own}
 
     def _speed(self, configuration: Configuration, applied: Applied) -> dict[str, Any]:
         yardstick = self._yardstick
         if isinstance(yardstick, Exception):
             raise yardstick
         found = yardstick.dense if configuration.kind == "dense" else self._timed(configuration, applied, yardstick)
-        read, _ = self._read(applied, found.get("weights_read_by_ffn", {}))
-        total, _ = self._bytes
+        read, _ = self._read(configuration, applied, found.get("weights_read_by_site", {}))
         speed = Speed(
             tokens_per_s=found["tokens_per_s"],
             speedup=found["speedup"],
-            floor_us=read * total.total / yardstick.bandwidth * 1e6,
+            floor_us=read * self._token_bytes / yardstick.bandwidth * 1e6,
             split_us=found["split_us"],
             backend=found.get("backend", "torchao" if applied.saved else ""),
         )
@@ -367,7 +372,7 @@ class Session:
         On a CPU the two take turns, as what else runs on the machine comes and goes. On a GPU, where compiling takes
         long and nobody else runs, the dense model is timed once.
         """
-        arm = self._arm(applied.model, split=not applied.saved and configuration.only_ffns)
+        arm = self._arm(applied.model, split=not applied.saved)
         beside = {"dense": self._arm(self._model)} if self.device.type == "cpu" else {}
         times, _ = measure({**beside, "configuration": arm})
         return arm.record(times["configuration"], times.get("dense", yardstick.times))
@@ -382,19 +387,23 @@ class Session:
         found = generate(applied.model, self._tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
         return {"sample": asdict(Sample(found.tokens, pieces(self._tokenizer, found.tokens)))}
 
-    def _read(self, applied: Applied, shares: Mapping[str, float]) -> tuple[float, float]:
-        """Return the shares of weight bytes that a token reads, of the whole token's and of the FFNs'.
+    def _read(
+        self, configuration: Configuration, applied: Applied, shares: Mapping[str, float]
+    ) -> tuple[float, float | None]:
+        """Return the shares of weight bytes that a token reads, of the whole token's and of those of the sites.
 
         Args:
+            configuration: Whose sites are meant.
             applied: What runs.
             shares: By sparse module, the share of its weights that is read.
         """
-        bytes_, ffns = self._bytes
-        sizes = {site.name: site.size * bytes_.itemsize for site in (status(applied.model) if shares else [])}
+        sites = [site for site in self._sites(configuration) if not shares or site.name in shares]
+        sizes = {site.name: site.nbytes for site in sites}
         saved = dict(applied.saved) | {name: sizes[name] * (1 - share) for name, share in shares.items()}
-        inside = tuple(f"{ffn.name}." for ffn in ffns)
-        of_ffns = sum(bytes_ for name, bytes_ in saved.items() if f"{name}.".startswith(inside))
-        return 1 - sum(saved.values()) / bytes_.total, 1 - of_ffns / bytes_.own
+        inside = tuple(f"{name}." for name in sizes)
+        of_sites = sum(bytes_ for name, bytes_ in saved.items() if f"{name}.".startswith(inside))
+        own = 1 - of_sites / sum(sizes.values()) if sites else None
+        return 1 - sum(saved.values()) / self._token_bytes, own
 
     def _cell(self, configuration: Configuration, outcomes: Mapping[str, Outcome]) -> Cell:
         values: dict[str, Any] = {}
@@ -407,7 +416,7 @@ class Session:
             settings=configuration.settings(self.device),
             sparsity=configuration.sparsity,
             weights_read=values.get("weights_read"),
-            ffn_weights_read=values.get("ffn_weights_read"),
+            site_weights_read=values.get("site_weights_read"),
             quality=Quality.parse(values["quality"]) if "quality" in values else None,
             speed=Speed(**values["speed"]) if "speed" in values else None,
             sample=Sample(**values["sample"]) if "sample" in values else None,

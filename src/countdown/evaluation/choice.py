@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from countdown.calibration.calibrate import Texts, calibrate, calibration_sequences
 from countdown.config import CALIBRATION_TOKENS
+from countdown.cost import weights_read
 from countdown.errors import ConfigError
 from countdown.evaluation.evaluate import evaluate
-from countdown.methods import Method, method, method_class, method_names
-from countdown.models.find import find_ffns
-from countdown.profile import Profile
+from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
+from countdown.profiles.profile import Profile
+from countdown.sites import SITES, Site, find_sites
 from countdown.sparsify import restore_, sparsify_
+from countdown.wrappers import base_model
 
 # Tokens of a trial, of which every third sequence judges and the others calibrate.
 TRIAL_TOKENS = 6144
@@ -101,18 +103,22 @@ def choose(
     Raises:
         ConfigError: Both wishes, a loss that no method keeps, or too little text to hold any out.
         CountdownError: As `calibrate`.
+
+    Example:
+        choice = countdown.choose(model, tokenizer, text, sparsity=0.5, tokens=4096)
+        print(choice.reason)
     """
     check_wishes(sparsity, max_loss)
     sequences = trial_sequences(tokenizer, texts, tokens)
     held_out = _batch(sequences[::JUDGING])
     seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
-    itemsize = find_ffns(model)[0].matrices[0].itemsize
+    sites = find_sites(base_model(model), [_kind()])
 
     def trial(config: Method) -> Trial:
         profile = calibrate(model, tokenizer, seen, config, progress=progress)
 
         def judge(at: float) -> Trial:
-            return _judged(model, profile.with_settings(sparsity=at), held_out, itemsize, progress)
+            return _judged(model, profile.with_settings(sparsity=at), held_out, sites, progress)
 
         return judge(config.sparsity) if max_loss is None else _highest(judge, max_loss)
 
@@ -161,12 +167,20 @@ def candidates(wanted: Mapping[str, Any] | None = None) -> list[Method]:
     """Return the methods to try, with these settings, weighted as most do best."""
     classes = {name: method_class(name) for name in method_names()}
     usual = {name: "rms" if "rms" in cls.weightings else "none" for name, cls in classes.items()}
-    fitting = [name for name, cls in classes.items() if cls.kind == "ffn" and "threshold" in cls.decisions]
+    fitting = [name for name, cls in classes.items() if cls.kind == _kind() and "threshold" in cls.decisions]
     found = [method(name, weighting=usual[name], decision="threshold", **wanted or {}) for name in fitting]
-    return [config for config in found if config.weights_read(0.0) <= MOST_TO_DECIDE]
+    roles = len(SITES.get(_kind()).site.sum_class.roles)
+    return [config for config in found if len(config.selector.reads) / roles <= MOST_TO_DECIDE]
 
 
-def _judged(model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], itemsize: int, progress: bool) -> Trial:
+def _kind() -> str:
+    """Return the kind of site that methods are picked for."""
+    return method_class(DEFAULT_METHOD).kind
+
+
+def _judged(
+    model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], sites: Sequence[Site], progress: bool
+) -> Trial:
     sparsify_(model, profile)
     try:
         found = evaluate(model, held_out, progress=progress)
@@ -174,7 +188,7 @@ def _judged(model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], 
         restore_(model)
     config = profile.entries[0].method
     loss = found.perplexity / found.dense_perplexity - 1
-    return Trial(config, found.kl, loss, config.weights_read(1 - config.sparsity, itemsize))
+    return Trial(config, found.kl, loss, weights_read(sites, config, 1 - config.sparsity))
 
 
 def _highest(judge: Callable[[float], Trial], max_loss: float) -> Trial:

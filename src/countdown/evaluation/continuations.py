@@ -165,7 +165,7 @@ def compare_continuations(
             dense = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens)
         with running(model, apply_to):
             sparse = generate(model, tokenizer, ids, max_new_tokens=max_new_tokens)
-        # The last token is not fed. A prompt of one token counts as generated, see `SparseSite`.
+        # The last token is not fed. A prompt of one token counts as generated, see `SparseModule`.
         fed += len(sparse.tokens) - 1 + (ids.numel() if apply_to == "all" or ids.numel() == 1 else 0)
         with running(model, "dense"):
             perplexities = [_perplexity(model, ids, run.tokens) for run in (dense, sparse)]

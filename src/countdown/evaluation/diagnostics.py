@@ -1,4 +1,4 @@
-"""How well an FFN's active sets match those of the exact coefficient."""
+"""How well active sets match those of the exact coefficient."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
-from countdown.models.sites import GatedFFN
-from countdown.modules import SparseFFN, running, sparse_sites
-from countdown.ops.indicators import COEFFICIENT
+from countdown.modules import SparseModule, running, sparse_modules
 from countdown.ops.reference import drop_smallest
+from countdown.sums._base import product_of
 
 
 @dataclass(frozen=True)
 class SelectorQuality:
-    """The active sets of one FFN against the exact ones: for each token, the neurons of largest |s_i|, as many as the
-    target leaves.
+    """The active sets of one module against the exact ones: for each token, the terms of largest coefficient (of an FFN
+    the neurons of largest |s_i|), as many as the target leaves.
 
     Args:
         name: The module's name.
         recall: Share of the exact sets that is active.
         precision: Share of the active sets that is exact.
-        lost: Share of Σ s_i² over all neurons that is inactive.
-        activity: Share of the tokens for which each neuron is active, by neuron.
+        lost: Share of Σ s_i² over all terms that is inactive.
+        activity: Share of the tokens for which each term is active, by term.
     """
 
     name: str
@@ -45,12 +44,12 @@ class _Sums:
     kept: float = 0.0
     mass: float = 0.0
     tokens: int = 0
-    active_by_neuron: Tensor | None = None
+    active_by_term: Tensor | None = None
 
     def count(self, active: Tensor) -> None:
-        """Count who is active, of active sets `[tokens, h]`."""
+        """Count who is active, of active sets `[tokens, terms]`."""
         found = active.sum(dim=0)
-        self.active_by_neuron = found if self.active_by_neuron is None else self.active_by_neuron + found
+        self.active_by_term = found if self.active_by_term is None else self.active_by_term + found
         self.tokens += len(active)
 
     def quality(self, name: str) -> SelectorQuality:
@@ -59,7 +58,7 @@ class _Sums:
             recall=self.both / self.exact if self.exact else 1.0,
             precision=self.both / self.active if self.active else 1.0,
             lost=1 - self.kept / self.mass if self.mass else 0.0,
-            activity=[] if self.active_by_neuron is None else (self.active_by_neuron / self.tokens).tolist(),
+            activity=[] if self.active_by_term is None else (self.active_by_term / self.tokens).tolist(),
         )
 
 
@@ -67,9 +66,8 @@ class _Sums:
 class _Judge:
     sums: dict[str, _Sums] = field(default_factory=dict)
 
-    def add(self, name: str, module: SparseFFN, x: Tensor) -> None:
-        site = GatedFFN(name, module.dense, *module.projections, module.activation)
-        size = COEFFICIENT.formula(*(factor.float() for factor in site.project(x)))
+    def add(self, name: str, module: SparseModule, x: Tensor) -> None:
+        size = product_of([factor.float() for factor in module.site.sum.project(x)]).abs()
         active = module.active(x)
         exact = drop_smallest(size, module.method.drop(module.terms))
         found = self.sums.setdefault(name, _Sums())
@@ -82,17 +80,17 @@ class _Judge:
 
 
 def diagnose(model: nn.Module, windows: Sequence[Tensor] | Tensor) -> list[SelectorQuality]:
-    """Return, for each sparse FFN, how its active sets compare with the exact ones while every token is sparse.
+    """Return, for each sparse module, how its active sets compare with the exact ones while every token is sparse.
 
     Args:
         model: A sparsified model. Its counters go on counting.
         windows: Token ids, each int64 `[length]`.
 
     Raises:
-        UnsupportedModelError: No FFN of the model is sparse.
+        UnsupportedModelError: The model is not sparsified.
     """
-    if not any(isinstance(module, SparseFFN) for module in sparse_sites(model).values()):
-        raise UnsupportedModelError("no FFN of the model is sparse, so there is nothing to compare.")
+    if not sparse_modules(model):
+        raise UnsupportedModelError("the model is not sparsified, so there is nothing to compare.")
     judge = _Judge()
     device = next(model.parameters()).device
     with torch.inference_mode(), running(model, "all"), _watched(model, judge):
@@ -106,8 +104,7 @@ def _watched(model: nn.Module, judge: _Judge) -> Iterator[None]:
     def watch(name: str) -> Any:
         return lambda module, arguments: judge.add(name, module, arguments[0])
 
-    ffns = {name: module for name, module in sparse_sites(model).items() if isinstance(module, SparseFFN)}
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in ffns.items()]
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in sparse_modules(model).items()]
     try:
         yield
     finally:

@@ -12,14 +12,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from countdown.calibration.sensitivity import LOGITS_AT_ONCE
-from countdown.calibration.text import unpadded
-from countdown.config import check_choice
+from countdown.config import LOGITS_AT_ONCE, check_choice
 from countdown.errors import ConfigError, CountdownError
-from countdown.models.loading import cache_argument, check_context
+from countdown.loading import cache_argument, check_context
 from countdown.modules import running
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
+from countdown.text import unpadded
 
 PROTOCOLS = ("all", "decode")
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
@@ -106,7 +105,7 @@ def evaluate(
 
     Args:
         model: A sparsified model; its `apply_to` does not matter here and is left as it was.
-        windows: Token ids, int64 `[n, length]`, from `calibration.text.windows`. Or a padded batch as tokenizers
+        windows: Token ids, int64 `[n, length]`, from `countdown.text.windows`. Or a padded batch as tokenizers
             return it, `input_ids` and `attention_mask`: each sequence is run without its padding.
         protocol: `all` or `decode`; see `Evaluation`.
         progress: Show progress on stderr.
@@ -115,6 +114,11 @@ def evaluate(
         UnsupportedModelError: The model is not sparsified.
         ConfigError: Unknown protocol, or windows too short or longer than the model's context.
         CountdownError: Some scored token was not computed sparsely in some layer.
+
+    Example:
+        ids = windows(tokenizer, countdown.load_text("python-docs", "evaluation").content, count=2)
+        found = countdown.evaluate(model, ids)
+        print(found.perplexity, found.dense_perplexity, found.realised_sparsity)
     """
     check_choice("protocol", protocol, PROTOCOLS)
     sequences = unpadded({"input_ids": windows} if isinstance(windows, Tensor) else windows)

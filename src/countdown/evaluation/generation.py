@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError, UnsupportedModelError
-from countdown.models.loading import check_context
+from countdown.loading import check_context
 
 # Settings of a checkpoint that change nothing of what greedy decoding writes, or that it heeds.
 _GREEDY = {

@@ -26,7 +26,7 @@ from countdown.config import check_choice, suggestion
 from countdown.errors import ConfigError, CountdownError
 from countdown.evaluation.evaluate import PROTOCOLS, check_sparse, overall
 from countdown.evaluation.intervals import mean_interval
-from countdown.modules import running, sparse_sites
+from countdown.modules import running, sparse_modules
 from countdown.sparsify import reset_counters, status
 
 try:
@@ -83,19 +83,16 @@ class CountdownLM(HFLM):  # type: ignore[misc]
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, **more)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """See `lm_eval.api.model.LM`."""
         self._check_scored()
         with self._counted():
             return super().loglikelihood(requests, disable_tqdm or not self.progress)  # type: ignore[no-any-return]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """See `lm_eval.api.model.LM`."""
         self._check_scored()
         with self._counted():
             return super().loglikelihood_rolling(requests, disable_tqdm or not self.progress)  # type: ignore[no-any-return]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """See `lm_eval.api.model.LM`."""
         with self._counted():
             return super().generate_until(requests, disable_tqdm or not self.progress)  # type: ignore[no-any-return]
 
@@ -114,7 +111,7 @@ class CountdownLM(HFLM):  # type: ignore[misc]
         with running(self.model, self.mode):
             tokens: Tensor = super()._model_generate(context, *args, **kwargs)
         sequences, length = context.shape
-        # The last new token is not fed. A prompt of one token counts as generated, see `SparseSite`.
+        # The last new token is not fed. A prompt of one token counts as generated, see `SparseModule`.
         self.fed += sequences * (tokens.shape[1] - length - 1)
         if self.mode == "all" or length == 1:
             self.fed += context.numel()
@@ -130,7 +127,7 @@ class CountdownLM(HFLM):  # type: ignore[misc]
     @contextmanager
     def _counted(self) -> Iterator[None]:
         """Within the context, what is computed sparsely must be what is fed."""
-        if not sparse_sites(self.model):
+        if not sparse_modules(self.model):
             yield
             return
         reset_counters(self.model)

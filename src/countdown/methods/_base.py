@@ -1,4 +1,4 @@
-"""The base of every method: its settings, what it needs from calibration, its indicator."""
+"""The base of every method: its settings, its selector, and what it needs from calibration."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from countdown.allocation import ALLOCATIONS
+from countdown.artifacts import MULTIPLIERS, THRESHOLDS, Artifact, Moment
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from countdown.ops.indicators import Indicator
+    from countdown.selectors import Selector
 
-# Names of the factors of a term; see `models.sites`.
-Factor = str
+# Weightings that were called otherwise before, in recipes and profiles.
+_RENAMED = {"rms-norm": "column-norm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Method:
     of a linear, z = Σ x_j W[:, j], the input channels.
 
     A subclass sets the class variables and, if the weightings it offers differ from the usual ones,
-    overrides `moments` and `weights`.
+    overrides `moments` and `multipliers`.
 
     Args:
         sparsity: Target share of inactive terms k, 0 ≤ k < 1.
@@ -33,9 +35,9 @@ class Method:
             what runs fast) or `topk` (for each token, the ⌊k·h⌋ terms of smallest weighted indicator are
             inactive, ties by lower index first: the papers' "ideal", for evaluation).
         weighting: What the indicator is multiplied by, for each term: `none`; `rms`, the root mean square
-            of the factor of s_i that the indicator does not see; `rms-norm`, that times ‖w_i‖₂.
-        allocation: `uniform`, the same target everywhere; `global`, one budget for all modules of the entry, spent
-            where calibration measured that it hurts least.
+            of the factor of s_i that the indicator does not see; `column-norm`, that times ‖w_i‖₂.
+        allocation: A name of `allocation.ALLOCATIONS`: `uniform`, the same target everywhere; `global`, one budget for
+            all modules of the entry, spent where calibration measured that it hurts least.
 
     Raises:
         ConfigError: A setting is out of range or not offered by the method.
@@ -46,12 +48,11 @@ class Method:
     source: ClassVar[str]
     version: ClassVar[int] = 1
     aliases: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    kind: ClassVar[str] = "ffn"  # what it applies to: `ffn` or `linear`; see `models.sites`
-    indicator: ClassVar[Indicator]
-    unseen: ClassVar[Factor | None]  # the factor of s_i that the indicator does not see
+    kind: ClassVar[str] = "ffn"  # of the sites it applies to; see `sites.SITES`
+    selector: ClassVar[Selector]
+    unseen: ClassVar[str | None]  # the factor of s_i that the indicator does not see
     decisions: ClassVar[Mapping[str, str]] = {"threshold": "", "topk": ""}
-    weightings: ClassVar[tuple[str, ...]] = ("none", "rms", "rms-norm")
-    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
+    weightings: ClassVar[tuple[str, ...]] = ("none", "rms", "column-norm")
     calibrated: ClassVar[tuple[str, ...]] = ("weighting",)  # settings that a profile is made for
 
     sparsity: float = 0.5
@@ -72,43 +73,45 @@ class Method:
         if self.decision not in self.decisions:
             offered = "; ".join(" ".join(filter(None, pair)) for pair in self.decisions.items())
             raise ConfigError(f"{self.name} does not offer decision '{self.decision}', only: {offered}.")
+        object.__setattr__(self, "weighting", _RENAMED.get(str(self.weighting), self.weighting))
         check_choice(f"weighting of {self.name}", self.weighting, self.weightings)
-        check_choice(f"allocation of {self.name}", self.allocation, self.allocations)
+        check_choice(f"allocation of {self.name}", self.allocation, self.allocations())
 
-    def moments(self) -> tuple[Factor, ...]:
-        """Return the factors whose second moments calibration must estimate."""
-        own = () if self.weighting == "none" or self.unseen is None else (self.unseen,)
-        return (*own, "input") if self.proxy_bits else own
+    @classmethod
+    def allocations(cls) -> tuple[str, ...]:
+        """Return the names of the allocations that apply to its kind of site."""
+        return tuple(one.name for one in ALLOCATIONS if one.kinds is None or cls.kind in one.kinds)
 
-    @property
-    def proxy_bits(self) -> int:
-        """Bits of the proxy that the indicator is computed from, 0 where it needs none; see `ops.proxy`."""
-        return 0
+    def moments(self) -> tuple[Moment, ...]:
+        """Return the moments that calibration must estimate."""
+        own = () if self.weighting == "none" or self.unseen is None else (Moment(self.unseen),)
+        return (*own, *self.selector.moments)
 
-    def weights_read(self, active: float, itemsize: int = 2) -> float:
-        """Return the share of the dense weight bytes that is read at this share of active terms.
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """Return what a profile holds for each of its sites."""
+        multipliers = () if self.weighting == "none" else (MULTIPLIERS,)
+        thresholds = (THRESHOLDS,) if "threshold" in self.decisions else ()
+        return (*multipliers, *thresholds, *self.selector.artifacts, *ALLOCATIONS.get(self.allocation).artifacts)
 
-        Args:
-            active: The share.
-            itemsize: Bytes of a weight.
-        """
-        return self.indicator.weights_read(active)
+    def passes(self) -> tuple[str, ...]:
+        """Return the names of the passes over the text that make its artifacts; see `calibration.passes`."""
+        thresholds = ("thresholds",) if "threshold" in self.decisions else ()
+        return ("moments", *ALLOCATIONS.get(self.allocation).passes, *thresholds)
 
-    def weights(self, moments: Mapping[str, Tensor], norms: Tensor) -> Tensor | None:
+    def multipliers(self, moments: Mapping[Moment, Tensor], norms: Tensor) -> Tensor | None:
         """Return what the indicator of each term is multiplied by.
 
         Args:
-            moments: For each name in `moments()`, E[a_i²] (`gate`) or E[u_i²] (`up`), float64 `[terms]`; of an FFN,
-                `input` is E[x_j²], float64 `[d]`.
+            moments: For each of `moments()`, its mean, float64 `[terms]`; of `input`, float64 `[inputs]`.
             norms: ‖w_i‖₂, the norms of the columns that are summed, float64 `[terms]`.
 
         Returns:
-            Weights m_i ≥ 0, float64 `[terms]`, or None where every weight is 1.
+            Multipliers m_i ≥ 0, float64 `[terms]`, or None where every one is 1.
         """
         if self.weighting == "none":
             return None
-        rms = moments[self.unseen].sqrt() if self.unseen else 1.0
-        return rms * norms if self.weighting == "rms-norm" else rms * norms.new_ones(norms.shape)
+        rms = moments[Moment(self.unseen)].sqrt() if self.unseen else 1.0
+        return rms * norms if self.weighting == "column-norm" else rms * norms.new_ones(norms.shape)
 
     def drop(self, terms: int) -> int:
         """Return ⌊k·h⌋, how many of the `terms` the topk decision makes inactive."""

@@ -1,66 +1,68 @@
-"""Which methods there are: the files of this folder, and what installed packages add.
+"""Which methods and named recipes there are: the files of this folder, and what installed packages add.
 
 A package adds a method by an entry point in the group `countdown.methods` that names its class.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
-from functools import cache
-from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any
 
-import countdown.methods
-from countdown.config import check_fields, suggestion
+from countdown.config import check_fields
 from countdown.errors import ConfigError
 from countdown.methods._base import Method
-from countdown.ops.indicators import PROXY, Indicator, register_indicator
-
-_METHODS: dict[str, type[Method]] = {}
-_BROKEN: dict[str, Exception] = {}  # entry points that failed to load, by name
-M = TypeVar("M", bound=type[Method])
+from countdown.registry import Registry
+from countdown.selectors import SELECTORS, Selector
 
 
-def register(cls: M) -> M:
-    """Class decorator: make a method available to the API and the command line under its name.
+@dataclass(frozen=True)
+class NamedRecipe:
+    """Several methods under one name.
 
-    Raises:
-        ConfigError: The name or an alias is taken, or the class lacks what a method needs.
+    Args:
+        name, summary, source: As a method's.
+        entries: As in a recipe file: `method`, `pattern` and settings.
     """
+
+    name: str
+    summary: str
+    source: str
+    entries: tuple[Mapping[str, Any], ...]
+
+
+def _check(entry: type[Method] | NamedRecipe) -> None:
+    """Raise ConfigError for a class that lacks what a method needs; make its selector and its aliases known."""
+    if isinstance(entry, NamedRecipe):
+        return
     for attribute in ("name", "summary", "source", "unseen"):
-        if not hasattr(cls, attribute):
-            raise ConfigError(f"method class {cls.__name__} sets no '{attribute}'.")
-    if not isinstance(getattr(cls, "indicator", None), Indicator):
-        raise ConfigError(f"method class {cls.__name__} sets no 'indicator' of type Indicator.")
-    if (cls.indicator is PROXY) != (cls.proxy_bits is not Method.proxy_bits):
-        raise ConfigError(f"method class {cls.__name__}: the indicator 'proxy' and proxy_bits go together.")
-    for name in (cls.name, *cls.aliases):
-        if _METHODS.get(name, cls) is not cls:
-            raise ConfigError(f"a method named '{name}' is registered already; choose another name.")
-    register_indicator(cls.indicator)
-    _METHODS.update(dict.fromkeys((cls.name, *cls.aliases), cls))
-    return cls
+        if not hasattr(entry, attribute):
+            raise ConfigError(f"method class {entry.__name__} sets no '{attribute}'.")
+    if not isinstance(getattr(entry, "selector", None), Selector | property):
+        raise ConfigError(f"method class {entry.__name__} sets no 'selector' of type Selector.")
+    if isinstance(entry.selector, Selector):
+        SELECTORS.register(entry.selector)
+    for alias in entry.aliases:
+        METHODS.add(alias, entry)
 
 
-@cache
-def _discover() -> None:
-    for module in pkgutil.iter_modules(countdown.methods.__path__):
-        if not module.name.startswith("_"):
-            importlib.import_module(f"countdown.methods.{module.name}")
-    for entry in entry_points(group="countdown.methods"):
-        try:
-            register(entry.load())
-        except Exception as error:  # one broken package must not take the others down
-            _BROKEN[entry.name] = error
+METHODS: Registry[type[Method] | NamedRecipe] = Registry("method", "countdown.methods", check=_check)
+register = METHODS.register
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods, aliases left out."""
-    _discover()
-    return [name for name, cls in _METHODS.items() if cls.name == name]
+    """Return the names of all methods, aliases and recipes left out."""
+    return [name for name in METHODS.names() if getattr(METHODS.get(name), "name", None) == name and not named(name)]
+
+
+def named(name: str) -> NamedRecipe | None:
+    """Return the recipe of this name, None if it is a method's.
+
+    Raises:
+        ConfigError: Nothing has this name.
+    """
+    found = METHODS.get(name)
+    return found if isinstance(found, NamedRecipe) else None
 
 
 def method_class(name: str) -> type[Method]:
@@ -69,24 +71,24 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ConfigError: There is none.
     """
-    _discover()
-    if name in _BROKEN:
-        error = _BROKEN[name]
-        raise ConfigError(f"method '{name}' of an installed package cannot be loaded: {type(error).__name__}: {error}")
-    if name not in _METHODS:
-        raise ConfigError(f"method is '{name}', expected one of: {', '.join(_METHODS)}.{suggestion(name, _METHODS)}")
-    return _METHODS[name]
+    found = METHODS.get(name)
+    if isinstance(found, NamedRecipe):
+        raise ConfigError(f"'{name}' is a recipe of several methods; make it with countdown.recipe('{name}').")
+    return found
 
 
 def method(name: str, **settings: Any) -> Method:
     """Return a method with its settings, e.g. `method("m-countdown", sparsity=0.7, weighting="rms")`.
 
     Args:
-        name: One of `method_names()`, or an alias (`chess` is `cats` with weighting `rms`).
+        name: One of `method_names()`, or an alias (`wina` is `teal` with weighting `column-norm`).
         **settings: Fields of the method; see `Method`.
 
     Raises:
         ConfigError: The method or a field is unknown, or a value is out of range.
+
+    Example:
+        countdown.method("d-proxy", sparsity=0.7, bits=4)
     """
     cls = method_class(name)
     check_fields(f"method '{name}'", settings, [field.name for field in fields(cls)])

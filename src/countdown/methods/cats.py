@@ -1,9 +1,9 @@
-"""CATS, and CHESS's weighting of it: decide on the activated gate."""
+"""CATS: decide on the activated gate."""
 
 from dataclasses import dataclass
 
 from countdown.methods import Method, register
-from countdown.ops.indicators import GATE
+from countdown.selectors import GATE
 
 
 @register
@@ -12,12 +12,11 @@ class Cats(Method):
     """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763).
 
     Reads W_gate densely, W_up and W_down at the active neurons. Weighting `rms` ranks by |a_i|·√E[u_i²]: the
-    FFN part of CHESS (arXiv 2409.01366), whose thresholds on attention inputs are not included.
+    FFN part of CHESS (arXiv 2409.01366), whose whole is the recipe `chess`.
     """
 
     name = "cats"
     summary = "|act(g)|, the activated gate"
     source = "CATS, arXiv 2404.08763; weighted: CHESS, arXiv 2409.01366"
-    aliases = {"chess": {"weighting": "rms"}}  # noqa: RUF012
-    indicator = GATE
+    selector = GATE
     unseen = "up"

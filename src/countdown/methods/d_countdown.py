@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from countdown.methods import Method, register
-from countdown.ops.indicators import COEFFICIENT
+from countdown.selectors import COEFFICIENT
 
 
 @register
@@ -13,14 +13,14 @@ class DCountdown(Method):
 
     The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a
     cheap prediction of s can reach (`d-proxy` is one), not a speed-up. Nothing of s_i is unseen, so `rms` has
-    nothing to estimate and is not offered; `rms-norm` ranks by |s_i|·‖w_i‖₂.
+    nothing to estimate and is not offered; `column-norm` ranks by |s_i|·‖w_i‖₂.
     """
 
     name = "d-countdown"
     summary = "|s| = |act(g)·u|, the coefficient, computed exactly"
     source = "COUNTDOWN, arXiv 2505.17701"
-    indicator = COEFFICIENT
+    selector = COEFFICIENT
     unseen = None
-    weightings = ("none", "rms-norm")
+    weightings = ("none", "column-norm")
 
     decision: str = "topk"

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from countdown.errors import ConfigError
 from countdown.methods import Method, register
-from countdown.ops.indicators import PROXY
-from countdown.ops.proxy_format import BITS, bits_per_weight
+from countdown.selectors import Selector
+
+BITS = (3, 4)
 
 
 @register
@@ -24,9 +25,8 @@ class DProxy(Method):
     name = "d-proxy"
     summary = "|ŝ|, the coefficient of a copy in few bits"
     source = "COUNTDOWN, arXiv 2505.17701, with a quantised proxy"
-    indicator = PROXY
     unseen = None
-    weightings = ("none", "rms-norm")
+    weightings = ("none", "column-norm")
     calibrated = ("weighting", "bits")
 
     bits: int = 4
@@ -38,15 +38,11 @@ class DProxy(Method):
             raise ConfigError(f"bits of {self.name} is {self.bits!r}, expected {' or '.join(map(str, BITS))}.")
 
     @property
-    def proxy_bits(self) -> int:
-        """See `Method.proxy_bits`."""
-        return self.bits
+    def selector(self) -> Selector:  # type: ignore[override]
+        from countdown.selectors.copy import COPIES  # loads torch
 
-    def weights_read(self, active: float, itemsize: int = 2) -> float:
-        """See `Method.weights_read`."""
-        return active + 2 / 3 * bits_per_weight(self.bits) / (8 * itemsize)
+        return COPIES[self.bits]
 
     @property
     def label(self) -> str:
-        """See `Method.label`."""
         return f"{super().label}, {self.bits} bits"

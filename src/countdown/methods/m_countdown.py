@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from countdown.methods import Method, register
-from countdown.ops.indicators import UP
+from countdown.selectors import UP
 
 
 @register
@@ -19,5 +19,5 @@ class MCountdown(Method):
     name = "m-countdown"
     summary = "|u|, the up projection"
     source = "COUNTDOWN, arXiv 2505.17701"
-    indicator = UP
+    selector = UP
     unseen = "gate"

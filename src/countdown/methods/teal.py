@@ -1,9 +1,9 @@
-"""TEAL: decide on the inputs of linear layers."""
+"""TEAL and WINA: decide on the inputs of linear layers."""
 
 from dataclasses import dataclass
 
 from countdown.methods import Method, register
-from countdown.ops.indicators import INPUT
+from countdown.selectors import INPUT
 
 
 @register
@@ -14,13 +14,15 @@ class Teal(Method):
     Reads of each linear the columns of its active channels: ρ·d·d_out weights, ρ the active share. Thresholds are
     quantiles of |x_j| pooled over tokens, of each linear's own input. Which linears: all of every layer, or those
     that a recipe's pattern names. TEAL's greedy allocation over a block's linears is not included.
+    Weighting `column-norm` ranks by |x_j|·‖W[:, j]‖₂, as WINA does (arXiv 2505.19427), each linear with a mask of its
+    own.
     """
 
     name = "teal"
     summary = "|x|, the input channels of any linear"
-    source = "TEAL, arXiv 2408.14690"
+    source = "TEAL, arXiv 2408.14690; weighted: WINA, arXiv 2505.19427"
+    aliases = {"wina": {"weighting": "column-norm"}}  # noqa: RUF012
     kind = "linear"
-    indicator = INPUT
+    selector = INPUT
     unseen = None
-    weightings = ("none",)
-    allocations = ("uniform",)
+    weightings = ("none", "column-norm")

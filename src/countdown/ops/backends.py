@@ -1,82 +1,140 @@
-"""Registers the ops on the devices of this machine, and says which backend computes what, and why another does not.
+"""Which backend computes what, and why another does not; the ops of `ops.call`, registered with torch.
 
-The reference takes every call. The Triton backend takes CUDA and ROCm tensors, where torch and Triton can drive such a
-device; the CPU backend takes CPU tensors, where its library was built. Both hand what they have no kernel for to the
-reference.
+The reference takes every call. A backend takes those on its type of device that it has a kernel for, where it can run;
+what it refuses the reference computes. Every call goes through the one adapter here.
 """
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from countdown.ops import gathering, reference  # noqa: F401  (registers its ops)
-from countdown.ops.cpu import library
-from countdown.ops.request import VARIABLE, requested
-from countdown.ops.schema import LIBRARY
+from countdown.errors import ConfigError
+from countdown.ops import dense, reference
+from countdown.ops.base import MOST_TOKENS, Backend
+from countdown.ops.call import SCHEMAS, Call
+from countdown.ops.cpu.backend import CPU
+from countdown.ops.request import KNOWN, REFERENCE, VARIABLE, requested
+from countdown.ops.triton.backend import Triton
+from countdown.selectors import Selector
+from countdown.sums import Sum
+from countdown.weights import Weight
 
-# By type of device, whose kernels it has.
-BY_DEVICE = {"cuda": "triton", "cpu": "cpu"}
-RUNS_ON = {"triton": "GPUs", "cpu": "CPUs"}
+LIBRARY = torch.library.Library("countdown", "DEF")
+# By type of device.
+BACKENDS: dict[str, Backend] = {}
 
 
-def refuses_ffn(
-    weights: list[Tensor],
-    *,
-    decision: str,
-    indicator: str,
-    activation: str,
-    proxy_bits: int | None = None,
-    laid_out: bool = True,
-) -> str | None:
-    """Return why the backend of the weights' device leaves sparse FFNs of this kind to the reference, None if not.
+@dataclass(frozen=True)
+class Chosen:
+    """What computes a site's calls.
 
     Args:
-        weights, decision, indicator, activation: As in `ops.schema`.
-        proxy_bits: Bits of the proxy that decides, if one does.
-        laid_out: Whether W_down is laid out by neuron already, or will be.
+        backend: None for the reference.
+        reason: Why the reference does, None where it does not.
     """
-    device = weights[0].device.type
-    if device not in BY_DEVICE:
-        return f"there are kernels for GPUs and CPUs, and the weights are on {device}"
-    name, wanted = BY_DEVICE[device], requested()
-    if wanted in RUNS_ON and wanted != name:
-        return f"it runs on {RUNS_ON[wanted]}, and the weights are on {device}"
-    if reason := missing(name):
-        return reason
-    reason = gathering.refuses_decision(decision, indicator, proxy_bits, name)
-    return reason or gathering.refuses_ffn(weights, activation, laid_out=laid_out)
+
+    backend: Backend | None
+    reason: str | None
+
+    @property
+    def name(self) -> str:
+        """As `status` says it."""
+        return REFERENCE if self.backend is None else self.backend.name
+
+    def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
+        if self.backend is None:
+            return sum_.weights, [part.in_rows() for part in parts]
+        return self.backend.lay_out(sum_, parts)
+
+
+def choose(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, *, laid_out: bool = True) -> Chosen:
+    """Return what computes calls of this form where the weights are; see `Backend.refuses`."""
+    reason = _refuses(sum_, selector, parts, rule, laid_out)
+    return Chosen(BACKENDS[sum_.weights[0].device.type], None) if reason is None else Chosen(None, reason)
 
 
 def missing(name: str) -> str | None:
-    """Return why there is no backend of this name, `triton` or `cpu`, here; None if there is."""
-    if requested() == "reference":
-        return f"{VARIABLE} is 'reference'"
-    return library.missing() if name == "cpu" else _no_triton()
+    """Return why there is no backend of this name here, None if there is."""
+    if requested() == REFERENCE:
+        return f"{VARIABLE} is '{REFERENCE}'"
+    return next(backend.missing() for backend in BACKENDS.values() if backend.name == name)
 
 
-def _no_triton() -> str | None:
-    if not (torch.version.cuda or torch.version.hip):
-        return "this torch is built for CPUs only"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
+def _refuses(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, laid_out: bool) -> str | None:
+    device = sum_.weights[0].device.type
+    if device not in BACKENDS:
+        there = " and ".join(backend.runs_on for backend in BACKENDS.values())
+        return f"there are kernels for {there}, and the weights are on {device}"
+    backend, wanted = BACKENDS[device], requested()
+    other = next((one for one in BACKENDS.values() if one.name == wanted), backend)
+    if other is not backend:
+        return f"it runs on {other.runs_on}, and the weights are on {device}"
+    return missing(backend.name) or backend.refuses(sum_, selector, parts, rule, laid_out=laid_out)
 
 
-def _register() -> None:
-    if library.missing() is None:
-        from countdown.ops.cpu import dense_ops as cpu_dense
-        from countdown.ops.cpu import ops as cpu_ops
+def register(backend: Backend) -> Backend:
+    """Make a backend compute the calls on its type of device.
 
-        for op in (cpu_ops.sparse_ffn, cpu_ops.select, cpu_ops.given_ffn, cpu_dense.project_one, cpu_dense.attend_one):
-            LIBRARY.impl(op.__name__, op, "CPU")
-    if _no_triton() is None:
-        from countdown.ops.triton import dense_ops, ops
+    Raises:
+        ConfigError: Another does.
+    """
+    if BACKENDS.setdefault(backend.device, backend) is not backend:
+        raise ConfigError(f"{backend.device} has a backend already: {BACKENDS[backend.device].name}.")
+    KNOWN.append(backend.name)
+    if backend.missing() is None:
+        for op in SCHEMAS:
+            LIBRARY.impl(op, adapted(backend, op), backend.key)
+        for name, function in backend.dense_ops().items():
+            LIBRARY.impl(name, function, backend.key)
+    return backend
 
-        for op in (ops.sparse_ffn, ops.select, ops.given_ffn, dense_ops.project_one, dense_ops.attend_one):
-            LIBRARY.impl(op.__name__, op, "CUDA")
+
+def adapted(backend: Backend | None, op: str) -> Callable[..., Tensor]:
+    """Return an op as a backend computes it, None for the reference: checks the call, asks, and falls back."""
+    return partial(_compute, backend, op)
 
 
-_register()
+def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Tensor:
+    if backend is None:
+        return reference.run(Call.of(op, *args, **kwargs))
+    if (result := backend.again(op, args, kwargs)) is not None:
+        return result
+    call = Call.of(op, *args, **kwargs)
+    wanted = requested()
+    reason = backend.refuses(call.sum, call.selector, call.parts, call.rule)
+    if call.x.dtype not in backend.dtypes:
+        reason = f"it has no kernel for {call.x.dtype}"
+    if reason and wanted == backend.name and op == "sparse":
+        raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute this call: {reason}.")
+    if reason or wanted == REFERENCE or not 1 <= call.tokens <= MOST_TOKENS:
+        return reference.run(call)
+    return backend.run(call)
+
+
+def _fake(op: str) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: Call.of(op, *args, **kwargs).empty()
+
+
+def _register_all() -> None:
+    for op, schema in SCHEMAS.items():
+        LIBRARY.define(op + schema)
+        torch.library.register_fake(f"countdown::{op}", _fake(op), lib=LIBRARY)
+        LIBRARY.impl(op, adapted(None, op), "CompositeExplicitAutograd")
+    for name, (schema, fake, function) in dense.OPS.items():
+        LIBRARY.define(name + schema)
+        torch.library.register_fake(f"countdown::{name}", fake, lib=LIBRARY)  # type: ignore[arg-type]
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    for backend in (Triton(), CPU()):
+        register(backend)
+    for entry in entry_points(group="countdown.backends"):
+        register(entry.load()())
+
+
+_register_all()

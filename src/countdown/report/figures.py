@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from countdown.comparison.results import CURVE, Cell, Comparison, Layer, Speed
+from countdown.comparison.comparison import CURVE, Cell, Comparison, Layer, Speed
 from countdown.report import plots
 from countdown.report.formats import (
     MICROSECONDS,
@@ -234,7 +234,7 @@ def recall(comparison: Comparison, shown: Sequence[Shown]) -> Figure:
     rows = [_layer_row(one.cell.label, layer) for one in judged for layer in _layers(one)]
     figure = Figure(frame.name, frame.title, caption, measured(comparison, quality=True), header, rows)
     if not judged:
-        return replace(figure, missing="Recall was not measured: no FFN was judged against its exact active sets.")
+        return replace(figure, missing="Recall was not measured: no module was judged against its exact active sets.")
     lines = [
         _block_line(one, [layer.recall for layer in layers if layer.recall is not None], layers)
         for one in judged

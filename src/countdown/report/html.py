@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from countdown.comparison.results import Cell, Comparison
+from countdown.comparison.comparison import Cell, Comparison
 from countdown.errors import ConfigError
 from countdown.report import formats
 from countdown.report.figures import all_figures, measured

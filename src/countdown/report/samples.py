@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from countdown.comparison.results import Sample
+from countdown.comparison.comparison import Sample
 from countdown.report.formats import count
 
 

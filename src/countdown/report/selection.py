@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from countdown.comparison.results import Cell, Layer
+from countdown.comparison.comparison import Cell, Layer
 
 # Plots by layer show one configuration of each method: the one nearest this sparsity.
 SHOWN_SPARSITY = 0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from countdown.comparison.results import Cell, Comparison, Recommendation
+from countdown.comparison.comparison import Cell, Comparison, Recommendation
 from countdown.report.formats import change, interval, number, share, times
 
 NOTHING_FITS = "Nothing measured fits what was asked for"

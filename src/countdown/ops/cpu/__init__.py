@@ -1,5 +1,4 @@
 """The CPU backend: a library of C++ kernels, sources in `csrc/`, that is called through ctypes.
 
-`library` finds and describes it, `ops` and `dense_ops` are the host's side of the schemas. Importing this package loads
-none of them; `countdown.ops.backends` registers it where the library was built.
+`library` finds and describes it; `backend` and `dense_ops` fill in its calls, `small` those of small operations.
 """

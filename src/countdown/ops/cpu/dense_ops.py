@@ -1,4 +1,4 @@
-"""The dense ops of decode loops on a CPU; see `ops.schema`."""
+"""The dense ops of decode loops on a CPU; see `ops.dense`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import ctypes
 
 from torch import Tensor
 
-from countdown.ops import reference
+from countdown.ops import dense as reference
+from countdown.ops.base import contiguous
 from countdown.ops.cpu.library import DTYPES, AttendCall, ProjectCall, library
-from countdown.ops.gathering import dense
+from countdown.ops.dense import check_attention, check_projections
 from countdown.ops.request import requested
-from countdown.ops.schema import check_attention, check_projections
 
 
 def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    """Return the products of one token `[1, Σ d_out]`; see `schema`."""
+    """Return the products of one token `[1, Σ d_out]`; see `ops.dense`."""
     check_projections(x, weights, biases)
     if _is_for_reference(x) or any(weight.stride(1) != 1 and x.shape[1] > 1 for weight in weights):
         return reference.project_one(x, weights, biases)
-    x, biases = x.contiguous(), dense(biases)
+    x, biases = x.contiguous(), contiguous(biases)
     heights = [len(weight) for weight in weights]
     y = x.new_empty((1, sum(heights)))
     addresses, integers = ctypes.c_void_p * 3, ctypes.c_int64 * 3
@@ -35,7 +35,7 @@ def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the attention of one token `[1, heads, 1, size]`; see `schema`."""
+    """Return the attention of one token `[1, heads, 1, size]`; see `ops.dense`."""
     check_attention(q, keys, values, mask)
     contiguous = all(tensor.stride(3) == 1 or tensor.shape[3] == 1 for tensor in (q, keys, values))
     if _is_for_reference(q) or not contiguous:

@@ -15,29 +15,53 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 5
+ABI = 6
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
-DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy": 3, "given": 4}
+# Of weights, by the name of the format and the dtype of its first part.
+FORMATS = {("plain", dtype): place for dtype, place in DTYPES.items()}
+# Selectors, and None for who gives the active sets.
+DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy-4": 3, None: 4}
 # Weights of one matrix that are worth another thread.
 _GRAIN = 65536
 
 _Int, _Pointer = ctypes.c_int64, ctypes.c_void_p
 
 
-class FFNCall(ctypes.Structure):
-    """`countdown_ffn_call`."""
+class MatrixView(ctypes.Structure):
+    """`countdown_weight`."""
+
+    _fields_ = (("format", _Int), ("data", _Pointer), ("stride", _Int), ("bias_dtype", _Int), ("bias", _Pointer))
+
+
+class CopyView(ctypes.Structure):
+    """`countdown_copy`."""
+
+    _fields_ = (("levels", _Pointer), ("scales", _Pointer))
+
+
+class Decision(ctypes.Structure):
+    """`countdown_decision`."""
 
     _fields_ = (
-        *((name, _Int) for name in ("dtype", "activation", "decider", "tokens", "d", "h")),
-        *((name, _Pointer) for name in ("x", "gate", "up", "down")),
-        *((name, _Int) for name in ("gate_stride", "up_stride", "down_stride")),
-        *((name, _Pointer) for name in ("gate_bias", "up_bias", "down_bias", "thresholds")),
-        *((name, _Pointer) for name in ("gate_levels", "up_levels", "gate_scales", "up_scales")),
+        ("by", _Int),
+        *((name, _Pointer) for name in ("per_term", "active", "phases")),
         *((name, _Int) for name in ("words", "groups")),
-        *((name, _Pointer) for name in ("given", "selected", "counters", "y", "workspace")),
+        *((name, CopyView) for name in ("gate", "up")),
+    )
+
+
+class SumCall(ctypes.Structure):
+    """`countdown_sum_call`."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("dtype", "tokens", "d", "h", "outputs", "activation")),
+        ("x", _Pointer),
+        *((name, MatrixView) for name in ("gate", "up", "down")),
+        ("decision", Decision),
+        *((name, _Pointer) for name in ("selected", "counters", "y", "workspace")),
     )
 
 
@@ -96,8 +120,8 @@ class Step(ctypes.Structure):
     _fields_ = (("kind", _Int), ("threads", _Int), ("call", _Pointer))
 
 
-Call = FFNCall | ProjectCall | AttendCall | SmallCall
-_KINDS: dict[type, int] = {FFNCall: 0, ProjectCall: 1, AttendCall: 2, SmallCall: 3}
+Call = SumCall | ProjectCall | AttendCall | SmallCall
+_KINDS: dict[type, int] = {SumCall: 0, ProjectCall: 1, AttendCall: 2, SmallCall: 3}
 
 
 @dataclass(frozen=True)
@@ -176,7 +200,7 @@ class Library:
         """Use this one of `variants` from now on."""
         self._functions.countdown_take_variant(self.variants.index(name))
 
-    def run(self, call: FFNCall | ProjectCall | AttendCall, tensors: Sequence[Tensor | None], weights: int) -> None:
+    def run(self, call: SumCall | ProjectCall | AttendCall, tensors: Sequence[Tensor | None], weights: int) -> None:
         """Run a call, whose workspace is filled in here, on torch's threads.
 
         Args:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from countdown.ops.triton.kernel_parts import begin, dot, is_inside, load_bias, load_rows
+from countdown.ops.triton.kernel_parts import add_bias, begin, dot, is_inside
+from countdown.ops.triton.loaders import plain
 
 
 @triton.jit
@@ -36,8 +37,10 @@ def project_one(
         else:
             inside = c < d
         xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-        acc += load_rows(w, i, d, c, here[:, None] & inside[None, :]) * xv[None, :]
-    total = tl.sum(acc, 1) + load_bias(b, i, here, BIAS)
+        acc += plain((None, w, d), i, c, here[:, None] & inside[None, :]).to(tl.float32) * xv[None, :]
+    total = tl.sum(acc, 1)
+    if BIAS:
+        total = add_bias(total, b, i, here)
     tl.store(to + i, total.to(y.dtype.element_ty), mask=here)
 
 

@@ -1,20 +1,20 @@
-"""The dense ops of decode loops on a device that Triton compiles for; see `ops.schema`."""
+"""The dense ops of decode loops on a device that Triton compiles for; see `ops.dense`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from countdown.ops import reference
-from countdown.ops.gathering import DTYPES
+from countdown.ops import dense as reference
+from countdown.ops.base import Gathering
+from countdown.ops.dense import check_attention, check_projections
 from countdown.ops.request import requested
-from countdown.ops.schema import check_attention, check_projections
 from countdown.ops.triton import dense_kernels, launch
 
 
 @launch.on_its_device
 def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    """Return the products of one token `[1, Σ d_out]`; see `schema`. At the bandwidth limit."""
+    """Return the products of one token `[1, Σ d_out]`; see `ops.dense`. At the bandwidth limit."""
     check_projections(x, weights, biases)
     if x.stride(1) != 1 or not all(w.is_contiguous() for w in weights) or _is_for_reference(x):
         return reference.project_one(x, weights, biases)
@@ -32,7 +32,7 @@ def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -
 
 @launch.on_its_device
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the attention of one token `[1, heads, 1, size]`; see `schema`."""
+    """Return the attention of one token `[1, heads, 1, size]`; see `ops.dense`."""
     check_attention(q, keys, values, mask)
     if q.stride(3) != 1 or keys.stride(3) != 1 or values.stride(3) != 1 or _is_for_reference(q):
         return reference.attend_one(q, keys, values, mask, scale)
@@ -56,7 +56,7 @@ def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
 
 
 def _is_for_reference(x: Tensor) -> bool:
-    return x.dtype not in DTYPES or requested() == "reference"
+    return x.dtype not in Gathering.dtypes or requested() == "reference"
 
 
 def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:

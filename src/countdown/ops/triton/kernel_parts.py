@@ -1,4 +1,4 @@
-"""Pieces that the kernels share."""
+"""Pieces that the kernels share. An argument that may be missing is None then, which costs no instruction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from countdown import phase as phases_of
+
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+GENERATED = tl.constexpr(phases_of.GENERATED)
+PROMPT = tl.constexpr(phases_of.PROMPT)
+PADDING = tl.constexpr(phases_of.PADDING)
 
 
 @triton.jit
@@ -34,10 +39,23 @@ def activate(g, ACT: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # its dot takes bfloat16 for integers
+    # In float32 where dtypes differ, and in the interpreter, whose dot takes bfloat16 for integers.
+    if _INTERPRETED or a.dtype != b.dtype:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def dots(w, xs):
+    """Rows of w [rows, D] times each of one or two tokens xs, [D] each: as many vectors [rows]."""
+    if len(xs) == 1:
+        z = (tl.sum(w * xs[0][None, :], 1),)
+    else:
+        tl.static_assert(len(xs) == 2)
+        # Together: a sum across warps waits for all of them.
+        z = tl.split(tl.sum(tl.join(w * xs[0][None, :], w * xs[1][None, :]), 1))
+    return z
 
 
 @triton.jit
@@ -47,9 +65,31 @@ def rounded(v, like):
 
 
 @triton.jit
-def load_rows(w, i, stride, c, mask):
-    offsets = i[:, None].to(tl.int64) * stride + c[None, :]
-    return tl.load(w + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+def load(weight, i, c, mask):
+    """A block of a weight, see `loaders`."""
+    return weight[0](weight, i, c, mask)
+
+
+@triton.jit
+def load_rows(weight, i, c, mask):
+    """A block of a weight, float32."""
+    return load(weight, i, c, mask).to(tl.float32)
+
+
+@triton.jit
+def load_tokens(x, x_stride, c, inside, T: tl.constexpr):
+    """The tokens of x [T, d], each float32 [D]."""
+    xs = ()
+    for t in tl.static_range(T):
+        xs = xs + (tl.load(x + t * x_stride + c, mask=inside, other=0.0).to(tl.float32),)
+    return xs
+
+
+@triton.jit
+def add_bias(v, b, i, mask):
+    if b is not None:
+        v += tl.load(b + i, mask=mask, other=0.0).to(tl.float32)
+    return v
 
 
 @triton.jit
@@ -59,11 +99,23 @@ def is_above(v, threshold):
 
 
 @triton.jit
-def load_bias(b, i, mask, HAS: tl.constexpr):
-    v = tl.zeros(i.shape, tl.float32)
-    if HAS:
-        v = tl.load(b + i, mask=mask, other=0.0).to(tl.float32)
+def factor(z, like, GATE_FIRST: tl.constexpr, ACT: tl.constexpr):
+    """The factor of the coefficient that projections z are, rounded as the dense FFN rounds."""
+    v = rounded(z, like)
+    if GATE_FIRST:
+        v = rounded(activate(v, ACT), like)
     return v
+
+
+@triton.jit
+def is_active(v, z, threshold):
+    # Of an input that is not finite, no projection z is: every neuron is active then.
+    return is_above(v, threshold) | ~(tl.abs(z) < float("inf"))
+
+
+@triton.jit
+def in_phase(active, phase):
+    return (active | (phase == PROMPT)) & (phase != PADDING)
 
 
 @triton.jit
@@ -77,51 +129,13 @@ def is_inside(c, d: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def exists(t: tl.constexpr, tokens):
-    # Not `t < tokens`, which is no tensor in Triton's interpreter.
-    return tl.full([1], t, tl.int32) < tokens
-
-
-@triton.jit
 def pick(v, k, o):
     # v[o] of a vector in registers, k = 0, 1, ...
     return tl.sum(tl.where(k[None, :] == o[:, None], v[None, :], 0), 1)
 
 
 @triton.jit
-def keep_active(index, n, i, active, k):
-    # Appends the active of i to the first n of a list in registers, k = 0, 1, ...; also says which went where.
-    one = active.to(tl.int32)
-    position = n + tl.cumsum(one, 0) - one
-    to = active[:, None] & (position[:, None] == k[None, :])
-    index += tl.sum(tl.where(to, i[:, None], 0), 0)
-    return index, n + tl.sum(one, 0), to
-
-
-@triton.jit
-def count(counters, once, tokens, active):
+def count(counters, tokens, active):
     # Integers: the sum is the same in whatever order programs add.
-    tl.atomic_add(counters, tokens.to(tl.int64), mask=once, sem="relaxed")
+    tl.atomic_add(counters, tokens.to(tl.int64), mask=tl.program_id(0) == 0, sem="relaxed")
     tl.atomic_add(counters + 1, active.to(tl.int64), sem="relaxed")
-
-
-@triton.jit
-def gather_and_sum(
-    xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
-    ACT: tl.constexpr, BIAS: tl.constexpr, D: tl.constexpr, GATHER: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Σ over the first n neurons of a list in registers, float32 [D], for one token xv [D]."""
-    y = tl.zeros([D], tl.float32)
-    for start in tl.range(0, n, GATHER, num_stages=STAGES):
-        o = start + tl.arange(0, GATHER)
-        here = o < n
-        i = pick(index, k, o)
-        mask = here[:, None] & inside[None, :]
-        wu = load_rows(up, i, up_stride, c, mask)
-        wg = load_rows(gate, i, gate_stride, c, mask)
-        column = load_rows(down, i, down_stride, c, mask)
-        u = tl.sum(wu * xv[None, :], 1) + load_bias(up_bias, i, here, BIAS)
-        g = tl.sum(wg * xv[None, :], 1) + load_bias(gate_bias, i, here, BIAS)
-        s = tl.where(here, activate(g, ACT) * u, 0.0)
-        y += tl.sum(column * s[:, None], 0)
-    return y

@@ -1,12 +1,14 @@
-"""Kernels of the sparse FFN. Letters as in `ops.schema`: T tokens, d hidden size, h neurons.
+"""Kernels of the sparse FFN. Letters as in `ops.call`: T tokens, d hidden size, h neurons.
 
-One token: a program computes the indicator of its own rows, keeps the active ones in registers and goes straight on to
-their rows of the other two matrices: no list of active neurons in memory, no second launch. Several tokens: rows are
-read once for all, by tiles, those that no token needs masked out. Either way a program leaves a partial sum of its own
-and `reduce` adds them in a fixed order, so the same call gives the same bits.
+One token or two: a program decides on its own rows, keeps the active ones in registers and goes straight on to their
+rows of the matrices that are left: no list of active neurons in memory, no second launch. A row is read once for both
+tokens. More tokens: rows are read once for all, by tiles, those that no token needs masked out. Either way a program
+leaves a partial sum of its own and `reduce` adds them in a fixed order, so the same call gives the same bits.
 
-Rows are W_gate[i], W_up[i] and W_down[:, i], each contiguous. Loads that are used once are marked to leave the cache
-first; partial sums are marked to stay in it.
+What decides is a function of `deciders`, how a row is read one of `loaders`; kernels are compiled for each combination
+and name none. `first` is the weight that decides where one does, else up; `other` is the other of gate and up. Rows are
+W_gate[i], W_up[i] and W_down[:, i]. Loads that are used once are marked to leave the cache first; partial sums are
+marked to stay in it.
 """
 
 from __future__ import annotations
@@ -15,89 +17,259 @@ import triton
 import triton.language as tl
 
 from countdown.ops.triton.kernel_parts import (
+    GENERATED,
+    PADDING,
     activate,
+    add_bias,
     begin,
     count,
     dot,
-    gather_and_sum,
-    is_above,
+    dots,
+    factor,
+    in_phase,
+    is_active,
     is_inside,
-    keep_active,
-    load_bias,
+    load,
     load_rows,
+    load_tokens,
     pick,
     rounded,
 )
 
 
 @triton.jit
-def _is_active(v, z, threshold):
-    # Of an input that is not finite, no projection z is: every neuron is active then.
-    return is_above(v, threshold) | ~(tl.abs(z) < float("inf"))
+def _over_rows(
+    kept, by, first, tokens, like, phases, to, h, c, inside,
+    DECIDE: tl.constexpr, KEEP: tl.constexpr, HOW: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Decide on this program's rows, block by block, and keep what is active, in registers or in `to`.
+
+    Program p takes blocks of ROWS rows, p, p + P, ...: neighbours read neighbouring memory at about the same time.
+    """
+    phase = ()
+    if phases is not None:
+        for t in tl.static_range(T):
+            phase = phase + (tl.load(phases + t),)
+    for start in tl.range(tl.program_id(0) * ROWS, h, tl.num_programs(0) * ROWS, num_stages=STAGES):
+        i = start + tl.arange(0, ROWS)
+        here = i < h
+        found, values = DECIDE(by, first, tokens, like, i, here, c, inside, HOW, ACT)
+        active = ()
+        for t in tl.static_range(T):
+            one = found[t]
+            if phases is not None:
+                one = in_phase(one, phase[t])
+            active = active + (here & one,)
+        kept = KEEP(kept, active, values, phase, i, here, to, h)
+    return kept, phase
+
+
+@triton.jit
+def _one_if_generated(phase, t: tl.constexpr):
+    if len(phase) == 0:
+        one = tl.full([], 1, tl.int32)
+    else:
+        one = (phase[t] == GENERATED).to(tl.int32)
+    return one
+
+
+# Keeping: in registers, for `_gather_and_sum`, or in memory.
+
+
+@triton.jit
+def _none_in_registers(MINE: tl.constexpr, T: tl.constexpr, KNOWN: tl.constexpr):
+    """A list for MINE rows: entries, how many, and what is known of their coefficients for each token, if anything."""
+    values = ()
+    if KNOWN:
+        for _ in tl.static_range(T):
+            values = values + (tl.zeros([MINE], tl.float32),)
+    return tl.zeros([MINE], tl.int32), tl.full([], 0, tl.int32), values
+
+
+@triton.jit
+def _in_registers(kept, active, values, phase, i, here, to, h):
+    """Append the rows that some token needs, and what is known of them."""
+    index, n, known = kept
+    needed = active[0]
+    entry = i
+    if len(active) == 2:
+        bits = active[0].to(tl.int32) | (active[1].to(tl.int32) << 1)
+        needed = bits != 0
+        entry = (i << 2) | bits
+    if len(known) == 0:
+        index, n, where = _appended(index, n, entry, needed)
+    else:
+        # At 80% two blocks of five have none, of four rows each.
+        if tl.sum(needed.to(tl.int32), 0) > 0:
+            index, n, where = _appended(index, n, entry, needed)
+            more = ()
+            for t in tl.static_range(len(active)):
+                more = more + (known[t] + tl.sum(tl.where(where, values[t][:, None], 0.0), 0),)
+            known = more
+    return index, n, known
+
+
+# An entry is a row, with two tokens in its higher bits: which of the two needs it stands in the lowest.
+
+
+@triton.jit
+def _row_of(entry, T: tl.constexpr):
+    if T == 2:
+        entry = entry >> 2
+    return entry
+
+
+@triton.jit
+def _is_needed(entry, t: tl.constexpr, T: tl.constexpr):
+    if T == 2:
+        needed = ((entry >> t) & 1) != 0
+    else:
+        needed = tl.full(entry.shape, True, tl.int1)
+    return needed
+
+
+@triton.jit
+def _appended(index, n, entry, needed):
+    # Also says which went where.
+    k = tl.arange(0, index.shape[0])
+    one = needed.to(tl.int32)
+    position = n + tl.cumsum(one, 0) - one
+    where = needed[:, None] & (position[:, None] == k[None, :])
+    index += tl.sum(tl.where(where, entry[:, None], 0), 0)
+    return index, n + tl.sum(one, 0), where
+
+
+@triton.jit
+def _in_memory(kept, active, values, phase, i, here, to, h):
+    """Write active sets [T, h] int8, and count those of generated tokens."""
+    for t in tl.static_range(len(active)):
+        tl.store(to + t * h + i, active[t].to(tl.int8), mask=here)
+        kept += tl.sum(active[t].to(tl.int32), 0) * _one_if_generated(phase, t)
+    return kept
 
 
 @triton.jit
 def decide_and_sum(
-    x, first, other, down, first_bias, other_bias, per_neuron, partial, counters,
-    h, first_stride, other_stride, down_stride, d: tl.constexpr,
-    GATE_FIRST: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr, MINE: tl.constexpr,
-    STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, by, first, other, down, biases, phases, partial, counters, h, d: tl.constexpr,
+    READ: tl.constexpr, DECIDE: tl.constexpr, HOW: tl.constexpr, KNOWN: tl.constexpr, GATE_FIRST: tl.constexpr,
+    ACT: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr,
+    MINE: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: Σ over the active neurons of this program's rows.
+    """One token or two: Σ over the active neurons of this program's rows.
 
-    x [d] → partial [P, d] float32; counters += (1, active neurons). `first` is the projection that decides, `other`
-    the one that is read at active rows. Program p takes blocks of ROWS rows, p, p + P, ...: neighbours read
-    neighbouring memory at about the same time. D ≥ d and MINE ≥ its rows are powers of two.
+    x [T, d] → partial [P, T, d] float32; counters += (generated tokens, their active neurons). KNOWN: what decides
+    finds one of the two factors. D ≥ d and MINE ≥ a program's rows are powers of two.
     """
-    p = tl.program_id(0)
-    programs = tl.num_programs(0)
     c = tl.arange(0, D)
     inside = is_inside(c, d, D)
-    b = tl.arange(0, ROWS)
-    k = tl.arange(0, MINE)
     begin(PDL)
-    xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    index = tl.zeros([MINE], tl.int32)
-    value = tl.zeros([MINE], tl.float32)
-    n = 0
-    for start in tl.range(p * ROWS, h, programs * ROWS, num_stages=STAGES):
-        i = start + b
-        here = i < h
-        w = load_rows(first, i, first_stride, c, here[:, None] & inside[None, :])
-        z = tl.sum(w * xv[None, :], 1) + load_bias(first_bias, i, here, BIAS)
-        v = rounded(z, x)
-        if GATE_FIRST:
-            v = rounded(activate(v, ACT), x)
-        active = here & _is_active(v, z, tl.load(per_neuron + i, mask=here, other=0.0))
-        # At 80% two blocks of five have none, of four rows each.
-        if tl.sum(active.to(tl.int32), 0) > 0:
-            index, n, to = keep_active(index, n, i, active, k)
-            value += tl.sum(tl.where(to, v[:, None], 0.0), 0)
+    xs = load_tokens(x, x_stride, c, inside, T)
+    tokens = READ(x, x_stride, xs, d, HOW, T)
+    kept, phase = _over_rows(
+        _none_in_registers(MINE, T, KNOWN), by, first, tokens, x, phases, None, h, c, inside,
+        DECIDE, _in_registers, HOW, ACT, T, ROWS, STAGES,
+    )  # fmt: skip
+    if counters is not None:
+        _count_kept(counters, kept, phase, T)
+    ys = _gather_and_sum(xs, first, other, down, biases, kept, c, inside, KNOWN, GATE_FIRST, ACT, GATHER, GATHER_STAGES)
+    _leave(partial, ys, c, inside, d)
 
-    count(counters, p == 0, tl.full([], 1, tl.int64), n)
-    y = tl.zeros([D], tl.float32)
-    for start in tl.range(0, n, GATHER, num_stages=GATHER_STAGES):
+
+@triton.jit
+def _count_kept(counters, kept, phase, T: tl.constexpr):
+    index, n, _ = kept
+    tokens = _one_if_generated(phase, 0)
+    if T == 1:
+        active = n * tokens
+    else:
+        active = tl.sum(index & 1, 0) * tokens
+        tokens += _one_if_generated(phase, 1)
+        active += tl.sum((index >> 1) & 1, 0) * _one_if_generated(phase, 1)
+    count(counters, tokens, active)
+
+
+@triton.jit
+def _gather_and_sum(
+    xs, first, other, down, biases, kept, c, inside,
+    KNOWN: tl.constexpr, GATE_FIRST: tl.constexpr, ACT: tl.constexpr, GATHER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Σ over the neurons that are kept in registers, float32 [D] for each token."""
+    index, n, values = kept
+    k = tl.arange(0, index.shape[0])
+    ys = ()
+    for _ in tl.static_range(len(xs)):
+        ys = ys + (tl.zeros(c.shape, tl.float32),)
+    for start in tl.range(0, n, GATHER, num_stages=STAGES):
         o = start + tl.arange(0, GATHER)
         here = o < n
-        i = pick(index, k, o)
+        entry = pick(index, k, o)
+        i = _row_of(entry, len(xs))
         mask = here[:, None] & inside[None, :]
-        w = load_rows(other, i, other_stride, c, mask)
-        column = load_rows(down, i, down_stride, c, mask)
-        v = tl.sum(w * xv[None, :], 1) + load_bias(other_bias, i, here, BIAS)
-        if not GATE_FIRST:
+        if not KNOWN:
+            wf = load_rows(first, i, c, mask)
+        wo = load_rows(other, i, c, mask)
+        column = load_rows(down, i, c, mask)
+        if not KNOWN:
+            own = _factors(wf, xs, biases[0], i, here, "")
+        factors = _factors(wo, xs, biases[1], i, here, "" if GATE_FIRST else ACT)
+        sums = ()
+        for t in tl.static_range(len(xs)):
+            v = pick(values[t], k, o) if KNOWN else own[t]
+            s = tl.where(here & _is_needed(entry, t, len(xs)), factors[t] * v, 0.0)
+            sums = sums + (ys[t] + tl.sum(column * s[:, None], 0),)
+        ys = sums
+    return ys
+
+
+@triton.jit
+def _factors(w, xs, bias, i, here, ACT: tl.constexpr):
+    """The projections of each token by rows w, [rows, D], of a weight; with an activation where there is one."""
+    z = dots(w, xs)
+    factors = ()
+    for t in tl.static_range(len(xs)):
+        v = add_bias(z[t], bias, i, here)
+        if ACT != "":
             v = activate(v, ACT)
-        s = tl.where(here, v * pick(value, k, o), 0.0)
-        y += tl.sum(column * s[:, None], 0)
-    tl.store(partial + p * d + c, y, mask=inside, eviction_policy="evict_last")
+        factors = factors + (v,)
+    return factors
+
+
+@triton.jit
+def _leave(partial, ys, c, inside, d: tl.constexpr):
+    place = tl.program_id(0) * len(ys)
+    for t in tl.static_range(len(ys)):
+        tl.store(partial + (place + t) * d + c, ys[t], mask=inside, eviction_policy="evict_last")
+
+
+@triton.jit
+def select_rows(
+    x, x_stride, by, phases, active_set, counters, h, d,
+    READ: tl.constexpr, DECIDE: tl.constexpr, HOW: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Which neurons of this program's rows each of T tokens needs: active_set [T, h] int8, and counters if given.
+
+    Tokens stay in registers, so that a row is read once for all. For what decides without x in floats.
+    """
+    begin(PDL)
+    tokens = READ(x, x_stride, (), d, HOW, T)
+    active, phase = _over_rows(
+        tl.full([], 0, tl.int32), by, None, tokens, None, phases, active_set, h, None, None,
+        DECIDE, _in_memory, HOW, ACT, T, ROWS, STAGES,
+    )  # fmt: skip
+    if counters is not None:
+        generated = _one_if_generated(phase, 0)
+        for t in tl.static_range(1, T):
+            generated += _one_if_generated(phase, t)
+        count(counters, generated, active)
 
 
 @triton.jit
 def sum_listed(
-    x, gate, up, down, gate_bias, up_bias, listed, listed_count, partial,
-    h, gate_stride, up_stride, down_stride, d: tl.constexpr,
-    ACT: tl.constexpr, BIAS: tl.constexpr,
-    D: tl.constexpr, GATHER: tl.constexpr, MINE: tl.constexpr, GATHER_STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, first, other, down, biases, listed, listed_count, partial, h, d: tl.constexpr,
+    ACT: tl.constexpr, D: tl.constexpr, GATHER: tl.constexpr, MINE: tl.constexpr, GATHER_STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: Σ over listed neurons, of which program p takes every P-th.
 
@@ -112,12 +284,11 @@ def sum_listed(
     # Not masked by the count, so that both loads are under way at once.
     index = tl.load(listed + p + k * programs, mask=p + k * programs < h, other=0)
     n = (tl.load(listed_count) - p + programs - 1) // programs
-    xv = tl.load(x + c, mask=inside, other=0.0).to(tl.float32)
-    y = gather_and_sum(
-        xv, gate, up, down, gate_bias, up_bias, index, k, n, gate_stride, up_stride, down_stride, c, inside,
-        ACT, BIAS, D, GATHER, GATHER_STAGES,
-    )  # fmt: skip
-    tl.store(partial + p * d + c, y, mask=inside, eviction_policy="evict_last")
+    xs = load_tokens(x, d, c, inside, 1)
+    ys = _gather_and_sum(
+        xs, first, other, down, biases, (index, n, ()), c, inside, False, False, ACT, GATHER, GATHER_STAGES
+    )
+    _leave(partial, ys, c, inside, d)
 
 
 @triton.jit
@@ -134,75 +305,72 @@ def list_active(active, listed, listed_count, h, BLOCK: tl.constexpr, PDL: tl.co
 
 
 @triton.jit
-def _project(x, w, b, i, here, tokens, d, x_stride, stride, BIAS: tl.constexpr, BLOCK: tl.constexpr,
-             T: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _project(x, weight, bias, i, here, tokens, d, x_stride, BLOCK: tl.constexpr, T: tl.constexpr,
+             STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Rows i of W x + b for all tokens, float32 [rows, T]."""
     t = tl.arange(0, T)
     acc = tl.zeros([i.shape[0], T], tl.float32)
     for start in tl.range(0, d, BLOCK, num_stages=STAGES):
         c = start + tl.arange(0, BLOCK)
         inside = c < d
-        wv = tl.load(
-            w + i[:, None].to(tl.int64) * stride + c[None, :],
-            mask=here[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first",
-        )  # fmt: skip
+        wv = load(weight, i, c, here[:, None] & inside[None, :])
         xv = tl.load(x + t[:, None] * x_stride + c[None, :], mask=(t < tokens)[:, None] & inside[None, :], other=0.0)
         acc = dot(wv, tl.trans(xv), acc, PRECISION)
-    return acc + load_bias(b, i, here, BIAS)[:, None]
+    return add_bias(acc, bias, i[:, None], here[:, None])
 
 
 @triton.jit
 def coefficients(
-    x, first, other, first_bias, other_bias, per_neuron, active_set, s, needs, counters,
-    tokens, d, h, x_stride, first_stride, other_stride,
-    MODE: tl.constexpr, GATE_FIRST: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_stride, first, other, biases, per_neuron, phases, active_set, s, needs, counters, tokens, d, h,
+    GATE_FIRST: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: coefficients of each token's active neurons, 0 elsewhere, for this program's rows.
 
-    x [tokens, d] → s [h, T] in the dtype of x; needs [h] int8, whether any token needs a neuron. MODE `decide`: `first`
-    and the thresholds decide, and counters += (tokens, active neurons). `given`: active_set [tokens, h] int8 does.
-    `select`: decide, write active_set, and no more.
+    x [tokens, d] → s [h, T] in the dtype of x; needs [h] int8, whether any token needs a neuron. Without thresholds
+    per_neuron, active_set [tokens, h] int8 says what is active. Else `first` and they do, and where there are counters,
+    those += (generated tokens, their active neurons). Without s, active_set is written, and no more.
     """
-    p = tl.program_id(0)
-    i = p * ROWS + tl.arange(0, ROWS)
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = i < h
     t = tl.arange(0, T)
     place = t[None, :] * h + i[:, None]
     valid = here[:, None] & (t < tokens)[None, :]
     begin(PDL)
-    if MODE == "given":
+    if per_neuron is None:
         active = tl.load(active_set + place, mask=valid, other=0) != 0
         read = tl.sum(active.to(tl.int32), 1) > 0
     else:
         read = here
-    z = _project(x, first, first_bias, i, read, tokens, d, x_stride, first_stride, BIAS, BLOCK, T, STAGES, PRECISION)
-    v = rounded(z, x)
-    if GATE_FIRST:
-        v = rounded(activate(v, ACT), x)
-    if MODE != "given":
-        threshold = tl.load(per_neuron + i, mask=here, other=0.0)
-        active = valid & _is_active(v, z, threshold[:, None])
-    if MODE == "select":
+    z = _project(x, first, biases[0], i, read, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
+    v = factor(z, x, GATE_FIRST, ACT)
+    if per_neuron is not None:
+        active = is_active(v, z, tl.load(per_neuron + i, mask=here, other=0.0)[:, None])
+        if phases is not None:
+            phase = tl.load(phases + t, mask=t < tokens, other=PADDING)
+            active = in_phase(active, phase[None, :])
+        active = valid & active
+    if s is None:
         tl.store(active_set + place, active.to(tl.int8), mask=valid)
     else:
         needed = tl.sum(active.to(tl.int32), 1) > 0
-        w = _project(
-            x, other, other_bias, i, needed, tokens, d, x_stride, other_stride, BIAS, BLOCK, T, STAGES, PRECISION
-        )
+        w = _project(x, other, biases[1], i, needed, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
         if not GATE_FIRST:
             w = activate(rounded(w, x), ACT)
         product = tl.where(active, v * w, 0.0)
         tl.store(s + i[:, None] * T + t[None, :], product.to(s.dtype.element_ty), mask=here[:, None])
         tl.store(needs + i, needed.to(tl.int8), mask=here)
-    if MODE == "decide":
-        count(counters, p == 0, tokens, tl.sum(tl.sum(active.to(tl.int32), 1), 0))
+    if counters is not None:
+        generated = tokens
+        if phases is not None:
+            active = active & (phase == GENERATED)[None, :]
+            generated = tl.sum((phase == GENERATED).to(tl.int32), 0)
+        count(counters, generated, tl.sum(tl.sum(active.to(tl.int32), 1), 0))
 
 
 @triton.jit
 def sum_columns(
-    s, needs, down, partial, tokens, d, h, down_stride, per_program,
+    s, needs, down, partial, tokens, d, h, per_program,
     T: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -220,10 +388,7 @@ def sum_columns(
         i = start + tl.arange(0, ROWS)
         needed = tl.load(needs + i, mask=i < stop, other=0) != 0
         sv = tl.load(s + i[:, None] * T + t[None, :], mask=(i < stop)[:, None], other=0.0)
-        wv = tl.load(
-            down + i[:, None].to(tl.int64) * down_stride + c[None, :],
-            mask=needed[:, None] & (c < d)[None, :], other=0.0, eviction_policy="evict_first",
-        )  # fmt: skip
+        wv = load(down, i, c, needed[:, None] & (c < d)[None, :])
         y = dot(tl.trans(sv), wv, y, PRECISION)
     to = partial + (p * tokens + t[:, None]) * d + c[None, :]
     tl.store(to, y, mask=(t < tokens)[:, None] & (c < d)[None, :], eviction_policy="evict_last")
@@ -231,8 +396,7 @@ def sum_columns(
 
 @triton.jit
 def reduce(
-    partial, down_bias, y, programs, tokens, d,
-    BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    partial, down_bias, y, programs, tokens, d, P: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial [programs, tokens, d] → y [tokens, d], added in order."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -244,5 +408,4 @@ def reduce(
         partial + (p[:, None] * tokens + t) * d + c[None, :],
         mask=(p < programs)[:, None] & here[None, :], other=0.0, eviction_policy="evict_last",
     )  # fmt: skip
-    total = tl.sum(v, 0) + load_bias(down_bias, c, here, BIAS)
-    tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=here)
+    tl.store(y + t * d + c, add_bias(tl.sum(v, 0), down_bias, c, here).to(y.dtype.element_ty), mask=here)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from countdown.ops.proxy_format import group_of, padded
+from countdown.weights.symmetric import group_of, padded
 
 # Rows up to this width are summed for two tokens at once in registers, with a proxy, in float32 or where the active set
 # is given; two tokens otherwise, and more, go through matrix instructions.
@@ -101,38 +101,6 @@ def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return on_device
 
 
-def has(biases: list[Tensor | None]) -> bool:
-    """Return whether gate or up has a bias."""
-    return biases[0] is not None or biases[1] is not None
-
-
-def given(first: Tensor | None, other: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the biases of gate and up: x, never read, where neither is there; zeros where only the other is."""
-    if first is None and other is None:
-        return x, x
-    some = first if first is not None else other
-    assert some is not None
-    zeros = torch.zeros_like(some) if first is None or other is None else some
-    return (zeros if first is None else first), (zeros if other is None else other)
-
-
-def decide(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
-    """Return the launch of `decide_and_sum`, where about `expected` neurons are active."""
-    width, row = _row(d, itemsize)
-    rows = _clamp(32 * _KB // row, 1, 16)
-    programs, mine = _shared_out(h, rows, found)
-    gather = _clamp(min(16 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
-    constants = {
-        "D": width,
-        "ROWS": rows,
-        "GATHER": gather,
-        "MINE": _power(mine),
-        "STAGES": _stages(rows * row, 3, found.shared // 2),
-        "GATHER_STAGES": _stages(2 * gather * row, 3, found.shared // 2),
-    }
-    return Launch((programs,), constants, _warps(width))
-
-
 def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     """Return the launch of `sum_listed`."""
     width, row = _row(d, itemsize)
@@ -147,93 +115,70 @@ def listed(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
     return Launch((programs,), constants, _warps(width))
 
 
-def proxy_decision(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch:
-    """Return the launch of `decide_by_proxy_and_sum`, where about `expected` neurons are active."""
-    packed = _packed(d)
-    size = 8 * packed["W"]  # a row of both matrices
-    rows = _clamp(32 * _KB // size, 1, 16)
-    programs, mine = _shared_out(h, rows, found)
+def row_blocks(
+    d: int,
+    h: int,
+    itemsize: int,
+    tokens: int,
+    expected: int,
+    found: Hardware,
+    *,
+    read: int | None = None,
+) -> Launch | None:
+    """Return the launch of `decide_and_sum`, None where registers do not hold that many tokens of this width.
+
+    Args:
+        d, h, itemsize: Sizes of the FFN, and bytes of an entry of its weights.
+        tokens: In the call.
+        expected: About how many neurons are active.
+        found: Where.
+        read: Bytes that are read of a neuron to decide on it; None for a row of one weight, whose product is kept.
+    """
     width, row = _row(d, itemsize)
-    gather = _clamp(min(8 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
+    if tokens > 2 or (tokens == 2 and width > PAIR_WIDTH):
+        return None
+    # Two tokens hold more in registers; one whose factor is known has a third less to gather.
+    block = 16 if tokens == 2 and read is None else 32
+    budget, matrices = (16, 2) if tokens == 1 and read is None else (8, 3)
+    stages = 3 if tokens == 1 else 4
+    read = row if read is None else read
+    rows = _clamp(block * _KB // read, 1, 16)
+    programs, mine = _shared_out(h, rows, found)
+    gather = _clamp(min(budget * _KB // row, _power(_ceil(expected, programs))), 1, 8)
     constants = {
-        **packed,
-        "DOT4": found.dot4,
+        "T": tokens,
         "D": width,
         "ROWS": rows,
         "GATHER": gather,
         "MINE": _power(mine),
-        "STAGES": _stages(rows * size, 3, found.shared // 2),
-        "GATHER_STAGES": _stages(3 * gather * row, 3, found.shared // 2),
+        "STAGES": _stages(rows * read, stages, found.shared // 2),
+        "GATHER_STAGES": _stages(matrices * gather * row, stages, found.shared // 2),
     }
     return Launch((programs,), constants, _warps(width))
 
 
-def pair(d: int, h: int, itemsize: int, expected: int, found: Hardware, *, given: bool = False) -> Launch | None:
-    """Return the launch of `decide_and_sum_pair`, where about `expected` neurons are active for either token.
-
-    None where registers do not hold two tokens of this width.
-    """
-    width, row = _row(d, itemsize)
-    if width > PAIR_WIDTH:
-        return None
-    rows = 16 if given else _clamp(16 * _KB // row, 1, 16)
-    return Launch(*_pair(width, row, h, rows, rows * (2 if given else row), expected, found), 4)
-
-
-def pair_by_proxy(d: int, h: int, itemsize: int, expected: int, found: Hardware) -> Launch | None:
-    """Return the launch of `decide_by_proxy_and_sum_pair`; see `pair`."""
-    width, row = _row(d, itemsize)
-    if width > PAIR_WIDTH:
-        return None
-    packed = _packed(d)
-    size = 8 * packed["W"]  # a row of both matrices
-    rows = _clamp(32 * _KB // size, 1, 16)
-    grid, constants = _pair(width, row, h, rows, rows * size, expected, found)
-    return Launch(grid, {**constants, **packed, "DOT4": found.dot4}, 4)
-
-
-def _pair(
-    width: int, row: int, h: int, rows: int, size: int, expected: int, found: Hardware
-) -> tuple[tuple[int], dict[str, int]]:
-    programs, mine = _shared_out(h, rows, found)
-    gather = _clamp(min(8 * _KB // row, _power(_ceil(expected, programs))), 1, 8)
-    constants = {
-        "D": width,
-        "ROWS": rows,
-        "GATHER": gather,
-        "MINE": _power(mine),
-        "STAGES": _stages(size, 4, found.shared // 2),
-        "GATHER_STAGES": _stages(3 * gather * row, 4, found.shared // 2),
-    }
-    return (programs,), constants
-
-
-def proxy_selection(d: int, h: int, tokens: int, found: Hardware) -> Launch:
-    """Return the launch of `select_by_proxy`."""
-    packed = _packed(d)
-    size = 8 * packed["W"]  # a row of both matrices
-    rows = _clamp(32 * _KB // size, 1, 16)
+def row_selection(h: int, tokens: int, read: int, found: Hardware) -> Launch:
+    """Return the launch of `select_rows`, which reads so many bytes of a neuron."""
+    rows = _clamp(32 * _KB // read, 1, 16)
     programs, _ = _shared_out(h, rows, found)
-    stages = _stages(rows * size, 3, found.shared // 2)
-    constants = {**packed, "T": _power(tokens), "DOT4": found.dot4, "ROWS": rows, "STAGES": stages}
-    return Launch((programs,), constants, 4)
+    return Launch((programs,), {"T": tokens, "ROWS": rows, "STAGES": _stages(rows * read, 3, found.shared // 2)}, 4)
+
+
+def packed(d: int, found: Hardware) -> tuple[int, int, int, bool]:
+    """Return what `deciders.quantised` needs to know of rows of d in 4 bits."""
+    words = padded(d, 4) // 8
+    return words, _power(words), group_of(d, 4) // 8, found.dot4
 
 
 def quantisation(d: int, tokens: int, found: Hardware) -> Launch:
     """Return the launch of `quantise_tokens`."""
-    return Launch((tokens,), {**_packed(d), "DOT4": found.dot4}, 8)
+    return Launch((tokens,), {"HOW": packed(d, found)}, 8)
 
 
 def _shared_out(h: int, rows: int, found: Hardware) -> tuple[int, int]:
     """Return how many programs share h rows in blocks, and the most rows that one has."""
     programs = min(2 * found.multiprocessors, _ceil(h, rows))
     return programs, _ceil(_ceil(h, rows), programs) * rows
-
-
-def _packed(d: int) -> dict[str, int]:
-    """Return the words of a row of a proxy of 4 bits, the power of two they fit, and the words of a group."""
-    words = padded(d, 4) // 8
-    return {"WORDS": words, "W": _power(words), "GROUP": group_of(d, 4) // 8}
 
 
 def projection(d: int, heights: list[int], itemsize: int, found: Hardware) -> Launch:
@@ -259,17 +204,17 @@ def combination(blocks: int, block: Launch) -> Launch:
     return Launch((1,), constants, 4)
 
 
-def tiled(d: int, h: int, itemsize: int, found: Hardware) -> Launch:
-    """Return the launch of `coefficients`."""
+def tiled(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = False) -> Launch:
+    """Return the launch of `coefficients`; mixed: of weights and tokens that differ in dtype."""
     rows = 64 if h >= 64 * found.multiprocessors else 32
     block = _clamp(_power(d), 16, 256 // itemsize)
-    stages = _stages((rows + TILE_TOKENS) * block * itemsize, 4, found.shared)
+    stages = _stages((rows + TILE_TOKENS) * block * (4 if mixed else itemsize), 4, found.shared)
     constants = {"T": TILE_TOKENS, "ROWS": rows, "BLOCK": block, "STAGES": stages, "PRECISION": found.precision}
     return Launch((_ceil(h, rows),), constants, 4)
 
 
-def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int]:
-    """Return the launch of `sum_columns`, and how many neurons each program sums."""
+def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = False) -> tuple[Launch, int]:
+    """Return the launch of `sum_columns`, and how many neurons each program sums; see `tiled`."""
     width = _clamp(_power(d), 16, 1024 // itemsize)
     rows = 16
     tiles = _ceil(d, width)
@@ -277,7 +222,7 @@ def columns(d: int, h: int, itemsize: int, found: Hardware) -> tuple[Launch, int
     each = _ceil(_ceil(h, rows), groups) * rows
     stages = _stages(rows * (width + 2 * TILE_TOKENS) * itemsize, 3, found.shared)
     # In float32 Triton 3.6 pipelined the loop wrongly.
-    stages = stages if itemsize == 2 else 1
+    stages = stages if itemsize == 2 and not mixed else 1
     constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages, "PRECISION": found.precision}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 

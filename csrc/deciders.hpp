@@ -1,0 +1,88 @@
+// What decides which neurons are active: a struct each, and a row of DECIDERS.
+#pragma once
+
+#include "terms.hpp"
+
+namespace countdown::VARIANT {
+
+struct Decider {
+    // What is compared with the thresholds of the neurons from `start` on, [count, T].
+    void (*score)(const Terms &terms, int64_t start, int64_t count, float *values);
+    // What a block's rows of W_down, which are fetched meanwhile, are multiplied with, [count, T]; its `values` are
+    // what `score` left of them.
+    void (*coefficients)(const Terms &terms, const Block &block, const Rows &down, float *factors);
+    const Matrix Terms::*first_read;  // of whose rows `coefficients` reads a block first
+};
+
+struct ByUp {
+    static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
+        terms.project(terms.up, start, count, values);
+        terms.round(values, count);
+    }
+
+    static void coefficients(const Terms &terms, const Block &block, const Rows &down, float *factors) {
+        terms.project(terms.gate, block, factors, down);
+        terms.activate(factors, block.count);
+        terms.multiply(factors, block.values, block.count);
+    }
+};
+
+struct ByGate {
+    static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
+        terms.project(terms.gate, start, count, values);
+        terms.round(values, count);
+        terms.activate(values, count);
+        terms.round(values, count);
+    }
+
+    static void coefficients(const Terms &terms, const Block &block, const Rows &down, float *factors) {
+        terms.project(terms.up, block, factors, down);
+        terms.multiply(factors, block.values, block.count);
+    }
+};
+
+struct ByCoefficient {
+    static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
+        float others[CHUNK * MOST_TOKENS];
+        terms.clear(others, count);
+        ByGate::score(terms, start, count, values);
+        ByUp::score(terms, start, count, others);
+        terms.multiply(values, others, count);
+    }
+
+    static void coefficients(const Terms &terms, const Block &block, const Rows &, float *factors) {
+        memcpy(factors, block.values, size_t(block.count * terms.call.tokens) * sizeof(float));
+    }
+};
+
+// Of a neuron that others found active nothing is known.
+struct Unknown {
+    static void coefficients(const Terms &terms, const Block &block, const Rows &down, float *factors) {
+        float others[BLOCK * MOST_TOKENS] = {};
+        terms.project(terms.gate, block, factors, terms.up.rows(block));
+        terms.activate(factors, block.count);
+        terms.project(terms.up, block, others, down);
+        terms.multiply(factors, others, block.count);
+    }
+};
+
+struct ByCopy : Unknown {
+    static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
+        float others[CHUNK * MOST_TOKENS];
+        terms.clear(others, count);
+        terms.project_copies(start, count, values, others);
+        terms.activate(values, count);
+        terms.multiply(values, others, count);
+    }
+};
+
+// In the order of countdown_decider. What is given is not compared.
+static constexpr Decider DECIDERS[] = {
+    {ByUp::score, ByUp::coefficients, &Terms::gate},
+    {ByGate::score, ByGate::coefficients, &Terms::up},
+    {ByCoefficient::score, ByCoefficient::coefficients, &Terms::down},
+    {ByCopy::score, ByCopy::coefficients, &Terms::gate},
+    {nullptr, Unknown::coefficients, &Terms::gate},
+};
+
+}  // namespace countdown::VARIANT

@@ -1,0 +1,47 @@
+"""The base of every allocation, and the list of them. This file needs no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from countdown.artifacts import Artifact, Artifacts
+from countdown.registry import Registry
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be allocated.
+
+    Args:
+        sparsity: Over all sites, which share one method.
+        sizes: Weights of each site, by name.
+        artifacts: What calibration left for each site, by name.
+    """
+
+    sparsity: float
+    sizes: Mapping[str, int]
+    artifacts: Mapping[str, Artifacts]
+
+
+class Allocation(ABC):
+    """Turns one sparsity into one for each site."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...] | None] = None  # of sites it applies to, None for all
+    artifacts: ClassVar[tuple[Artifact, ...]] = ()  # that it needs of each site
+    passes: ClassVar[tuple[str, ...]] = ()  # of calibration that make them
+
+    @abstractmethod
+    def allocate(self, problem: Problem) -> dict[str, float]:
+        """Return the sparsity of each site, by name.
+
+        Raises:
+            ProfileError: An artifact is missing.
+        """
+
+
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", "countdown.allocation")
+register = ALLOCATIONS.register

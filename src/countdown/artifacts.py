@@ -1,0 +1,99 @@
+"""Artifacts: the tensors that calibration leaves for a site, each declared once.
+
+The declaration is what validates an artifact when a profile is loaded, names it where it is saved, and says along
+which axes it could be sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A curve has a point for each thousandth of sparsity.
+POINTS = 1000
+# Of one site, by name.
+Artifacts = Mapping[str, "Tensor"]
+
+
+def non_negative(values: Tensor) -> str | None:
+    """Return what is wrong where an entry is below 0."""
+    return None if bool((values >= 0).all()) else "are negative"
+
+
+def curve_from(first: float) -> Callable[[Tensor], str | None]:
+    """Return a check that a curve begins at a value and never falls."""
+
+    def check(curve: Tensor) -> str | None:
+        if float(curve[0]) != first:
+            return "begin elsewhere"
+        return None if bool((curve.diff() >= 0).all()) else "fall"
+
+    return check
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A mean over calibration tokens, in the dense model, of a power of a factor of each term.
+
+    Args:
+        factor: A factor of the site's sum (`gate` or `up` of an FFN), or `input`, the entries of its input.
+        order: 1 for the mean, 2 for the mean square.
+    """
+
+    factor: str
+    order: int = 2
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A float32 tensor of finite numbers that a method needs of each of its sites.
+
+    Args:
+        name: Its name in profiles.
+        axes: What each of its dimensions counts: `terms`, `inputs` or `outputs` of the site (an axis of these is cut
+            where the site's weights are sharded), or `points` of a curve.
+        check: Returns what is wrong with the values, as the end of a sentence, or None.
+        optional: Whether a profile may lack it.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    check: Callable[[Tensor], str | None] = lambda _: None
+    optional: bool = False
+
+    def problem(self, value: Tensor | None, sizes: Mapping[str, int]) -> str | None:
+        """Return what is wrong with a value, None if nothing is.
+
+        Args:
+            value: The tensor, None where there is none.
+            sizes: Of the axes of the site.
+        """
+        if value is None:
+            return None if self.optional else "are missing"
+        expected = tuple(sizes[axis] for axis in self.axes)
+        if tuple(value.shape) != expected:
+            return f"have shape {tuple(value.shape)}, expected {expected}"
+        if str(value.dtype) != "torch.float32" or not bool(value.isfinite().all()):
+            return "are not float32 or not finite"
+        return self.check(value)
+
+    def sliced(self, value: Tensor, axis: str, start: int, stop: int) -> Tensor:
+        """Return the part of a value that belongs to some of the site's terms, inputs or outputs."""
+        for dim, name in enumerate(self.axes):
+            if name == axis:
+                value = value.narrow(dim, start, stop - start)
+        return value
+
+
+# What the indicator of each term is multiplied by.
+MULTIPLIERS = Artifact("multipliers", ("terms",), non_negative)
+# τ at sparsities 0, 0.001, ..., 0.999.
+THRESHOLDS = Artifact("thresholds", ("points",), curve_from(-1.0), optional=True)
+# The estimated error of the output at those sparsities.
+ERRORS = Artifact("errors", ("points",), curve_from(0.0), optional=True)
+# Mean squares of the entries of the input.
+IMPORTANCE = Artifact("importance", ("inputs",), non_negative)

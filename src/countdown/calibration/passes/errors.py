@@ -1,0 +1,68 @@
+"""Estimated errors of the output at every sparsity, to allocate by."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor
+
+from countdown.artifacts import ERRORS
+from countdown.calibration.passes._base import Pass, Run, register
+from countdown.calibration.passes.sketches import sketch_sparse
+from countdown.calibration.passes.slopes import chord, kl_slopes
+from countdown.profiles.profile import allocated, threshold_at
+from countdown.progress import track
+
+# Error curves are estimated on every so many-th sequence; their scales in so many rounds over the text, as a mean over
+# so many of the last ones, each going this part of the way to what looks best then.
+ERROR_STRIDE = 4
+ROUNDS = 16
+MEMORY = 8
+STEP = 0.4
+
+
+class ErrorsPass(Pass):
+    """A site's estimate is the expected squared error of its output, E Σ c_i²‖w_i‖² over the terms it drops, as a
+    function of sparsity, scaled so that at the allocated sparsity it rises as the KL of the whole model does. What is
+    allocated moves the scales, so this is repeated.
+    """
+
+    name, rank = "errors", 1
+
+    def run(self, run: Run) -> None:
+        judged = [one for one in run.wanting(self.name) if one.method.sparsity]
+        if not judged:
+            return
+        now = {one.site.name: one.method.sparsity for one in run.assigned}
+        sketches = sketch_sparse(
+            run, run.shuffled[::ERROR_STRIDE], itertools.repeat(now), losses=True, label="errors to allocate by"
+        )
+        local = {one.site.name: sketches[one.site.name].errors(one.site.terms) for one in judged}
+        curves = {name: sketch.thresholds() for name, sketch in sketches.items()}
+        scales = dict.fromkeys(local, 0.0)
+        rounds = track(_rounds(run.shuffled), "calibrating, effect of each module", show=run.progress)
+        for round_, some in enumerate(rounds, 1):
+            slopes = kl_slopes(run.model, run.assigned, some, now, lambda name, k: threshold_at(curves[name], k))
+            for one in judged:
+                name = one.site.name
+                rise = _rise(local[name], now[name])
+                # A mean over the rounds that forgets the first ones, which were made elsewhere.
+                scales[name] += ((slopes[name] / rise if rise else 0.0) - scales[name]) / min(round_, MEMORY)
+                one.artifacts[ERRORS.name] = (local[name] * max(scales[name], 0.0)).float()
+            wanted = {name: k for entry in run.entries for name, k in allocated(entry, run.sizes).items()}
+            now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
+
+
+def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:
+    """Return other sequences for each round, each lot spread over the text."""
+    count = min(ROUNDS, len(sequences))
+    return [sequences[start::count] for start in range(count)]
+
+
+def _rise(local: Tensor, sparsity: float) -> float:
+    """Return the slope of an error curve at a sparsity, over the chord that the slopes of the KL are taken over."""
+    low, high = chord(sparsity)
+    return (threshold_at(local, high) - threshold_at(local, low)) / (high - low)
+
+
+register(ErrorsPass())

@@ -1,0 +1,78 @@
+"""Moments of the dense model's factors, and what follows from them: multipliers, and what a selector is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from countdown.artifacts import MULTIPLIERS, Moment
+from countdown.calibration.passes._base import Assignment, Pass, Run, check_finite, decoding, never_ran, register
+from countdown.config import check_choice
+from countdown.cost import beside_bytes
+from countdown.memory import memory_for
+from countdown.progress import track
+from countdown.sites import Site
+from countdown.sums import Sum
+
+# By site: the means, float64 [terms], or [inputs] of the input.
+Moments = Mapping[str, Mapping[Moment, Tensor]]
+INPUT = "input"
+
+
+class MomentsPass(Pass):
+    """Runs the model dense, where any moment is asked for."""
+
+    name, rank = "moments", 0
+
+    def run(self, run: Run) -> None:
+        wanting = run.wanting(self.name)
+        moments = estimate(run, wanting) if any(one.method.moments() for one in wanting) else {}
+        with memory_for(sum(beside_bytes([one.site], one.method) for one in wanting)):
+            for one in wanting:
+                _prepare(one, moments.get(one.site.name, {}))
+
+
+def estimate(run: Run, assigned: list[Assignment]) -> Moments:
+    """Return the moments, in the dense model, that each site's method asks for.
+
+    Raises:
+        ConfigError: A method asks for a factor that its sites do not have.
+        CountdownError: An activation is not finite.
+    """
+    wanted = {one.site.name: one.method.moments() for one in assigned}
+    for one in assigned:
+        for moment in one.method.moments():
+            known = dict.fromkeys((*one.site.sum_class.factors, INPUT))
+            check_choice(f"factor of a moment of {one.method.name}", moment.factor, known)
+    sums: dict[str, dict[Moment, Tensor]] = {name: {} for name in wanted}
+
+    def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
+        check_finite(site, factors)
+        seen = {INPUT: x, **dict(zip(sum_.factors, factors, strict=True))}
+        for moment in wanted[site.name]:
+            powers = seen[moment.factor].flatten(0, -2).double() ** moment.order
+            sums[site.name][moment] = sums[site.name].get(moment, 0) + powers.sum(dim=0)
+
+    with decoding(run.model, [one.site for one in assigned if wanted[one.site.name]], observe) as feed:
+        for sequence in track(run.sequences, "calibrating, second moments", show=run.progress):
+            feed(sequence)
+    for name, found in sums.items():
+        if len(found) < len(set(wanted[name])):
+            raise never_ran(name)
+    tokens = sum(sequence.numel() for sequence in run.sequences)
+    return {site: {moment: (total / tokens).cpu() for moment, total in found.items()} for site, found in sums.items()}
+
+
+def _prepare(one: Assignment, moments: Mapping[Moment, Tensor]) -> None:
+    """Add multipliers and the selector's artifacts, and make its parts."""
+    method, sum_ = one.method, one.site.sum
+    if method.weighting != "none":
+        multipliers = method.multipliers(moments, sum_.weights[-1].column_norms().cpu())
+        # Sparse modules compare in float32, so that is what is sketched and stored.
+        one.artifacts |= {} if multipliers is None else {MULTIPLIERS.name: multipliers.float()}
+    one.artifacts |= method.selector.prepare(moments)
+    one.parts = method.selector.make(sum_, one.artifacts)
+
+
+register(MomentsPass())

@@ -1,0 +1,124 @@
+"""Sketches of weighted indicators while all sites are sparse.
+
+What a module sees, and so how many of its terms lie below a threshold, depends on how sparse the modules before it are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from countdown.artifacts import POINTS
+from countdown.calibration.passes._base import Assignment, Run, check_finite, decoding, never_ran
+from countdown.calibration.sketch import MagnitudeSketch
+from countdown.progress import track
+from countdown.sites import Site
+from countdown.sums import Sum
+from countdown.sums._base import product_of
+
+
+@dataclass
+class SiteSketches:
+    """What the sparse pass saw of one site: a sketch of its weighted indicator at each sparsity it ran at."""
+
+    by_level: dict[float, MagnitudeSketch] = field(default_factory=dict)
+
+    def thresholds(self) -> Tensor:
+        """Return thresholds for sparsities 0, 0.001, ..., 0.999, float32 `[1000]`, the first -1."""
+        return torch.cat([torch.tensor([-1.0]), self._curve(MagnitudeSketch.quantiles).float()])
+
+    def errors(self, terms: int) -> Tensor:
+        """Return the expected squared error of the output at those sparsities, float64 `[1000]`, the first 0.
+
+        Args:
+            terms: How many terms the site has.
+        """
+
+        def per_token(sketch: MagnitudeSketch, q: Tensor) -> Tensor:
+            return sketch.lost(q) * terms / int(sketch.counts.sum())
+
+        return torch.cat([torch.zeros(1, dtype=torch.float64), self._curve(per_token)])
+
+    def _curve(self, value: Callable[[MagnitudeSketch, Tensor], Tensor]) -> Tensor:
+        """Return a value at sparsities 0.001, ..., 0.999, from sketches made at some sparsities.
+
+        Between two of those, it is between theirs; beyond them, the nearest one's counts.
+        """
+        levels = sorted(self.by_level)
+        q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
+        by_level = torch.stack([value(self.by_level[level], q) for level in levels])
+        position = torch.tensor(levels, dtype=torch.float64)
+        above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
+        below = (above - 1).clamp(min=0)
+        gap = position[above] - position[below]
+        share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
+        points = torch.arange(POINTS - 1)
+        # More sparsity never means less, whatever text the levels happened to see.
+        return torch.lerp(by_level[below, points], by_level[above, points], share).cummax(0).values
+
+
+def sketch_sparse(
+    run: Run,
+    sequences: Sequence[Tensor],
+    schedule: Iterator[Mapping[str, float]],
+    *,
+    losses: bool = False,
+    label: str = "thresholds",
+) -> dict[str, SiteSketches]:
+    """Sketch every site's weighted indicator while all sites are sparse.
+
+    A site masks at the quantile of what it has seen so far at the sparsity it runs at, the present sequence
+    included, so that its mean over the text converges while the text is read once.
+
+    Args:
+        run: Whose sites are sketched.
+        sequences: Token ids, each int64 `[length]`.
+        schedule: For each sequence, the sparsity of every site by name.
+        losses: Sketch as well what dropping a term costs, c²‖w‖² for coefficient c and column w.
+        label: What is estimated, shown with the progress.
+
+    Returns:
+        Sketches by site.
+
+    Raises:
+        CountdownError: An activation is not finite.
+    """
+    passing = _SparsePass(run.assigned, losses)
+    with decoding(run.model, [one.site for one in run.assigned], passing.observe) as feed:
+        for sequence in track(sequences, f"calibrating, {label}", show=run.progress):
+            passing.levels = next(schedule)
+            feed(sequence)
+    for name, sketches in passing.sketches.items():
+        if not sketches.by_level:
+            raise never_ran(name)
+    return passing.sketches
+
+
+class _SparsePass:
+    """Masks every site at its present level and sketches what it saw."""
+
+    def __init__(self, assigned: Sequence[Assignment], losses: bool) -> None:
+        self.sketches = {one.site.name: SiteSketches() for one in assigned}
+        self.levels: Mapping[str, float] = {}
+        self._assigned = {one.site.name: one for one in assigned}
+        self._norms = {
+            n: one.site.sum.weights[-1].column_norms().float() for n, one in self._assigned.items() if losses
+        }
+
+    def observe(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
+        check_finite(site, factors)
+        value = self._assigned[site.name].indicator(sum_, x, factors)
+        level = self.levels[site.name]
+        sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
+        sketch.add(value, self._lost(site, factors))
+        if level == 0:
+            return None
+        return value > sketch.quantiles(torch.tensor([level], device=site.device)).float()
+
+    def _lost(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
+        if site.name not in self._norms:
+            return None
+        return (product_of(factors).float() * self._norms[site.name]).square()

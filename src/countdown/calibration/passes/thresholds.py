@@ -1,0 +1,51 @@
+"""Thresholds for every sparsity, estimated with all sites sparse."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from countdown.artifacts import THRESHOLDS
+from countdown.calibration.passes._base import Pass, Run, register
+from countdown.calibration.passes.sketches import sketch_sparse
+from countdown.profiles.profile import allocated
+
+# The sparsities at which the sparse pass runs the model, beside the one that was asked for.
+LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class ThresholdsPass(Pass):
+    """Sites are masked at several sparsities in turn."""
+
+    name, rank = "thresholds", 2
+
+    def run(self, run: Run) -> None:
+        wanting = run.wanting(self.name)
+        if not wanting:
+            return
+        entries, sizes = run.entries, run.sizes
+
+        def levels(sparsity: float | None) -> dict[str, float]:
+            asked = (
+                e if sparsity is None else replace(e, method=replace(e.method, sparsity=sparsity)) for e in entries
+            )
+            return {name: level for entry in asked for name, level in allocated(entry, sizes).items()}
+
+        label = f"thresholds of {'; '.join(entry.method.label for entry in entries)}"
+        sketches = sketch_sparse(run, run.sequences, _schedule(levels), label=label)
+        for one in wanting:
+            one.artifacts[THRESHOLDS.name] = sketches[one.site.name].thresholds()
+
+
+def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[dict[str, float]]:
+    """Yield the sparsity of every site for each sequence: the targets, and `LEVELS` in turn, alternately."""
+    own = levels(None)
+    others = [found for level in LEVELS if (found := levels(level)) != own]
+    for turn in itertools.count():
+        yield own
+        # Each round of levels begins one later, so that no level falls in step with texts that take turns.
+        yield others[(turn + turn // len(others)) % len(others)]
+
+
+register(ThresholdsPass())

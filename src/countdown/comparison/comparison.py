@@ -1,0 +1,293 @@
+"""What a comparison found: dense, sparse and quantised configurations of one model, measured the same way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from countdown.config import check_fields
+from countdown.errors import ConfigError
+from countdown.results import write, write_text
+
+FORMAT = "countdown-comparison"
+VERSION = 2
+FILE, TABLE = "comparison.json", "comparison.csv"
+
+# What a configuration is. `dense` is the yardstick, one of each comparison.
+KINDS = ("dense", "sparse", "quantised")
+# Points of the curve of how often neurons are active.
+CURVE = 64
+# Fields of cells that older files call otherwise.
+_RENAMED = {"ffn_weights_read": "site_weights_read"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One sparse module on the evaluated text.
+
+    Args:
+        name: The module's name.
+        target, realised: Share of inactive terms that was wanted and that was found.
+        recall, precision, lost: Of the active sets against the exact ones, see `SelectorQuality`; None where the
+            it was not judged.
+        activity: How often a neuron is active, `CURVE` points of the sorted curve, most active first.
+    """
+
+    name: str
+    target: float
+    realised: float
+    recall: float | None = None
+    precision: float | None = None
+    lost: float | None = None
+    activity: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a configuration costs on the evaluated text.
+
+    Args:
+        tokens: Scored tokens.
+        perplexity: exp of the mean negative log-likelihood.
+        loss: Rise of perplexity over the dense model's, as a share of it: 0.02 for 2%.
+        loss_interval: 95% of `loss`, by resampling windows, dense and this one paired.
+        kl: Mean KL(dense ‖ this), in nats.
+        top1: Share of tokens for which both put the same token first.
+        realised_sparsity: Share of inactive terms; None unless sparse.
+        layers: By module; empty unless sparse.
+        window_nll: Mean negative log-likelihood of each window, in nats: what intervals are made from.
+    """
+
+    tokens: int
+    perplexity: float
+    loss: float
+    loss_interval: tuple[float, float]
+    kl: float
+    top1: float
+    realised_sparsity: float | None = None
+    layers: list[Layer] = field(default_factory=list)
+    window_nll: list[float] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, found: dict[str, Any]) -> Quality:
+        """Return what `asdict` took apart."""
+        low, high = found["loss_interval"]
+        layers = [Layer(**layer) for layer in found["layers"]]
+        return cls(**found | {"loss_interval": (low, high), "layers": layers})
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a configuration decodes one sequence on this machine.
+
+    Args:
+        tokens_per_s: Of the decode loop.
+        speedup: Over the dense model in the same session.
+        floor_us: Time of a token if its weight bytes moved at the bandwidth measured beside, in µs.
+        split_us: µs of a token in `ffn`, `attention_linears`, `head` and `rest`; empty where it is not known.
+        backend: What computed it, as `status` names it.
+    """
+
+    tokens_per_s: float
+    speedup: float
+    floor_us: float
+    split_us: dict[str, float] = field(default_factory=dict)
+    backend: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a configuration wrote, greedily.
+
+    Args:
+        tokens: Token ids.
+        pieces: Each token as text; joined they are the answer.
+    """
+
+    tokens: list[int]
+    pieces: list[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration and what was measured of it.
+
+    Args:
+        label: Short, unique in a comparison: `dense`, `m-countdown + rms at 0.7`, `int4`.
+        kind: One of `KINDS`.
+        settings: What made it: of a sparse one its recipe's record (method, weighting, decision, allocation, bits).
+        sparsity: Target share of inactive terms; None unless sparse.
+        weights_read: Share of the dense model's weight bytes that a decoded token reads (whole token: FFNs,
+            attention, head).
+        site_weights_read: The same, of the modules that it makes sparse (of others, the FFNs).
+        quality, speed, sample: What was measured; None where it was not wanted, or failed.
+        error: One line, where it failed.
+    """
+
+    label: str
+    kind: str
+    settings: dict[str, Any]
+    sparsity: float | None
+    weights_read: float | None = None
+    site_weights_read: float | None = None
+    quality: Quality | None = None
+    speed: Speed | None = None
+    sample: Sample | None = None
+    error: str | None = None
+
+    @classmethod
+    def parse(cls, found: dict[str, Any]) -> Cell:
+        """Return what `asdict` took apart."""
+        parsers: dict[str, Any] = {
+            "quality": Quality.parse,
+            "speed": lambda part: Speed(**part),
+            "sample": lambda part: Sample(**part),
+        }
+        fields = {_RENAMED.get(name, name): value for name, value in found.items()}
+        return cls(**{name: parsers[name](v) if v and name in parsers else v for name, v in fields.items()})
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers flat, the same keys for every cell."""
+        quality, speed = self.quality, self.speed
+        low, high = quality.loss_interval if quality else (None, None)
+        return {
+            "label": self.label,
+            "kind": self.kind,
+            "method": self.settings.get("method"),
+            "weighting": self.settings.get("weighting"),
+            "decision": self.settings.get("decision"),
+            "allocation": self.settings.get("allocation"),
+            "sparsity": self.sparsity,
+            "realised_sparsity": quality and quality.realised_sparsity,
+            "weights_read": self.weights_read,
+            "site_weights_read": self.site_weights_read,
+            "tokens": quality and quality.tokens,
+            "perplexity": quality and quality.perplexity,
+            "loss": quality and quality.loss,
+            "loss_low": low,
+            "loss_high": high,
+            "kl": quality and quality.kl,
+            "top1": quality and quality.top1,
+            "tokens_per_s": speed and speed.tokens_per_s,
+            "speedup": speed and speed.speedup,
+            "floor_us": speed and speed.floor_us,
+            "backend": speed and speed.backend,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which configuration to take.
+
+    Args:
+        label: Of its cell.
+        reason: One or two sentences with the numbers that decided.
+        expected_loss: Loss on the evaluated text.
+        interval: Where the loss on other windows of that text lies with 95% probability; see `intervals`.
+        confirmed_loss: On text that no decision saw; None where there was none left.
+        confirmed: Whether that lies in the interval.
+    """
+
+    label: str
+    reason: str
+    expected_loss: float
+    interval: tuple[float, float]
+    confirmed_loss: float | None = None
+    confirmed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was found.
+
+    Args:
+        meta: Command, date, hardware, versions as in every results file; besides `model`, `wish` (what was asked for,
+            in words), `text`, `calibration` (source, hash), `windows`, `window_tokens`, `context`, `new_tokens`,
+            `dtype`, `device`, `bandwidth` (bytes/s), `prompt`, `caveats` (list of sentences that must be shown), and
+            `identity`: what comparisons must share to be put together.
+        cells: Dense first.
+        recommendation: None where nothing fits what was asked for.
+    """
+
+    meta: dict[str, Any]
+    cells: list[Cell]
+    recommendation: Recommendation | None = None
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one flat record for each cell, as `pandas.DataFrame` takes them."""
+        return [{"model": self.meta.get("model")} | cell.record() for cell in self.cells]
+
+    def cell(self, label: str) -> Cell:
+        """Return the cell of this label.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        for cell in self.cells:
+            if cell.label == label:
+                return cell
+        raise ConfigError(f"no cell is called '{label}'; there are: {', '.join(cell.label for cell in self.cells)}.")
+
+    def document(self) -> dict[str, Any]:
+        """Return what a file holds: a results file, and the cells as they are."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "meta": self.meta,
+            "records": self.records(),
+            "cells": [asdict(cell) for cell in self.cells],
+            "recommendation": self.recommendation and asdict(self.recommendation),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.json` and `comparison.csv` into a folder, over those that are there; return the folder.
+
+        Raises:
+            ConfigError: They cannot be written.
+        """
+        write(Path(folder) / FILE, self.document())
+        write_text(Path(folder) / TABLE, self.table())
+        return Path(folder)
+
+    def table(self) -> str:
+        """Return the records as CSV, a row for each cell."""
+        records, lines = self.records(), io.StringIO()
+        writer = csv.DictWriter(lines, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return lines.getvalue()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read a comparison from its file or the folder of it.
+
+        Raises:
+            ConfigError: There is none, it is damaged, or a newer countdown wrote it.
+        """
+        path = Path(path)
+        file = path / FILE if path.is_dir() else path
+        try:
+            return cls._parse(json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise ConfigError(f"{file} does not exist; make it with: countdown compare MODEL -o FOLDER") from error
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise ConfigError(f"{file} cannot be read as a comparison: {reason}") from error
+
+    @classmethod
+    def _parse(cls, found: dict[str, Any]) -> Comparison:
+        if found["format"] != FORMAT:
+            raise ConfigError(f"format is {found['format']!r}, expected '{FORMAT}'.")
+        if found["version"] > VERSION:
+            raise ConfigError(f"its version is {found['version']}, this countdown reads up to {VERSION}: upgrade it.")
+        check_fields("it", found, ("format", "version", "meta", "records", "cells", "recommendation"))
+        advice = found["recommendation"]
+        if advice is not None:
+            low, high = advice["interval"]
+            advice = Recommendation(**advice | {"interval": (low, high)})
+        return cls(dict(found["meta"]), [Cell.parse(cell) for cell in found["cells"]], advice)

@@ -1,1 +1,0 @@
-"""Models: finding their gated FFNs by structure, loading them, telling them apart."""

@@ -1,0 +1,148 @@
+"""The backend of CPUs: calls of the C++ library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from countdown.ops.base import Gathering
+from countdown.ops.call import TENSORS, Call
+from countdown.ops.cpu import dense_ops, library
+from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FORMATS, SumCall
+from countdown.ops.request import requested
+from countdown.sums import Sum
+from countdown.weights import Weight
+from countdown.weights.symmetric import Symmetric4
+
+# Forms of calls that are kept: shapes times numbers of tokens, of which a model has few.
+_MOST_FORMS = 1024
+_NAMES = ("kind", "activation", "selector", "rule", "drop")
+
+
+class CPU(Gathering):
+    """See `ops.cpu`."""
+
+    name, device, key, runs_on = "cpu", "cpu", "CPU", "CPUs"
+    selectors = ("up", "gate", "coefficient", "proxy-4")
+
+    def __init__(self) -> None:
+        # By what `_form_of` says of a call: the C call without addresses.
+        self._forms: dict[Hashable, SumCall] = {}
+
+    def missing(self) -> str | None:
+        """See `Backend.missing`."""
+        return library.missing()
+
+    def dense_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+        """See `Backend.dense_ops`."""
+        return {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
+
+    def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
+        """W_down by neuron, proxies in tiles."""
+        *others, down = sum_.weights
+        return [*others, down.by_column()], [_in_tiles(part) for part in parts]
+
+    def again(self, op: str, args: tuple[Any, ...], names: dict[str, Any]) -> Tensor | None:
+        """See `Backend.again`."""
+        form = self._forms.get(_form_of(op, args, names))
+        return None if form is None else _done(form, op, *args)
+
+    def run(self, call: Call) -> Tensor:
+        """See `Backend.run`."""
+        parts = [_in_tiles(part) for part in call.parts]
+        args: tuple[Any, ...] = (
+            call.x.contiguous(),
+            [*(weight.parts[0] for weight in call.sum.weights), *_contiguous(t for part in parts for t in part.parts)],
+            [bias if bias is None or bias.dtype in DTYPES else bias.float() for bias in _contiguous(call.sum.biases)],
+            *_contiguous(getattr(call, name) for name in TENSORS[call.op]),
+        )
+        names: dict[str, Any] = {"kind": call.sum.kind, "activation": call.sum.activation}
+        names["formats"] = [weight.format for weight in (*call.sum.weights, *parts)]
+        if call.selector is not None:
+            names |= {"selector": call.selector.name, "rule": call.rule, "drop": call.drop}
+        if len(self._forms) >= _MOST_FORMS:
+            self._forms.clear()
+        # As it is read: a call that must be put into this form first is not known again.
+        form = self._forms[_form_of(call.op, args, names)] = _described(call, *args[:3])
+        return _done(form, call.op, *args)
+
+
+def _form_of(op: str, args: tuple[Any, ...], names: dict[str, Any]) -> Hashable:
+    """Return all that checks, refusals and the C call depend on, which is all but addresses."""
+    x, weights, biases, *tensors = args
+    return (
+        op, requested(), len(weights), *names["formats"], *map(names.get, _NAMES),
+        *[t if t is None else (t.shape, t.stride(), t.dtype) for t in (x, *weights, *biases, *tensors)],
+    )  # fmt: skip
+
+
+def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> SumCall:
+    """Return a call without its addresses."""
+    form = SumCall(
+        dtype=DTYPES[x.dtype],
+        tokens=call.tokens,
+        d=x.shape[-1],
+        h=call.terms,
+        outputs=call.sum.outputs,
+        activation=ACTIVATIONS[call.sum.activation],
+    )
+    views, rows_along = (form.gate, form.up, form.down), (0, 0, 1)
+    for view, weight, tensor, bias, dim in zip(views, call.sum.weights, weights, biases, rows_along, strict=False):
+        view.format, view.stride = FORMATS[weight.format, tensor.dtype], tensor.stride(dim) * tensor.itemsize
+        view.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+    form.decision.by = DECIDERS[call.selector.name if call.selector else None]
+    if call.parts:
+        levels, scales = weights[3:5]
+        form.decision.words, form.decision.groups = levels.shape[1], scales.shape[1]
+    return form
+
+
+def _done(
+    form: SumCall,
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *tensors: Tensor | None,
+) -> Tensor:
+    """Return the result of a call of a form, of tensors as kernels read them."""
+    call = SumCall.from_buffer_copy(form)
+    call.x = x.data_ptr()
+    decision = call.decision
+    for view, weight, bias in zip((call.gate, call.up, call.down), weights, biases, strict=False):
+        view.data = weight.data_ptr()
+        if bias is not None:
+            view.bias = bias.data_ptr()
+    if decision.words:
+        for view, levels, scales in zip((decision.gate, decision.up), weights[3::2], weights[4::2], strict=True):
+            view.levels, view.scales = levels.data_ptr(), scales.data_ptr()
+    for name, tensor in zip(TENSORS[op], tensors, strict=True):
+        if tensor is not None:
+            setattr(call if name == "counters" else decision, name, tensor.data_ptr())
+    result = _result(call, op, x)
+    library.library().run(call, [x, *weights, *biases, *tensors, result], weights=call.d * call.h)
+    return result
+
+
+def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
+    """Return an empty result, which the call has the address of."""
+    if op == "select":
+        result = x.new_empty((*x.shape[:-1], call.h), dtype=torch.bool)
+        call.selected = result.data_ptr()
+    else:
+        same = call.outputs == call.d  # `empty_like` is faster
+        result = torch.empty_like(x) if same else x.new_empty((*x.shape[:-1], call.outputs))
+        call.y = result.data_ptr()
+    return result
+
+
+def _contiguous(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    """Yield tensors that kernels can index: biases of interleaved rows are strided."""
+    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _in_tiles(part: Weight) -> Weight:
+    return part.in_tiles() if isinstance(part, Symmetric4) else part

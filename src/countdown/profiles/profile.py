@@ -1,0 +1,426 @@
+"""Profiles: what calibration made, in a small folder that names its base model.
+
+profile.json          what was calibrated, on what, with which settings; the fingerprint's structure
+profile.safetensors   artifacts of every site (see `countdown.artifacts`); the fingerprint's sampled weights
+proxy.safetensors     proxies, where they are stored (`with_proxies`)
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from countdown.allocation import ALLOCATIONS, Problem
+from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
+from countdown.config import check_fields
+from countdown.cost import beside_bytes
+from countdown.errors import ConfigError, ProfileError, ProfileWarning
+from countdown.folders import unwritable, whole_folder
+from countdown.memory import memory_for
+from countdown.methods import Method, parse_method
+from countdown.profiles import stored
+from countdown.profiles.recipe import Recipe, RecipeEntry, match
+from countdown.profiles.stored import Source, StoredParts
+from countdown.sites import SITES, Site, find_sites
+from countdown.sites.fingerprint import SAMPLES, structure, weights_agree
+from countdown.weights import Weight
+from countdown.wrappers import base_model
+
+FORMAT = "countdown-profile"
+# What a file that is not what it says can raise while it is read.
+_UNREADABLE = (
+    OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+VERSION = 2
+# What artifacts were called in version 1.
+_RENAMED = {"weights": MULTIPLIERS.name}
+FILES = _JSON, _TENSORS = "profile.json", "profile.safetensors"
+PROXIES = stored.FILE
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a sparse module needs from a profile.
+
+    Args:
+        method: The method, its sparsity the module's own share of what is allocated.
+        per_term: Thresholds or multipliers, float32 `[terms]`; see `ops.call`.
+        artifacts: What calibration left for the site.
+        parts: Of the selector, where they are stored.
+    """
+
+    method: Method
+    per_term: Tensor
+    artifacts: Artifacts
+    parts: Sequence[Weight] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method and the modules it applies to.
+
+    Args:
+        pattern: Shell-style pattern of module names, e.g. `*.mlp`.
+        method: The method with its settings.
+        sites: Artifacts by module name.
+    """
+
+    pattern: str
+    method: Method
+    sites: dict[str, Artifacts]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What calibration made.
+
+    Args:
+        base_model: `name` and, where known, `revision`, `model_type`.
+        structure: See `sites.fingerprint.structure`.
+        samples: By site, weights sampled from the base model, float32 `[matrices, n]`.
+        calibration: Text, tokens, dtype and versions: what is needed to repeat it.
+        entries: Methods by module pattern, as in a recipe.
+        proxies: Parts of selectors that are stored with it, if any.
+    """
+
+    base_model: dict[str, Any]
+    structure: dict[str, Any]
+    samples: dict[str, Tensor]
+    calibration: dict[str, Any]
+    entries: list[Entry] = field(default_factory=list)
+    proxies: StoredParts | None = field(default=None, repr=False)
+
+    def with_proxies(self, model: nn.Module) -> Profile:
+        """Return a profile that holds the proxies of this model, and stores them when it is saved.
+
+        Raises:
+            ConfigError: No method has a proxy, or memory runs out.
+            ProfileError: The profile belongs to another model.
+            UnsupportedModelError: The model has none of the profile's modules.
+        """
+        if not self.has_proxy:
+            raise ConfigError("no method of this profile has a proxy to store.")
+        base = base_model(model)
+        sites = find_sites(base, self.kinds)
+        self.check(base, sites)
+        by_name = {site.name: site for site in sites}
+        sources: dict[str, Source] = {}
+        beside = 0
+        for entry in self.entries:
+            mine = [by_name[name] for name in entry.sites if name in by_name and entry.method.selector.artifacts]
+            sources |= {site.name: (site, entry.method.selector, entry.sites[site.name]) for site in mine}
+            beside += beside_bytes(mine, entry.method)
+        with memory_for(beside):
+            return replace(self, proxies=StoredParts.make(sources))
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether one of its methods decides by weights of its own, which can be stored."""
+        return self.recipe.has_proxy
+
+    def with_name(self, name: str) -> Profile:
+        """Return a profile whose base model has this name: transformers names a GGUF model after its folder."""
+        return replace(self, base_model=self.base_model | {"name": name})
+
+    def with_settings(self, **settings: Any) -> Profile:
+        """Return a profile with other settings of its methods, as far as its statistics allow.
+
+        Args:
+            **settings: `sparsity`, `decision`, `allocation`; any field of the methods but what is calibrated, such as
+                the weighting.
+
+        Raises:
+            ConfigError: A setting is unknown, out of range, or needs a new calibration.
+
+        Example:
+            profile.with_settings(sparsity=0.8, decision="topk").save("my-profile-80")
+        """
+        entries = []
+        for entry in self.entries:
+            check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
+            for name in entry.method.calibrated:
+                if name in settings and settings[name] != getattr(entry.method, name):
+                    raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
+            entries.append(replace(entry, method=replace(entry.method, **settings)))
+        return replace(self, entries=entries)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What was calibrated, with the settings it has now."""
+        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of sites that its methods apply to."""
+        return self.recipe.kinds
+
+    def settings(self, sites: Sequence[Site]) -> dict[str, Setting]:
+        """Return, for each site that an entry takes, what its sparse module needs.
+
+        Raises:
+            ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
+        """
+        sizes = {site.name: site.size for site in sites}
+        by_name = {site.name: site for site in sites}
+        chosen = {}
+        for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
+            for name, sparsity in allocated(entry, sizes).items():
+                method, found = replace(entry.method, sparsity=sparsity), entry.sites[name]
+                per_term = _per_term(name, method, found, self._axes(name)["terms"])
+                chosen[name] = Setting(method, per_term, found, self._stored((by_name[name], method.selector, found)))
+        if self.proxies and any(one.method.selector.artifacts and one.parts is None for one in chosen.values()):
+            warnings.warn(
+                "stored proxies do not fit these weights and this calibration, so proxies are made anew; store them "
+                "again (with_proxies, --include-proxy) to load as quickly as before.",
+                ProfileWarning,
+                stacklevel=4,
+            )
+        return chosen
+
+    def _stored(self, source: Source) -> Sequence[Weight] | None:
+        needs = source[1].artifacts
+        if self.proxies is None or not needs or any(one.name not in source[2] for one in needs):
+            return None
+        return self.proxies.of(source)
+
+    def _axes(self, name: str) -> dict[str, int]:
+        """Return the sizes of the axes of a site's artifacts."""
+        shape = self.structure["sites"][name]
+        return {**SITES.get(shape["kind"]).site.axes(shape), "points": POINTS}
+
+    def check(self, model: nn.Module, sites: Sequence[Site]) -> None:
+        """Raise if the profile belongs to another structure; warn if the weights differ.
+
+        Raises:
+            ProfileError: Another class, other sites or other shapes.
+        """
+        found = structure(model, sites)
+        if found != self.structure:
+            raise ProfileError(
+                f"the profile belongs to another model: it was made for {_shape(self.structure)} "
+                f"({self.base_model.get('name', 'unnamed')}), this is {_shape(found)}."
+            )
+        if not weights_agree(sites, self.samples):
+            warnings.warn(
+                f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "
+                "sparsity and quality may be off: calibrate on this model.",
+                ProfileWarning,
+                stacklevel=4,
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the profile to a folder: whole, or not at all.
+
+        Args:
+            path: The folder to make.
+            overwrite: Replace a profile that is there. Anything else that is there is never replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ProfileError: The path is taken or cannot be written.
+        """
+        path = Path(path)
+        check_free(path, overwrite=overwrite)
+        try:
+            with whole_folder(path) as new:
+                header = json.dumps(self._header(), indent=2, ensure_ascii=False)
+                (new / _JSON).write_text(header + "\n", encoding="utf-8")
+                (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
+                if self.proxies:
+                    self.proxies.save(new / PROXIES)
+        except (OSError, SafetensorError) as error:
+            raise ProfileError(f"profile {path} cannot be written: {error}.") from error
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ProfileError: No profile, a damaged one, or one written by a newer countdown.
+            ConfigError: It names a method that is not installed.
+        """
+        path = Path(path)
+        if not (path / _JSON).is_file():
+            raise ProfileError(f"{path} is not a profile: it has no {_JSON}. Make one with: countdown calibrate MODEL")
+        try:
+            header = json.loads((path / _JSON).read_text(encoding="utf-8"))
+            tensors = load_file(path / _TENSORS)
+            proxies = StoredParts.load(path / PROXIES) if (path / PROXIES).is_file() else None
+            return replace(cls._parse(header, tensors), proxies=proxies)
+        except _UNREADABLE as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ProfileError(
+                f"profile {path} is damaged: {type(error).__name__}: {error}. Make it again: countdown calibrate MODEL"
+            ) from error
+
+    def _header(self) -> dict[str, Any]:
+        from countdown import __version__
+
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "countdown": __version__,
+            "base_model": self.base_model,
+            "calibration": self.calibration,
+            "structure": self.structure,
+            "entries": [{"pattern": e.pattern, "method": e.method.to_dict()} for e in self.entries],
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"sample/{name}": sample for name, sample in self.samples.items()}
+        for index, entry in enumerate(self.entries):
+            for name, site in entry.sites.items():
+                tensors |= {f"entry/{index}/{name}/{artifact}": tensor for artifact, tensor in site.items()}
+        return tensors
+
+    @classmethod
+    def _parse(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
+        if header.get("format") != FORMAT:
+            raise ProfileError(f"this is not a countdown profile: format is {header.get('format')!r}.")
+        if header["version"] > VERSION:
+            raise ProfileError(
+                f"the profile has version {header['version']}, this countdown reads up to {VERSION}: upgrade it."
+            )
+        known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries")
+        check_fields("profile.json", header, known)
+        sites: list[dict[str, dict[str, Tensor]]] = [{} for _ in header["entries"]]
+        samples: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            kind, _, rest = key.partition("/")
+            if kind == "sample":
+                samples[rest] = tensor
+            else:
+                index, name, artifact = rest.split("/")
+                artifact = _RENAMED.get(artifact, artifact) if header["version"] == 1 else artifact
+                sites[int(index)].setdefault(name, {})[artifact] = tensor
+        entries = [
+            Entry(entry["pattern"], parse_method(entry["method"]), dict(by_name))
+            for entry, by_name in zip(header["entries"], sites, strict=True)
+        ]
+        profile = cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
+        _check_contents(profile)
+        return profile
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise ProfileError unless a profile may be written to `path`."""
+    if path.exists():
+        if not overwrite:
+            raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
+        if not path.is_dir() or {inside.name for inside in path.iterdir()} - {PROXIES} != {_JSON, _TENSORS}:
+            raise ProfileError(
+                f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
+            )
+    if problem := unwritable(path):
+        raise ProfileError(problem)
+
+
+def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the sparsity of each site of an entry.
+
+    Args:
+        entry: The entry.
+        sizes: Weights of each site, by name.
+
+    Raises:
+        ProfileError: The entry allocates globally and has no error estimates.
+    """
+    problem = Problem(entry.method.sparsity, {name: sizes[name] for name in entry.sites}, entry.sites)
+    return ALLOCATIONS.get(entry.method.allocation).allocate(problem)
+
+
+def threshold_at(curve: Tensor, sparsity: float) -> float:
+    """Return the value of a curve (see `artifacts`) at a sparsity: its first at 0, past its last point that one."""
+    if sparsity == 0:
+        return float(curve[0])
+    position = min(sparsity * len(curve), len(curve) - 1)
+    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
+    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
+    return float(low + (high - low) * (position - int(position)))
+
+
+def _taken(entries: Sequence[Entry], kinds: Mapping[str, str]) -> list[Entry]:
+    """Return the entries, each with the artifacts of the sites that it takes now."""
+    try:
+        owners = match([(entry.pattern, entry.method.kind) for entry in entries], list(kinds.items()))
+    except ConfigError as error:
+        raise ProfileError(str(error)) from error
+    return [
+        replace(entry, sites={name: entry.sites.get(name, {}) for name, o in owners.items() if o == index})
+        for index, entry in enumerate(entries)
+    ]
+
+
+def _check_contents(profile: Profile) -> None:
+    """Raise ValueError unless structure, samples and statistics are whole and fit together."""
+    known = profile.structure
+    facts = (profile.base_model, profile.calibration, *profile.calibration.get("texts", [None]))
+    _require(all(isinstance(fact, dict) for fact in facts), "it does not say what it was calibrated on")
+    _require(set(known) == {"class", "sites"} and bool(known["sites"]), "its structure is not that of a model")
+    _require(set(profile.samples) == set(known["sites"]), "its weight samples do not match its modules")
+    for name, sample in profile.samples.items():
+        matrices = len(SITES.get(known["sites"][name]["kind"]).site.sum_class.roles)
+        whole = sample.shape == (matrices, SAMPLES) and _finite(sample)
+        _require(whole, f"the weight sample of {name} is not valid")
+    for entry in profile.entries:
+        _require(isinstance(entry.pattern, str), "a pattern is not text")
+        _require(set(entry.sites) <= set(known["sites"]), "it has artifacts of modules that it does not list")
+    for entry in _taken(profile.entries, {name: shape["kind"] for name, shape in known["sites"].items()}):
+        for name, found in entry.sites.items():
+            _check_artifacts(name, found, profile._axes(name), entry.method)
+
+
+def _check_artifacts(name: str, found: Artifacts, axes: Mapping[str, int], method: Method) -> None:
+    declared = {artifact.name: artifact for artifact in method.artifacts()}
+    for artifact in declared.values():
+        problem = artifact.problem(found.get(artifact.name), axes)
+        _require(problem is None, f"{artifact.name} of {name} {problem}")
+    known = {*declared, *(one.name for allocation in ALLOCATIONS for one in allocation.artifacts)}
+    unknown = [artifact for artifact in found if artifact not in known]
+    _require(not unknown, f"{', '.join(unknown)} of {name} and its method disagree")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and bool(tensor.isfinite().all())
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor:
+    multipliers = found.get(MULTIPLIERS.name)
+    multipliers = torch.ones(terms) if multipliers is None else multipliers
+    if method.decision == "topk":
+        return multipliers
+    if THRESHOLDS.name not in found:
+        raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
+    return _thresholds(threshold_at(found[THRESHOLDS.name], method.sparsity), multipliers)
+
+
+def _thresholds(tau: float, multipliers: Tensor) -> Tensor:
+    """Return τ_i, float32 `[terms]`: inactive iff indicator · m_i ≤ τ, so τ_i = τ / m_i, and +inf where m_i = 0."""
+    if tau < 0:
+        return torch.full_like(multipliers, -1.0)
+    return torch.where(multipliers == 0, torch.inf, tau / multipliers)
+
+
+def _shape(found: Mapping[str, Any]) -> str:
+    sites = list(found["sites"].values())
+    first = ", ".join(f"{key} {value}" for key, value in sites[0].items())
+    return f"{found['class']} with {len(sites)} modules of {first}"

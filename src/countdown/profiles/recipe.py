@@ -1,0 +1,227 @@
+"""Recipes: which method applies to which modules, and a readable file of it.
+
+    - pattern: "*.mlp"
+      method: m-countdown
+      weighting: rms
+      sparsity: 0.7
+    - pattern: "*.self_attn.*"
+      method: teal
+      sparsity: 0.4
+
+An entry takes the sites of its method's kind whose names match. A site belongs to the first entry that takes it or
+the FFN around it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from countdown.config import check_fields
+from countdown.errors import ConfigError
+from countdown.methods import Method, method, method_class, named, parse_method
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class RecipeEntry:
+    """A method and the modules it applies to.
+
+    Args:
+        method: The method with its settings.
+        pattern: Shell-style pattern of module names, e.g. `*.mlp`; `*` for every site of the method's kind.
+    """
+
+    method: Method
+    pattern: str = "*"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to calibrate: methods by module pattern.
+
+    Args:
+        entries: In order; the first that takes a site has it.
+    """
+
+    entries: tuple[RecipeEntry, ...]
+
+    def __post_init__(self) -> None:
+        """Check that there is something to calibrate."""
+        if not self.entries:
+            raise ConfigError("the recipe has no entries.")
+
+    @classmethod
+    def of(cls, config: Method | Recipe) -> Recipe:
+        """Return a method as a recipe of one entry; a recipe as it is.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        if isinstance(config, Recipe):
+            return config
+        if not isinstance(config, Method):
+            raise ConfigError(f"config is {config!r}, expected countdown.method(...) or a countdown.Recipe.")
+        return cls((RecipeEntry(config),))
+
+    @classmethod
+    def named(cls, name: str, **settings: Any) -> Recipe:
+        """Return the recipe of this name, or a method's of one entry, with its settings, such as `sparsity`.
+
+        Raises:
+            ConfigError: Nothing has this name, or a method of it does not have a setting, or not this value.
+        """
+        found = named(name)
+        if found is None:
+            return cls.of(method(name, **settings))
+        entries = [_entry(f"entry {place + 1} of {name}", one) for place, one in enumerate(found.entries)]
+        return cls(tuple(entry for some in entries for entry in some)).with_settings(**settings)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML or JSON file.
+
+        Raises:
+            ConfigError: The file cannot be read, is not a list of entries, or an entry has an unknown field, an
+                unknown method or a value out of range.
+        """
+        content = _read(Path(path))
+        if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
+            raise ConfigError(f"recipe {path} is not a list of entries such as: - {{pattern: '*.mlp', method: cats}}")
+        entries = [_entry(f"entry {index + 1} of {path}", entry) for index, entry in enumerate(content)]
+        return cls(tuple(entry for some in entries for entry in some))
+
+    def with_settings(self, **settings: Any) -> Recipe:
+        """Return the recipe with these settings in every method.
+
+        Raises:
+            ConfigError: A method does not have the setting, or not this value.
+        """
+        for entry in self.entries:
+            check_fields(f"method '{entry.method.name}'", settings, [field.name for field in fields(entry.method)])
+        return Recipe(tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries))
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings flat, as results files hold them; for several entries, as a list under `recipe`."""
+        if len(self.entries) == 1:
+            (entry,) = self.entries
+            settings = entry.method.to_dict()
+            pattern = {} if entry.pattern == "*" else {"pattern": entry.pattern}
+            return {"method": settings.pop("name"), "indicator": entry.method.selector.indicator, **settings, **pattern}
+        entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
+        return {"method": "recipe", "recipe": entries}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that `record` described.
+
+        Raises:
+            ConfigError: It names a method, or settings, that do not exist here.
+        """
+        single = {"name": record["method"], **{k: v for k, v in record.items() if k not in ("method", "indicator")}}
+        entries = [dict(entry) for entry in record.get("recipe", [single])]
+        patterns = [entry.pop("pattern", "*") for entry in entries]
+        return cls(tuple(RecipeEntry(parse_method(e), p) for e, p in zip(entries, patterns, strict=True)))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of sites that its methods apply to."""
+        return list(dict.fromkeys(entry.method.kind for entry in self.entries))
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether a method decides by weights of its own beside the model's."""
+        return any(entry.method.selector.artifacts for entry in self.entries)
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """Return a line for each entry."""
+        if [entry.pattern for entry in self.entries] == ["*"]:
+            return [str(self.entries[0].method)]
+        return [f"{entry.pattern}: {entry.method}" for entry in self.entries]
+
+
+def recipe(name: str, **settings: Any) -> Recipe:
+    """Return the recipe of this name, or a method's of one entry, e.g. `recipe("chess", sparsity=0.5)`.
+
+    Args:
+        name: A named recipe or a method.
+        **settings: Fields of all its methods, such as `sparsity`.
+
+    Raises:
+        ConfigError: See `Recipe.named`.
+    """
+    return Recipe.named(name, **settings)
+
+
+def match(entries: Sequence[tuple[str, str]], sites: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Return which entry each site belongs to, by name; sites that none takes are left out.
+
+    Args:
+        entries: (pattern, kind) of each.
+        sites: (name, kind) of each.
+
+    Raises:
+        ConfigError: An entry takes a module inside of which an earlier one took another, or takes none.
+    """
+    sites = list(sites)
+    taken: dict[str, int] = {}
+    for index, (pattern, kind) in enumerate(entries):
+        names = [name for name, its_kind in sites if its_kind == kind and fnmatchcase(name, pattern)]
+        free = [name for name in names if not _inside_taken(name, taken)]
+        for name in free:
+            part = next((other for other in taken if other.startswith(f"{name}.")), None)
+            if part is not None:
+                raise ConfigError(
+                    f"'{pattern}' takes {name}, but an earlier entry took its part {part}; put the entry for the "
+                    "whole first, or narrow the pattern of the other."
+                )
+        if not free:
+            raise ConfigError(f"pattern '{pattern}' takes no module of the model: {_available(sites, kind, names)}.")
+        taken.update(dict.fromkeys(free, index))
+    return taken
+
+
+def _inside_taken(name: str, taken: Mapping[str, int]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in taken)
+
+
+def _available(sites: Sequence[tuple[str, str]], kind: str, matched: Sequence[str]) -> str:
+    if matched:
+        return "earlier entries took all that it matches"
+    names = [name for name, its_kind in sites if its_kind == kind]
+    return f"its method applies to {names[0]}, …, {names[-1]}" if names else f"it has none of kind '{kind}'"
+
+
+def _read(path: Path) -> Any:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _entry(what: str, given: Mapping[str, Any]) -> list[RecipeEntry]:
+    """Return the entry that a mapping describes; those of a named recipe in its place."""
+    name, pattern = given.get("method"), given.get("pattern", "*")
+    if not isinstance(name, str):
+        check_fields(what, given, ["pattern", "method", *(field.name for field in fields(Method))])
+        raise ConfigError(f"{what} names no method.")
+    if not isinstance(pattern, str):
+        raise ConfigError(f"the pattern of {what} is {pattern!r}, expected text such as '*.mlp'.")
+    settings = {field: value for field, value in given.items() if field not in ("pattern", "method")}
+    if named(name):
+        if pattern != "*":
+            raise ConfigError(f"{what} is '{name}', which has patterns of its own: leave out '{pattern}'.")
+        return list(Recipe.named(name, **settings).entries)
+    check_fields(what, given, ["pattern", "method", *(field.name for field in fields(method_class(name)))])
+    return [RecipeEntry(method(name, **settings), pattern)]

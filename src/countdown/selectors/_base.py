@@ -1,0 +1,85 @@
+"""The base of every selector, and the list of them. This file needs no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from countdown.artifacts import Artifact, Artifacts, Moment
+from countdown.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from countdown.sums import Sum
+    from countdown.weights import Weight
+
+    Shape = tuple[int | None, int | None]
+
+
+class Selector(ABC):
+    """Scores every term for each token; the small scores are dropped.
+
+    A selector may keep weights of its own, its parts, which are made from a site's weights and artifacts. Ops receive
+    it by name, with its parts, so that a backend can recognise the ones it has a kernel for and leave the rest to the
+    reference, which calls `score`.
+
+    A subclass is a frozen dataclass, of which equal ones are the same selector.
+    """
+
+    name: str  # under which ops receive it
+    indicator: str  # in results: `exact`, `proxy` or `low-rank`
+    reads: tuple[str, ...]  # roles of the weights that are read for all terms; of the others, active terms alone
+    moments: tuple[Moment, ...] = ()  # what `prepare` needs of calibration
+    artifacts: tuple[Artifact, ...] = ()  # what it returns, and `make` needs
+
+    @abstractmethod
+    def score(self, sum_: Sum, x: Tensor, parts: Sequence[Weight], factors: Sequence[Tensor]) -> Tensor:
+        """Return the indicator, float32 `[..., terms]`, 0 or more; the truth that kernels are tested against.
+
+        Args:
+            sum_: What is summed.
+            x: Its input `[..., d]`.
+            parts: The selector's own weights.
+            factors: Those of the sum, each `[..., terms]`.
+        """
+
+    def prepare(self, moments: Mapping[Moment, Tensor]) -> Artifacts:
+        """Return the selector's artifacts for a site from its moments."""
+        return {}
+
+    def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:
+        """Return the selector's parts for a site."""
+        return ()
+
+    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
+        """Return the names of the parts, under which they are stored, and the format in which `make` returns each."""
+        return {}
+
+    def accepts(self, formats: Sequence[str]) -> bool:
+        """Return whether parts in these formats, one for each, are its own."""
+        return not formats
+
+    @property
+    def made_as(self) -> str:
+        """What parts depend on besides weights and artifacts, for the hash of those that are stored."""
+        return self.name
+
+    def shapes(self, d: int, terms: int) -> tuple[Shape, ...]:
+        """Return rows and columns of each part for inputs of size d; None where they do not follow."""
+        return ()
+
+    def part_bytes(self, sum_: Sum) -> int:
+        """Return the bytes of the parts that `make` would return."""
+        return 0
+
+    def bytes_read(self, sum_: Sum, active: float) -> float:
+        """Return the bytes of weights that a token reads where this share of the terms is active, its own included."""
+        own = self.part_bytes(sum_)
+        pairs = zip(sum_.roles, sum_.weights, strict=True)
+        return own + sum(weight.nbytes * (1.0 if role in self.reads else active) for role, weight in pairs)
+
+
+SELECTORS: Registry[Selector] = Registry("selector", "countdown.selectors")
+register = SELECTORS.register

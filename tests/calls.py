@@ -1,0 +1,80 @@
+"""Ops as tests call them: the arguments of an FFN or a linear spelled out, for one backend or as torch dispatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from countdown.modules import SparseModule
+from countdown.ops import backends
+from countdown.phase import Phases
+from countdown.weights import Plain, Weight
+
+
+class Ops:
+    """Calls of one backend.
+
+    Args:
+        name: `reference`, `cpu`, `triton`, or None for what torch dispatches to.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def op(self, name: str) -> Callable[..., Tensor]:
+        if self.name is None:
+            return getattr(torch.ops.countdown, name)
+        found = [backend for backend in backends.BACKENDS.values() if backend.name == self.name]
+        return backends.adapted(found[0] if found else None, name)
+
+    def sparse_ffn(self, x, weights, biases, per_neuron, counters, *, phases=None, **how) -> Tensor:
+        tensors, options = arguments(x, weights, biases, **how)
+        return self.op("sparse")(*tensors, per_neuron, counters, phases, **options)
+
+    def select(self, x, weights, biases, per_neuron, *, phases=None, **how) -> Tensor:
+        tensors, options = arguments(x, weights, biases, **how)
+        return self.op("select")(*tensors, per_neuron, phases, **options)
+
+    def given_ffn(self, x, weights, biases, active, *, activation) -> Tensor:
+        tensors, options = arguments(x, weights, biases, activation=activation)
+        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+
+    def sparse_linear(self, x, weight, bias, per_channel, counters, *, phases=None, **how) -> Tensor:
+        tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
+        return self.op("sparse")(*tensors, per_channel, counters, phases, **options)
+
+
+REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)
+
+
+def arguments(
+    x: Tensor,
+    weights: Sequence[Tensor | Weight],
+    biases: Sequence[Tensor | None],
+    *,
+    activation: str,
+    kind: str = "ffn",
+    proxy: Sequence[Weight] | None = None,
+    indicator: str = "up",
+    decision: str = "threshold",
+    drop: int = 0,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an op before its own tensors, and its options."""
+    stored = [weight if isinstance(weight, Weight) else Plain([weight]) for weight in (*weights, *(proxy or ()))]
+    options = {
+        "kind": kind,
+        "formats": [weight.format for weight in stored],
+        "activation": activation,
+        "selector": indicator,
+        "rule": decision,
+        "drop": drop,
+    }
+    return (x, [part for weight in stored for part in weight.parts], list(biases)), options
+
+
+def sparse_module(site, config, per_term, *, apply_to, phases=None, **more) -> SparseModule:
+    """A module in place of a site, with phases of its own unless they are given."""
+    return SparseModule(site, config, per_term, phases=phases or Phases(), apply_to=apply_to, **more)

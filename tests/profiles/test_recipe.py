@@ -1,0 +1,112 @@
+"""Recipes: files, what is refused, and which site belongs to which entry."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from countdown.errors import ConfigError
+from countdown.methods import method
+from countdown.profiles.recipe import Recipe, RecipeEntry, match
+
+TEXT = """
+- pattern: "*.mlp"
+  method: m-countdown
+  weighting: rms
+  sparsity: 0.7
+- method: teal
+  decision: topk
+"""
+MEANT = Recipe(
+    (
+        RecipeEntry(method("m-countdown", weighting="rms", sparsity=0.7), "*.mlp"),
+        RecipeEntry(method("teal", decision="topk"), "*"),
+    )
+)
+
+
+def test_yaml_and_json_mean_the_same(tmp_path):
+    (tmp_path / "r.yaml").write_text(TEXT)
+    entries = [
+        {"pattern": "*.mlp", "method": "m-countdown", "weighting": "rms", "sparsity": 0.7},
+        {"method": "teal", "decision": "topk"},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(entries))
+    assert Recipe.load(tmp_path / "r.yaml") == MEANT
+    assert Recipe.load(tmp_path / "r.json") == MEANT
+
+
+def test_settings_reach_every_entry():
+    assert [entry.method.sparsity for entry in MEANT.with_settings(sparsity=0.4).entries] == [0.4, 0.4]
+    with pytest.raises(ConfigError, match="allocation of teal is 'global'"):
+        MEANT.with_settings(allocation="global")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("- method: cats\n  sparsty: 0.5", "entry 1 of .* has no field 'sparsty'.*Did you mean 'sparsity'"),
+        ("- method: cats\n- metod: teal", "entry 2 of .* has no field 'metod'.*Did you mean 'method'"),
+        ("- method: cast", "method is 'cast'.*Did you mean 'cats'"),
+        ("- pattern: '*'", "entry 1 of .* names no method"),
+        ("- method: cats\n  sparsity: 70", "0.7 skips 70%"),
+        ("- method: cats\n  pattern: 3", "the pattern of entry 1 .* is 3"),
+        ("method: cats", "is not a list of entries"),
+        ("[]", "is not a list of entries"),
+        ("- cats", "is not a list of entries"),
+        ("- method: [", "cannot be read"),
+    ],
+)
+def test_mistakes_are_named(content, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        Recipe.load(tmp_path / "r.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_recipe_is_said():
+    with pytest.raises(ConfigError, match="has no entries"):
+        Recipe(())
+    with pytest.raises(ConfigError, match=r"config is 'cats', expected countdown\.method"):
+        Recipe.of("cats")
+
+
+def test_records_name_what_was_calibrated():
+    (entry,) = Recipe.of(method("teal")).entries
+    assert "pattern" not in Recipe((entry,)).record()
+    assert Recipe((RecipeEntry(entry.method, "*.q_proj"),)).record()["pattern"] == "*.q_proj"
+    assert [row["pattern"] for row in MEANT.record()["recipe"]] == ["*.mlp", "*"]
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+SITES = [
+    ("layers.0.mlp", "ffn"),
+    ("layers.1.mlp", "ffn"),
+    ("layers.0.attn.q", "linear"),
+    ("layers.0.mlp.up", "linear"),
+    ("layers.1.attn.q", "linear"),
+    ("layers.1.mlp.up", "linear"),
+]
+
+
+def test_the_first_entry_that_takes_a_site_or_the_ffn_around_it_has_it():
+    owners = match([("layers.0.*", "ffn"), ("*.up", "linear"), ("*", "linear")], SITES)
+    assert owners == {"layers.0.mlp": 0, "layers.1.mlp.up": 1, "layers.0.attn.q": 2, "layers.1.attn.q": 2}
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ([("*.mlp", "linear")], r"'\*\.mlp' takes no module of the model: its method applies to layers\.0\.attn\.q, …"),
+        ([("*", "ffn"), ("*.up", "linear")], r"'\*\.up' takes no module .*: earlier entries took all"),
+        ([("*.up", "linear"), ("*", "ffn")], r"'\*' takes layers\.0\.mlp, but an earlier entry took its part"),
+    ],
+)
+def test_entries_that_conflict_or_take_nothing_are_refused(entries, message):
+    with pytest.raises(ConfigError, match=message):
+        match(entries, SITES)

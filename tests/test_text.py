@@ -1,0 +1,90 @@
+"""Texts, the detokeniser and windows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from conftest import byte_tokenizer
+from countdown.errors import ConfigError, TextError
+from countdown.text import detokenise, load_text, windows
+
+
+@pytest.mark.parametrize(
+    "tokenised, plain",
+    [
+        ("a well @-@ known 10 @,@ 000 and 3 @.@ 5", "a well-known 10,000 and 3.5"),
+        ("the <unk> of <unk> , he said .", "the unknown of unknown, he said."),
+        ('he said " yes , please " ( twice ) !', 'he said "yes, please" (twice)!'),
+        ("the king 's 50 % ; so : what ?", "the king's 50%; so: what?"),
+        (" = Heading = \n", " = Heading = \n"),
+    ],
+)
+def test_detokenise(tokenised, plain):
+    assert detokenise(tokenised) == plain
+
+
+def test_python_docs_has_two_disjoint_parts():
+    calibration, evaluation = (load_text("python-docs", split) for split in ("calibration", "evaluation"))
+    # Room for 32k tokens to calibrate on and 16 windows to evaluate on, at three characters a token.
+    assert len(calibration.content) > 3 * 32768
+    assert len(evaluation.content) > 3 * 16 * 512
+    paragraphs = [{p.strip() for p in t.content.split("\n\n")} for t in (calibration, evaluation)]
+    assert not paragraphs[0] & paragraphs[1]
+    assert calibration.sha256 != evaluation.sha256
+
+
+def test_wikitext_from_a_folder(tmp_path):
+    (tmp_path / "valid.txt").write_text("one @-@ two", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("three @-@ four", encoding="utf-8")
+    assert load_text("wikitext2", "calibration", text_dir=tmp_path).content == "one-two"
+    assert load_text("wikitext2", "evaluation", text_dir=tmp_path).content == "three-four"
+
+
+def test_any_file(tmp_path):
+    (tmp_path / "mine.txt").write_text("α text", encoding="utf-8")
+    text = load_text(str(tmp_path / "mine.txt"), "evaluation")
+    assert (text.content, text.describe()["source"]) == ("α text", "mine.txt")
+
+
+def test_bad_sources(tmp_path):
+    with pytest.raises(TextError, match="Did you mean 'wikitext2'"):
+        load_text("wikitext", "calibration")
+    with pytest.raises(TextError, match=r"has no valid\.txt"):
+        load_text("wikitext2", "calibration", text_dir=tmp_path)
+    with pytest.raises(TextError, match="belongs to --text wikitext2"):
+        load_text("python-docs", "calibration", text_dir=tmp_path)
+    with pytest.raises(ConfigError, match="split is 'test'"):
+        load_text("python-docs", "test")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TextError, match="UTF-8"):
+        load_text(str(tmp_path / "binary"), "evaluation")
+    (tmp_path / "valid.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(TextError, match="UTF-8"):
+        load_text("wikitext2", "calibration", text_dir=tmp_path)
+    with pytest.raises(TextError, match="neither a file nor"):
+        load_text("a text given in place of its name " * 20, "evaluation")
+
+
+def test_windows_do_not_overlap(tokenizer):
+    rows = windows(tokenizer, "abcdefghij", length=3)
+    assert [tokenizer.decode(row) for row in rows] == ["abc", "def", "ghi"]
+    assert torch.equal(windows(tokenizer, "abcdefghij", count=2, length=3), rows[:2])
+    assert torch.equal(
+        windows(tokenizer, ["abcdef", "hij"], count=3, length=3)[2], windows(tokenizer, "\nhi", length=3)[0]
+    )
+
+
+def test_windows_start_with_bos_where_the_tokenizer_adds_it():
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 256)])
+    rows = windows(tokenizer, "abcdefghij", length=3)
+    assert rows[:, 0].tolist() == [256] * 3
+    assert [tokenizer.decode(row[1:]) for row in rows] == ["ab", "de", "gh"]
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_too_short_a_text_is_said(tokenizer, count):
+    with pytest.raises(TextError, match="too few for"):
+        windows(tokenizer, "abc", count=count, length=4)
