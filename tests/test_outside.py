@@ -3,7 +3,9 @@ allocation, a method with a first moment."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +20,15 @@ from countdown import allocation, methods, selectors, sites, sums, weights
 from countdown.artifacts import Moment
 from countdown.calibration import passes
 from countdown.calibration.calibrate import calibration_sequences
-from countdown.errors import ConfigError
+from countdown.cost import TokenBytes, token_bytes
+from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import Method, method
 from countdown.modules import sparse_modules
 from countdown.sites import holders
-from countdown.sites.decoder import stacks
+from countdown.sites.decoder import stacks, unsupported
 from countdown.sites.holders import Rows
+from countdown.sites.recognise import TOLERANCE, error_of
+from countdown.sparsify import sparse_twin
 from countdown.weights import Plain, Weight
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
@@ -136,6 +141,24 @@ def test_a_weight_format(name, tokenizer, text):
     torch.testing.assert_close(found, masked(model), rtol=1e-4, atol=1e-4)
     out = countdown.restore_(model).generate(IDS, max_new_tokens=3, pad_token_id=0)
     assert out.shape == (1, 11)
+    twin = sparse_twin(model, profile)
+    assert (bool(sparse_modules(twin)), bool(sparse_modules(model))) == (True, False)
+    ffns = sites.find_sites(model, ["ffn"])
+    plain = token_bytes(llama(), sites.find_sites(llama(), ["ffn"]))
+    assert token_bytes(model, ffns) == TokenBytes(3 * (2 * rows + columns), plain.other)
+
+
+def test_a_weight_format_that_only_an_entry_point_names(tokenizer, text, monkeypatch):
+    def load():
+        holders.HOLDERS.insert(0, Int8Holder())
+        return Int8
+
+    monkeypatch.setattr(weights.FORMATS, "_complete", False)
+    entry = SimpleNamespace(name="int8-rows", load=load)
+    monkeypatch.setattr("countdown.registry.entry_points", lambda group: [entry] * (group == "countdown.weights"))
+    model = quantised()
+    countdown.sparsify_(model, calibrated(model, tokenizer, text, method("cats")), apply_to="all")
+    assert logits(model).isfinite().all()
 
 
 # A selector
@@ -152,7 +175,7 @@ class LowRank(selectors.Selector):
 
     def make(self, sum_, artifacts):
         u, s, vt = torch.linalg.svd(sum_.weights[1].values().float(), full_matrices=False)
-        return Plain([vt[: self.rank].detach()]), Plain([(u * s)[:, : self.rank].detach().contiguous()])
+        return Plain([vt[: self.rank]]), Plain([(u * s)[:, : self.rank].contiguous()])
 
     def shapes(self, d, terms):
         return (self.rank, d), (terms, self.rank)
@@ -192,6 +215,7 @@ def test_a_selector(tokenizer, text):
     assert first.beside_bytes == 6 * (53 + 24) * 4
     assert first.weights_read == pytest.approx(6 * (53 + 24) / (3 * 24 * 53) + 1 - first.realised_sparsity)
     assert profile.recipe.record()["indicator"] == "low-rank"
+    copy.deepcopy(model)
     torch.testing.assert_close(found, masked(model), rtol=1e-4, atol=1e-4)
 
 
@@ -231,7 +255,11 @@ class PairFFN(sites.Site):
 
 
 def find_pairs(model):
-    return [PairFFN(f"{path}.mlp", layer.mlp) for stack in stacks(model) for path, layer in stack]
+    found = [PairFFN(f"{path}.mlp", layer.mlp) for stack in stacks(model) for path, layer in stack]
+    for site in found:
+        if error_of(site) > TOLERANCE:
+            raise unsupported(model, f"{site.name} does not compute down(relu(up(x))²).")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +273,6 @@ class OfPairs(Method):
 
 
 def test_a_kind_of_site(tokenizer, text, tmp_path):
-    sums.register(Pair)
     sites.register(sites.Kind(PairFFN, find_pairs))
     methods.register(OfPairs)
     torch.manual_seed(0)
@@ -259,6 +286,8 @@ def test_a_kind_of_site(tokenizer, text, tmp_path):
     assert found.weights_read == pytest.approx(0.5 + (1 - found.realised_sparsity) / 2)
     torch.testing.assert_close(logits(model), masked(model), rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(countdown.restore_(model)), dense)
+    with pytest.raises(UnsupportedModelError, match="does not compute"):
+        calibrated(llama(), tokenizer, text, config)
 
 
 # An allocation
@@ -283,6 +312,33 @@ def test_an_allocation(tokenizer, text):
     profile = calibrated(model, tokenizer, text, method("cats", sparsity=0.5, allocation="last-layers-first"))
     countdown.sparsify_(model, profile)
     assert [site.target_sparsity for site in countdown.status(model)] == pytest.approx([0.0, 0.6, 0.9])
+
+
+@pytest.mark.parametrize("found", [{}, {"model.layers.0.mlp": 1.5}, {"elsewhere": 0.5}])
+def test_an_allocation_that_gives_no_sparsity_is_named(found, tokenizer, text):
+    class Wrong(allocation.Allocation):
+        name = "wrong"
+
+        def allocate(self, problem):
+            return {**dict.fromkeys(problem.sizes, 0.5), **found} if found else {}
+
+    allocation.register(Wrong())
+    with pytest.raises(ConfigError, match=r"allocation 'wrong' gives .* no sparsity of 0 or more and below 1"):
+        calibrated(llama(), tokenizer, text, method("cats", allocation="wrong"))
+
+
+@pytest.mark.parametrize(
+    "register, entry, message",
+    [
+        (selectors.register, LowRank, "register an instance, such as Selector"),
+        (allocation.register, LastLayersFirst, "register an instance, such as Allocation"),
+        (sites.register, PairFFN, "register an instance, such as Kind"),
+        (weights.register, LOW_RANK, "is no class derived from Weight"),
+    ],
+)
+def test_what_is_no_such_thing_is_refused(register, entry, message):
+    with pytest.raises(ConfigError, match=message):
+        register(entry)
 
 
 # A method with a first moment

@@ -58,6 +58,8 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     untied = head is not None and head.weight is not embedding
     # A tied head is the embedding itself, and counts once.
     total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())
+    # What is held in buffers, as quantised weights are.
+    total += sum(site.nbytes for site in sites if not any(list(linear.parameters()) for linear in site.linears))
     return TokenBytes(own, total - own - (embedding.nbytes if untied else 0))
 
 

@@ -191,7 +191,7 @@ class SparseModule(nn.Module):
 
     def make_parts(self) -> None:
         """Make the selector's parts from the weights as they are now."""
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
 
     def lay_out(self) -> None:

@@ -72,7 +72,7 @@ class Registry(Generic[T]):
         found = self._entries.get(name)
         if found is not None:
             return found
-        self._discover()
+        self.discover()
         if name in self.broken:
             error = self.broken[name]
             raise ConfigError(
@@ -85,14 +85,15 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return all names, this package's own first."""
-        self._discover()
+        self.discover()
         return list(self._entries)
 
     def __iter__(self) -> Iterator[T]:
-        self._discover()
+        self.discover()
         return iter(self._entries.values())
 
-    def _discover(self) -> None:
+    def discover(self) -> None:
+        """Import what registers itself, once."""
         if self._complete:
             return
         self._complete = True
@@ -104,3 +105,23 @@ class Registry(Generic[T]):
                 self.register(entry.load())
             except Exception as error:  # one broken package must not take the others down
                 self.broken[entry.name] = error
+
+
+def instances_of(cls: type) -> Callable[[object], None]:
+    """Return a check that an entry is an instance of a class, for `Registry`."""
+
+    def check(entry: object) -> None:
+        if not isinstance(entry, cls):
+            raise ConfigError(f"{entry!r} is no {cls.__name__}; register an instance, such as {cls.__name__}(...).")
+
+    return check
+
+
+def classes_of(cls: type) -> Callable[[object], None]:
+    """Return a check that an entry is a class derived from another, for `Registry`."""
+
+    def check(entry: object) -> None:
+        if not (isinstance(entry, type) and issubclass(entry, cls)):
+            raise ConfigError(f"{entry!r} is no class derived from {cls.__name__}.")
+
+    return check

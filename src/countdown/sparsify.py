@@ -122,7 +122,7 @@ def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
     """
     check_dense(model)
     sites = find_sites(base_model(model), profile.kinds)
-    own = {id(site.linears[-1].weight) for site in sites}
+    own = {id(part) for site in sites for part in site.weights[-1].parts}
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers()) if id(tensor) not in own}
     twin = copy.deepcopy(model, shared)
     # What was proved of the one holds for the other.

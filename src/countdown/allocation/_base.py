@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from countdown.artifacts import Artifact, Artifacts
-from countdown.registry import Registry
+from countdown.registry import Registry, instances_of
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ class Allocation(ABC):
         """
 
 
-ALLOCATIONS: Registry[Allocation] = Registry("allocation", "countdown.allocation")
+ALLOCATIONS: Registry[Allocation] = Registry("allocation", "countdown.allocation", check=instances_of(Allocation))
 register = ALLOCATIONS.register

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +15,7 @@ from countdown.cli import benchmark, printing
 from countdown.cli import options as o
 from countdown.cli.compare import compare
 from countdown.config import CALIBRATION_TOKENS
-from countdown.errors import ConfigError
+from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import method, method_names
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from countdown.loading import Source
     from countdown.profiles.profile import Profile
     from countdown.profiles.recipe import Recipe
+    from countdown.sites import Site
     from countdown.text import Text
 
 AUTO = "auto"
@@ -57,14 +60,18 @@ def inspect(
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
     from countdown.cost import beside_bytes, ceiling, token_bytes
     from countdown.loading import Source, load_skeleton
-    from countdown.sites import find_sites
+    from countdown.sites import SITES
     from countdown.sites.ffn import find_ffns
 
     skeleton = load_skeleton(Source.parse(model, revision=revision, trust_remote_code=trust_remote_code))
     ffns = find_ffns(skeleton)
     bytes_ = token_bytes(skeleton, ffns)
     methods = [method(name, sparsity=sparsity) for name in method_names() for sparsity in (0.5, 0.7, 0.8, 0.9)]
-    sites = {kind: find_sites(skeleton, [kind]) for kind in {one.kind for one in methods}}
+    sites: dict[str, Sequence[Site]] = {}
+    for kind in dict.fromkeys(one.kind for one in methods):
+        with suppress(UnsupportedModelError):  # the model has none of these
+            sites[kind] = SITES.get(kind).find(skeleton)
+    methods = [one for one in methods if one.kind in sites]
     ceilings = [ceiling(token_bytes(skeleton, sites[one.kind]), sites[one.kind], one) for one in methods]
     beside = {one.name: extra for one in methods if (extra := beside_bytes(ffns, one))}
     facts = {

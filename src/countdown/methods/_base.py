@@ -75,6 +75,8 @@ class Method:
             raise ConfigError(f"{self.name} does not offer decision '{self.decision}', only: {offered}.")
         object.__setattr__(self, "weighting", _RENAMED.get(str(self.weighting), self.weighting))
         check_choice(f"weighting of {self.name}", self.weighting, self.weightings)
+        if self.allocation not in self.allocations():
+            ALLOCATIONS.get(str(self.allocation))  # says what is wrong where there is none
         check_choice(f"allocation of {self.name}", self.allocation, self.allocations())
 
     @classmethod

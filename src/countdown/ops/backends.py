@@ -6,6 +6,7 @@ what it refuses the reference computes. Every call goes through the one adapter 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from countdown.sums import Sum
 from countdown.weights import Weight
 
 LIBRARY = torch.library.Library("countdown", "DEF")
+_LOG = logging.getLogger("countdown")
 # By type of device.
 BACKENDS: dict[str, Backend] = {}
 
@@ -85,8 +87,11 @@ def register(backend: Backend) -> Backend:
     Raises:
         ConfigError: Another does.
     """
-    if BACKENDS.setdefault(backend.device, backend) is not backend:
-        raise ConfigError(f"{backend.device} has a backend already: {BACKENDS[backend.device].name}.")
+    there = BACKENDS.setdefault(backend.device, backend)
+    if there is not backend:
+        if type(there) is type(backend):
+            return there
+        raise ConfigError(f"{backend.device} has a backend already, {there.name}: there is one for a type of device.")
     KNOWN.append(backend.name)
     if backend.missing() is None:
         for op in SCHEMAS:
@@ -134,7 +139,12 @@ def _register_all() -> None:
     for backend in (Triton(), CPU()):
         register(backend)
     for entry in entry_points(group="countdown.backends"):
-        register(entry.load()())
+        try:
+            register(entry.load()())
+        except Exception as error:  # one broken package must not take the others down
+            _LOG.warning(
+                "backend '%s' of an installed package is left out: %s: %s", entry.name, type(error).__name__, error
+            )
 
 
 _register_all()

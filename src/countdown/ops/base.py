@@ -84,7 +84,7 @@ class Gathering(Backend):
         for weight in sum_.weights:
             if weight.format not in self.formats:
                 return f"it has no kernel for weights in format '{weight.format}'"
-            if weight.parts[0].dtype not in self.dtypes:
+            if weight.format == Plain.format and weight.parts[0].dtype not in self.dtypes:
                 return f"it has no kernel for {weight.parts[0].dtype}"
         if sum_.activation not in self.activations:
             return f"it has no kernel for activation '{sum_.activation}', only: {', '.join(self.activations)}"

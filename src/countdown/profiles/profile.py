@@ -338,9 +338,15 @@ def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
 
     Raises:
         ProfileError: The entry allocates globally and has no error estimates.
+        ConfigError: An allocation gives no sparsity that a module can have.
     """
     problem = Problem(entry.method.sparsity, {name: sizes[name] for name in entry.sites}, entry.sites)
-    return ALLOCATIONS.get(entry.method.allocation).allocate(problem)
+    found = ALLOCATIONS.get(entry.method.allocation).allocate(problem)
+    wrong = [name for name in problem.sizes if not 0 <= found.get(name, -1.0) < 1]
+    if wrong := wrong or [name for name in found if name not in problem.sizes]:
+        allocation = entry.method.allocation
+        raise ConfigError(f"allocation '{allocation}' gives {wrong[0]} no sparsity of 0 or more and below 1.")
+    return found
 
 
 def threshold_at(curve: Tensor, sparsity: float) -> float:

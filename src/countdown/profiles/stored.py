@@ -44,6 +44,7 @@ class StoredParts:
     hashes: Mapping[str, str]
 
     @classmethod
+    @torch.no_grad()
     def make(cls, sources: Mapping[str, Source]) -> StoredParts:
         """Make the parts of sites, by name."""
         tensors: dict[str, Tensor] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from countdown.artifacts import Artifact, Artifacts, Moment
-from countdown.registry import Registry
+from countdown.registry import Registry, instances_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,5 +81,5 @@ class Selector(ABC):
         return own + sum(weight.nbytes * (1.0 if role in self.reads else active) for role, weight in pairs)
 
 
-SELECTORS: Registry[Selector] = Registry("selector", "countdown.selectors")
+SELECTORS: Registry[Selector] = Registry("selector", "countdown.selectors", check=instances_of(Selector))
 register = SELECTORS.register

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from countdown.errors import UnsupportedModelError
-from countdown.registry import Registry
+from countdown.registry import Registry, instances_of
 from countdown.sites.holders import Rows, holder_of
-from countdown.sums import Sum
+from countdown.sums import SUMS, Sum
 from countdown.weights import Weight
 
 Shape = Mapping[str, int | str]
@@ -127,7 +127,14 @@ class Kind:
     part: str = ""
 
 
-SITES: Registry[Kind] = Registry("kind of site", "countdown.sites", name=lambda kind: kind.site.sum_class.kind)
+def _check(kind: Kind) -> None:
+    instances_of(Kind)(kind)
+    SUMS.register(kind.site.sum_class)  # ops know it by its name
+
+
+SITES: Registry[Kind] = Registry(
+    "kind of site", "countdown.sites", name=lambda kind: kind.site.sum_class.kind, check=_check
+)
 register = SITES.register
 
 

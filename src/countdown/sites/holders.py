@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
-from countdown.weights import Plain, Weight
+from countdown.weights import FORMATS, Plain, Weight
 
 
 class Holder(ABC):
@@ -69,17 +69,19 @@ def holder_of(name: str, module: nn.Module, *, foreign: bool = False) -> Holder:
     Raises:
         UnsupportedModelError: Nothing does.
     """
+    FORMATS.discover()  # a package that adds a format adds what holds it
     for holder in HOLDERS:
         if holder.holds(module) and (holder.computes or foreign):
             return holder
     raise UnsupportedModelError(
         f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain torch.nn.Linear: "
-        "adapters and quantised modules here would be bypassed."
+        "adapters and quantised modules here would be bypassed (a holder for such modules may be added)."
     )
 
 
 def can_compute(module: nn.Module) -> bool:
     """Return whether some holder can stand for what a module computes."""
+    FORMATS.discover()
     return any(holder.computes and holder.holds(module) for holder in HOLDERS)
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from countdown.sites._base import Site
 from countdown.sites.gated import GatedFFN
 from countdown.sites.holders import Rows, can_compute, holder_of, is_linear, linear_sizes
 from countdown.sums._base import product_of
@@ -155,9 +156,9 @@ def _confirmed(likely: GatedFFN, known: GatedFFN) -> bool:
     # Random weights in place of meta ones proved the form once; what else could differ are settings.
     if meta and _settings(likely.module) == _settings(known.module):
         return True
-    if not meta and _error(likely) == 0:
+    if not meta and error_of(likely) == 0:
         return True
-    return _error(replace(likely, module=_in_float32(likely.module))) <= TOLERANCE
+    return error_of(replace(likely, module=_in_float32(likely.module))) <= TOLERANCE
 
 
 def _settings(module: nn.Module) -> list[object]:
@@ -170,9 +171,14 @@ def _settings(module: nn.Module) -> list[object]:
 
 
 @torch.no_grad()
-def _error(ffn: GatedFFN) -> float:
-    """Return ‖own forward − formula‖ / ‖own forward‖, the worst over `VERIFY_SCALES`."""
-    return max(_distance(_own(ffn.module, x), ffn.sum.combine(product_of(ffn.sum.project(x)))) for x in _inputs(ffn))
+def error_of(site: Site) -> float:
+    """Return how far a site's sum is from its module's own forward, ‖own − sum‖ / ‖own‖, on random inputs.
+
+    The worst over `VERIFY_SCALES`; above `TOLERANCE` in float32 it is another function.
+    """
+    return max(
+        _distance(_own(site.module, x), site.sum.combine(product_of(site.sum.project(x)))) for x in _inputs(site)
+    )
 
 
 @torch.no_grad()
@@ -192,10 +198,10 @@ def _guesses(name: str, module: nn.Module) -> Iterator[tuple[float, GatedFFN]]:
             yield worst, replace(raw, activation=activation)
 
 
-def _inputs(ffn: GatedFFN) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def _inputs(site: Site) -> Iterator[Tensor]:
+    generator, size, like = torch.Generator().manual_seed(0), site.axes(site.shape)["inputs"], site.weights[0].values()
     for scale in VERIFY_SCALES:
-        yield torch.randn(1, VERIFY_TOKENS, ffn.d, generator=generator).to(ffn.sum.weights[0].values()) * scale
+        yield torch.randn(1, VERIFY_TOKENS, size, generator=generator).to(like) * scale
 
 
 def _own(module: nn.Module, x: Tensor) -> Tensor | None:

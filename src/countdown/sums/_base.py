@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from countdown.registry import Registry
+from countdown.registry import Registry, classes_of
 from countdown.weights import Weight
 
 Shape = tuple[int | None, int | None]
@@ -80,7 +80,7 @@ class Sum(ABC):
         return type(self)((*weights, *self.weights[len(weights) :]), self.biases, self.activation)
 
 
-SUMS: Registry[type[Sum]] = Registry("kind of sum", "countdown.sums", name=attrgetter("kind"))
+SUMS: Registry[type[Sum]] = Registry("kind of sum", "countdown.sums", name=attrgetter("kind"), check=classes_of(Sum))
 register = SUMS.register
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from countdown.errors import ConfigError
-from countdown.registry import Registry
+from countdown.registry import Registry, classes_of
 
 
 class Weight(ABC):
@@ -46,6 +46,10 @@ class Weight(ABC):
         """
         rows, columns = shape
         return cls(parts, (len(parts[0]) if rows is None else rows, parts[0].shape[1] if columns is None else columns))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles."""
+        return type(self), (self.parts, self.shape)
 
     @property
     def device(self) -> torch.device:
@@ -109,5 +113,7 @@ class Weight(ABC):
         return type(self)([part.to(device) for part in self.parts], self.shape)
 
 
-FORMATS: Registry[type[Weight]] = Registry("weight format", "countdown.weights", name=attrgetter("format"))
+FORMATS: Registry[type[Weight]] = Registry(
+    "weight format", "countdown.weights", name=attrgetter("format"), check=classes_of(Weight)
+)
 register = FORMATS.register

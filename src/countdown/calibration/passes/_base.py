@@ -17,7 +17,7 @@ from countdown.methods import Method
 from countdown.modules import Observer, observed
 from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
-from countdown.registry import Registry
+from countdown.registry import Registry, instances_of
 from countdown.sites import Site
 from countdown.sums import Sum
 from countdown.weights import Weight
@@ -101,7 +101,7 @@ class Pass(ABC):
         """Add artifacts to `run.wanting(self.name)`."""
 
 
-PASSES: Registry[Pass] = Registry("pass", "countdown.calibration.passes")
+PASSES: Registry[Pass] = Registry("pass", "countdown.calibration.passes", check=instances_of(Pass))
 register = PASSES.register
 
 

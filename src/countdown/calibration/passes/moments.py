@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from countdown.artifacts import MULTIPLIERS, Moment
@@ -64,6 +65,7 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
     return {site: {moment: (total / tokens).cpu() for moment, total in found.items()} for site, found in sums.items()}
 
 
+@torch.no_grad()
 def _prepare(one: Assignment, moments: Mapping[Moment, Tensor]) -> None:
     """Add multipliers and the selector's artifacts, and make its parts."""
     method, sum_ = one.method, one.site.sum
