@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,8 +113,15 @@ def test_what_cannot_be_a_phase_is_refused(llama_model, tokenizer, text):
     countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
     with pytest.raises(ConfigError, match="phase is 'prefill', expected one of"), phases(llama_model, "prefill"):
         pass
-    with pytest.raises(ConfigError, match=r"phases are torch\.int64"), phases(llama_model, torch.zeros(3).long()):
-        pass
+    for now, message in (
+        (torch.zeros(3).long(), r"phases are torch\.int64"),
+        (torch.zeros(6, dtype=torch.uint8)[::2], r"phases are torch\.uint8, strided"),
+        (torch.zeros(7, dtype=torch.uint8, device="meta"), "phases are on meta, the model on cpu"),
+        *((wrong, "expected one of: generated, prompt, padding, or a uint8 tensor") for wrong in (1, b"prompt", [1])),
+        (None, "phase is None"),
+    ):
+        with pytest.raises(ConfigError, match=message), phases(llama_model, now):
+            pass
     wrong = torch.zeros(3, dtype=torch.uint8)
     with (
         pytest.raises(ValueError, match=r"expected contiguous uint8 \(7,\)"),
@@ -145,6 +153,61 @@ def test_copies_have_phases_of_their_own(copied, llama_model, tokenizer, text):
     assert {site.tokens for site in countdown.status(llama_model)} == {0}
     countdown.restore_(other)
     assert not other.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_driven_model_is_not_driven(copied, llama_model, tokenizer, text):
+    countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
+    with phases(llama_model, "prompt"):
+        other = copied(llama_model)
+    other.generate(IDS, max_new_tokens=4, pad_token_id=0)
+    assert {site.tokens for site in countdown.status(other)} == {6}
+
+
+@torch.no_grad()
+def test_tokens_are_found_by_place_as_by_name(llama_model, tokenizer, text):
+    countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
+    decoder = llama_model.get_decoder()
+    one, many = (torch.randn(2, count, 24) for count in (1, 5))
+    for given in ((IDS[:, :1],), (None, None, None, None, one)):
+        countdown.reset_counters(llama_model)
+        decoder(*given, use_cache=False)
+        assert {site.tokens for site in countdown.status(llama_model)} == {2}
+    for given in ((IDS,), (None, None, None, None, many)):
+        countdown.reset_counters(llama_model)
+        decoder(*given, use_cache=False)
+        assert {site.tokens for site in countdown.status(llama_model)} == {0}
+
+
+@torch.no_grad()
+def test_a_call_inside_a_call_leaves_the_outer_phase(llama_model, tokenizer, text):
+    countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
+    decoder, calls = llama_model.get_decoder(), []
+
+    def inner(*_):
+        if not calls:
+            calls.append(1)
+            decoder(IDS, use_cache=False)
+
+    decoder.layers[0].register_forward_pre_hook(inner)
+    decoder(IDS[:, :1], use_cache=False)
+    assert len(calls) == 1
+    assert {site.tokens for site in countdown.status(llama_model)} == {2}
+
+
+def test_threads_have_phases_of_their_own(llama_model, tokenizer, text):
+    countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
+    prompts = [IDS[:1], IDS[1:, :4]]
+
+    def write(ids):
+        return llama_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, min_new_tokens=24, pad_token_id=0
+        ).tolist()
+
+    expected = [write(ids) for ids in prompts]
+    for _ in range(5):
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(write, prompts)) == expected
 
 
 @torch.no_grad()

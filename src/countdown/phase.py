@@ -6,8 +6,11 @@ generation, one with more is prompt. An engine that mixes them in a call says so
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import threading
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +23,8 @@ NAMES = {"generated": GENERATED, "prompt": PROMPT, "padding": PADDING}
 Now = int | Tensor | None
 
 
-class Phases:
-    """The phase of the tokens of the decoder's present call, for the sparse modules inside of it.
+class Phases(threading.local):
+    """The phase of the tokens of the decoder's present call, for the sparse modules inside of it; each thread's own.
 
     `now` is one phase for all tokens, a tensor with one for each (uint8, which a captured graph reads anew), or None
     outside of a call.
@@ -29,21 +32,26 @@ class Phases:
 
     def __init__(self) -> None:
         self.now: Now = None
-        self.driven = False  # by `phases`, which the hook then leaves alone
+        self.driven = False  # by `phases`, which the hooks then leave alone
+        self._outer: list[Now] = []  # of calls around the present one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is in no call."""
+        return Phases, ()
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the decoder runs."""
         if self.driven:
             return
-        given = [*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
-        tokens = next((value for value in given if isinstance(value, Tensor)), None)
+        self._outer.append(self.now)
+        tokens = _new_tokens(decoder, args, kwargs)
         if tokens is not None:
             self.now = GENERATED if tokens.shape[1] == 1 else PROMPT
 
     def after(self, *_: object) -> None:
         """The hook after it."""
         if not self.driven:
-            self.now = None
+            self.now = self._outer.pop() if self._outer else None
 
     def watch(self, decoder: nn.Module) -> None:
         """Follow the calls of a decoder."""
@@ -61,9 +69,26 @@ class Phases:
                 beside.pop(key, None)
 
 
+def _new_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the ids or embeddings `[sequences, new tokens, ...]` that a decoder was given, by name or place."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if value is None and args and name in (names := _parameters(type(decoder).forward)):
+            place = names.index(name)
+            value = args[place] if place < len(args) else None
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 @contextmanager
 def phases(model: nn.Module, now: str | Tensor) -> Iterator[None]:
-    """Within the context, the tokens of a sparsified model's calls are in these phases.
+    """Within the context, the tokens of a sparsified model's calls from this thread are in these phases.
 
     Args:
         model: A sparsified model.
@@ -73,24 +98,33 @@ def phases(model: nn.Module, now: str | Tensor) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
-        ConfigError: There is no such phase, or the tensor is of another dtype.
+        ConfigError: It is neither, there is no such phase, or the tensor is of another dtype, strided, or elsewhere.
 
     Example:
         now = torch.tensor([PROMPT, PROMPT, GENERATED, PADDING], dtype=torch.uint8)
         with countdown.phases(model, now):
             model(ids)  # 4 tokens
     """
-    known = (vars(module).get("phases") for module in model.modules())
-    found = next((phases for phases in known if isinstance(phases, Phases)), None)
-    if found is None:
+    modules = [module for module in model.modules() if isinstance(vars(module).get("phases"), Phases)]
+    if not modules:
         raise UnsupportedModelError("the model is not sparsified; call countdown.sparsify_(model, profile) first.")
-    if isinstance(now, str) and now not in NAMES:
-        raise ConfigError(f"phase is '{now}', expected one of: {', '.join(NAMES)}, or a tensor.")
-    if isinstance(now, Tensor) and now.dtype != torch.uint8:
-        raise ConfigError(f"phases are {now.dtype}, expected torch.uint8.")
+    _check_phases(now, {module.get_buffer("counters").device for module in modules})
+    found: Phases = vars(modules[0])["phases"]
     before = found.now, found.driven
     found.now, found.driven = NAMES[now] if isinstance(now, str) else now, True
     try:
         yield
     finally:
         found.now, found.driven = before
+
+
+def _check_phases(now: object, devices: Collection[torch.device]) -> None:
+    """Raise ConfigError unless it says the phase of tokens on one of these devices."""
+    if isinstance(now, Tensor):
+        if now.dtype != torch.uint8 or not now.is_contiguous():
+            strided = "" if now.is_contiguous() else ", strided"
+            raise ConfigError(f"phases are {now.dtype}{strided}, expected torch.uint8, contiguous.")
+        if now.device not in devices:
+            raise ConfigError(f"phases are on {now.device}, the model on {', '.join(sorted(map(str, devices)))}.")
+    elif not isinstance(now, str) or now not in NAMES:
+        raise ConfigError(f"phase is {now!r}, expected one of: {', '.join(NAMES)}, or a uint8 tensor.")

@@ -47,7 +47,7 @@ def test_settings_survive_a_round_trip(config):
         ("cats", {"weighting": "rsm"}, "Did you mean 'rms'"),
         ("d-countdown", {"weighting": "rms"}, "expected one of: none, column-norm"),
         ("wina", {"weighting": "none"}, "for weighting 'none' use teal"),
-        ("chess", {}, "'chess' is a recipe of several methods; make it with countdown.recipe"),
+        ("chess", {}, r"'chess' is a recipe of several methods \(cats, teal\), and here one is expected"),
         ("d-proxy", {"bits": 5}, "bits of d-proxy is 5, expected 3 or 4"),
         ("d-proxy", {"bits": "4"}, "bits of d-proxy is '4', expected 3 or 4"),
     ],

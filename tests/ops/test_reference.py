@@ -353,3 +353,19 @@ def test_phases_that_do_not_fit_are_named():
             DISPATCHED.select(
                 torch.randn(3, 7), weights, biases, torch.ones(11), phases=phases, activation="silu", indicator="up"
             )
+
+
+def test_tensors_on_several_devices_are_named():
+    weights, biases = oracle.random_ffn(7, 11, torch.float32)
+    x, tau, how = torch.randn(3, 7), torch.ones(11), {"activation": "silu", "indicator": "up"}
+    counters, phases = torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.uint8)
+    elsewhere = [weight.to("meta") for weight in weights]
+    for call in (
+        lambda: DISPATCHED.select(x, weights, biases, tau, phases=phases.to("meta"), **how),
+        lambda: DISPATCHED.select(x, weights, biases, tau.to("meta"), **how),
+        lambda: DISPATCHED.sparse_ffn(x, weights, biases, tau, counters.to("meta"), **how),
+        lambda: DISPATCHED.sparse_ffn(x, [*weights[:2], elsewhere[2]], biases, tau, counters, **how),
+        lambda: DISPATCHED.given_ffn(x, weights, biases, torch.ones(3, 11).bool().to("meta"), activation="silu"),
+    ):
+        with pytest.raises(ValueError, match="x is on cpu, other tensors on meta"):
+            call()

@@ -198,6 +198,23 @@ def test_contents_that_do_not_fit_are_said(key, change, message, profile, tmp_pa
         Profile.load(path)
 
 
+@pytest.mark.parametrize("key", ["sites/0/model.layers.1.mlp/thresholds", "entry/-1/model.layers.1.mlp/thresholds"])
+def test_tensors_of_no_entry_are_said(key, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    save_file(load_file(path / "profile.safetensors") | {key: torch.zeros(1000)}, path / "profile.safetensors")
+    with pytest.raises(ProfileError, match=f"damaged: .*tensor '{key}' belongs to no entry"):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("version", [True, 0, -1, 1.5, "2", None])
+def test_a_version_that_is_none_is_said(version, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    header = json.loads((path / "profile.json").read_text())
+    (path / "profile.json").write_text(json.dumps(header | {"version": version}))
+    with pytest.raises(ProfileError, match=r"damaged: .*version is "):
+        Profile.load(path)
+
+
 @pytest.mark.parametrize(
     "header",
     [b"\xff" * 8, (1 << 40).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]", b""],

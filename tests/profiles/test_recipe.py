@@ -65,6 +65,22 @@ def test_mistakes_are_named(content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_settings_of_a_named_recipe_are_its_own():
+    published = Recipe.named("chess")
+    assert Recipe.named("chess", weighting="rms") == published
+    assert [entry.method.weighting for entry in published.entries] == ["rms", "none", "none"]
+    with pytest.raises(ConfigError, match="'chess': weighting is 'rms' in this recipe, not 'none'"):
+        Recipe.named("chess", weighting="none")
+    with pytest.raises(ConfigError, match="'chess': method 'cats' has no field 'bits'"):
+        Recipe.named("chess", bits=3)
+
+
+def test_a_recipe_named_in_a_file_says_where_its_setting_is_wrong(tmp_path):
+    (tmp_path / "r.yaml").write_text("- method: chess\n  bits: 3")
+    with pytest.raises(ConfigError, match=r"entry 1 of .*: 'chess': method 'cats' has no field 'bits'"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
 def test_what_is_no_recipe_is_said():
     with pytest.raises(ConfigError, match="has no entries"):
         Recipe(())

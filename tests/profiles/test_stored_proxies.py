@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import countdown
 from conftest import llama
@@ -98,6 +99,13 @@ def test_proxies_of_another_calibration_are_made_anew(llama_model, tokenizer, st
 def test_a_damaged_file_is_refused(stored):
     (stored / FILE).write_bytes((stored / FILE).read_bytes()[:100])
     with pytest.raises(ProfileError, match=r"is damaged: .*\. Make it again: countdown calibrate MODEL$"):
+        Profile.load(stored)
+
+
+@pytest.mark.parametrize("hashes", ["[]", '"text"', '{"model.layers.1.mlp": 3}'])
+def test_hashes_of_another_type_are_refused(hashes, stored):
+    save_file(load_file(stored / FILE), stored / FILE, {"hashes": hashes})
+    with pytest.raises(ProfileError, match=r"is damaged: .*hashes in .* are not text by site"):
         Profile.load(stored)
 
 

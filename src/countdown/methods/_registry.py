@@ -73,7 +73,11 @@ def method_class(name: str) -> type[Method]:
     """
     found = METHODS.get(name)
     if isinstance(found, NamedRecipe):
-        raise ConfigError(f"'{name}' is a recipe of several methods; make it with countdown.recipe('{name}').")
+        several = ", ".join(dict.fromkeys(entry["method"] for entry in found.entries))
+        raise ConfigError(
+            f"'{name}' is a recipe of several methods ({several}), and here one is expected. In Python, "
+            f"countdown.recipe('{name}') makes it."
+        )
     return found
 
 

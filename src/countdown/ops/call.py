@@ -136,6 +136,7 @@ class Call:
     def check(self) -> None:
         """Raise ValueError unless the arguments fit together."""
         self.sum.check(self.x)
+        self._check_devices()
         if self.op == "given":
             return self._check_active()
         self._check_decision()
@@ -144,6 +145,14 @@ class Call:
         if self.op == "sparse":
             self._check_counters()
         return None
+
+    def _check_devices(self) -> None:
+        """The dispatcher takes mixed devices, and the op of one of them would read addresses of another."""
+        weights = (part for weight in (*self.sum.weights, *self.parts) for part in weight.parts)
+        given = (*weights, *self.sum.biases, self.per_term, self.counters, self.phases, self.active)
+        elsewhere = {str(tensor.device) for tensor in given if tensor is not None and tensor.device != self.x.device}
+        if elsewhere:
+            raise ValueError(f"x is on {self.x.device}, other tensors on {', '.join(sorted(elsewhere))}")
 
     def _check_phases(self) -> None:
         found = self.phases

@@ -291,10 +291,11 @@ class Profile:
     def _parse(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Profile:
         if header.get("format") != FORMAT:
             raise ProfileError(f"this is not a countdown profile: format is {header.get('format')!r}.")
-        if header["version"] > VERSION:
-            raise ProfileError(
-                f"the profile has version {header['version']}, this countdown reads up to {VERSION}: upgrade it."
-            )
+        version = header["version"]
+        if type(version) is not int or version < 1:
+            raise ValueError(f"version is {version!r}")
+        if version > VERSION:
+            raise ProfileError(f"the profile has version {version}, this countdown reads up to {VERSION}: upgrade it.")
         known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries")
         check_fields("profile.json", header, known)
         sites: list[dict[str, dict[str, Tensor]]] = [{} for _ in header["entries"]]
@@ -305,7 +306,9 @@ class Profile:
                 samples[rest] = tensor
             else:
                 index, name, artifact = rest.split("/")
-                artifact = _RENAMED.get(artifact, artifact) if header["version"] == 1 else artifact
+                if kind != "entry" or not index.isdecimal():
+                    raise ValueError(f"tensor '{key}' belongs to no entry")
+                artifact = _RENAMED.get(artifact, artifact) if version == 1 else artifact
                 sites[int(index)].setdefault(name, {})[artifact] = tensor
         entries = [
             Entry(entry["pattern"], parse_method(entry["method"]), dict(by_name))

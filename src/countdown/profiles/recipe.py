@@ -23,7 +23,7 @@ from typing import Any
 
 from countdown.config import check_fields
 from countdown.errors import ConfigError
-from countdown.methods import Method, method, method_class, named, parse_method
+from countdown.methods import Method, NamedRecipe, method, method_class, named, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -74,13 +74,17 @@ class Recipe:
         """Return the recipe of this name, or a method's of one entry, with its settings, such as `sparsity`.
 
         Raises:
-            ConfigError: Nothing has this name, or a method of it does not have a setting, or not this value.
+            ConfigError: Nothing has this name, a method of it does not have a setting, or not this value, or the recipe
+                has another of its own.
         """
         found = named(name)
         if found is None:
             return cls.of(method(name, **settings))
         entries = [_entry(f"entry {place + 1} of {name}", one) for place, one in enumerate(found.entries)]
-        return cls(tuple(entry for some in entries for entry in some)).with_settings(**settings)
+        try:
+            return cls(tuple(entry for some in entries for entry in some)).with_settings(**_free(found, settings))
+        except ConfigError as error:
+            raise ConfigError(f"'{name}': {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -210,6 +214,22 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def _free(found: NamedRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a named recipe leaves open. Those it has of its own belong to single entries of it.
+
+    Raises:
+        ConfigError: One differs from the recipe's own.
+    """
+    for entry in found.entries:
+        for field in settings.keys() & entry.keys():
+            if settings[field] != entry[field]:
+                raise ConfigError(
+                    f"{field} is '{entry[field]}' in this recipe, not '{settings[field]}'; for another, write a recipe "
+                    "file."
+                )
+    return {field: value for field, value in settings.items() if not any(field in entry for entry in found.entries)}
+
+
 def _entry(what: str, given: Mapping[str, Any]) -> list[RecipeEntry]:
     """Return the entry that a mapping describes; those of a named recipe in its place."""
     name, pattern = given.get("method"), given.get("pattern", "*")
@@ -222,6 +242,9 @@ def _entry(what: str, given: Mapping[str, Any]) -> list[RecipeEntry]:
     if named(name):
         if pattern != "*":
             raise ConfigError(f"{what} is '{name}', which has patterns of its own: leave out '{pattern}'.")
-        return list(Recipe.named(name, **settings).entries)
+        try:
+            return list(Recipe.named(name, **settings).entries)
+        except ConfigError as error:
+            raise ConfigError(f"{what}: {error}") from error
     check_fields(what, given, ["pattern", "method", *(field.name for field in fields(method_class(name)))])
     return [RecipeEntry(method(name, **settings), pattern)]

@@ -58,7 +58,9 @@ class StoredParts:
     def load(cls, path: Path) -> StoredParts:
         """Map a file into memory. What can be wrong with it is as with any safetensors file."""
         with safe_open(path, "pt") as file:
-            hashes: dict[str, str] = json.loads(file.metadata()["hashes"])
+            hashes = json.loads(file.metadata()["hashes"])
+            if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+                raise ValueError(f"hashes in {path.name} are not text by site")
             return cls({key: file.get_tensor(key) for key in file.keys()}, hashes)  # noqa: SIM118
 
     def save(self, path: Path) -> None:
