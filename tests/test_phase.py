@@ -14,6 +14,7 @@ import countdown
 from calls import sparse_module
 from conftest import SMALL, llama, spread
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.loading import cache_argument
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.phase import GENERATED, PADDING, PROMPT, Phases, phases
@@ -98,7 +99,7 @@ def test_a_model_driven_with_phases_writes_what_the_default_does(llama_model, to
     countdown.sparsify_(llama_model, calibrated(llama_model, tokenizer, text))
     ids = IDS[:1]
     prompt = llama_model(ids[:, :-1], use_cache=True)
-    expected = llama_model(ids[:, -1:], cache=prompt.past_key_values).logits[0, -1]
+    expected = llama_model(ids[:, -1:], **cache_argument(llama_model, prompt.past_key_values)).logits[0, -1]
     countdown.reset_counters(llama_model)
     now = torch.tensor([PROMPT] * 6 + [GENERATED], dtype=torch.uint8)
     with phases(llama_model, now):

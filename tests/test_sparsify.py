@@ -15,6 +15,7 @@ from conftest import FAMILIES, llama
 from countdown import modules, sparsify
 from countdown.cost import beside_bytes
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
+from countdown.loading import cache_argument
 from countdown.methods import method, method_class, method_names
 from countdown.modules import SparseModule, sparse_modules
 from countdown.ops.cpu import library
@@ -112,7 +113,7 @@ def test_under_decode_the_prompt_is_dense_and_generated_tokens_are_sparse(llama_
     countdown.sparsify_(llama_model, profile)
     assert torch.equal(logits(llama_model), dense)
     assert all(site.tokens == 0 for site in countdown.status(llama_model))
-    step = logits(llama_model, IDS[:, -1:], past_key_values=cache)
+    step = logits(llama_model, IDS[:, -1:], **cache_argument(llama_model, cache))
     assert all(site.tokens == 1 for site in countdown.status(llama_model))
     assert not torch.allclose(step[:, 0], dense[:, -1])
 
@@ -145,7 +146,7 @@ def test_sparse_generation_is_what_one_step_at_a_time_gives(llama_model, profile
         for _ in range(8):
             expected.append(result.logits[0, -1].argmax().item())
             token = torch.tensor([[expected[-1]]])
-            result = llama_model(token, past_key_values=result.past_key_values, use_cache=True)
+            result = llama_model(token, **cache_argument(llama_model, result.past_key_values), use_cache=True)
     assert out.tolist() == expected
 
 
