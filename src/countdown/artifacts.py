@@ -81,13 +81,6 @@ class Artifact:
             return "are not float32 or not finite"
         return self.check(value)
 
-    def sliced(self, value: Tensor, axis: str, start: int, stop: int) -> Tensor:
-        """Return the part of a value that belongs to some of the site's terms, inputs or outputs."""
-        for dim, name in enumerate(self.axes):
-            if name == axis:
-                value = value.narrow(dim, start, stop - start)
-        return value
-
 
 # What the indicator of each term is multiplied by.
 MULTIPLIERS = Artifact("multipliers", ("terms",), non_negative)

@@ -1,5 +1,5 @@
-"""The operations under a sparse FFN.
+"""The operations under a sparse module.
 
-`indicators` names what decides, `schema` declares the ops, `reference` is their truth in plain PyTorch.
+`call` describes a call, `reference` is its truth in plain PyTorch, `backends` registers the ops and says who computes.
 Importing this package loads none of them, so that naming a method does not load torch.
 """
