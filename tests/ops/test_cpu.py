@@ -11,7 +11,7 @@ import kernel_cases as cases
 import oracle
 from calls import CPU, DISPATCHED, REFERENCE, arguments
 from countdown.errors import ConfigError
-from countdown.ops import backends, dense
+from countdown.ops import backends
 from countdown.ops.cpu import dense_ops, library
 from countdown.ops.cpu.small import small_calls
 from countdown.phase import GENERATED, PADDING, PROMPT
@@ -22,24 +22,9 @@ from countdown.weights import Plain
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
 
-VARIANTS = library.library().variants
+pytestmark = pytest.mark.usefixtures("variant")
 HOW = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
 NONE = [None, None, None]
-
-
-@pytest.fixture(autouse=True, params=VARIANTS)
-def variant(request):
-    library.library().take_variant(request.param)
-    yield request.param
-    library.library().take_variant(VARIANTS[0])
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def counted() -> torch.Tensor:
@@ -47,7 +32,7 @@ def counted() -> torch.Tensor:
 
 
 def test_the_portable_variant_is_always_there(variant):
-    assert VARIANTS[-1] == "portable"
+    assert library.library().variants[-1] == "portable"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
@@ -446,41 +431,6 @@ def test_compiled_code_runs_the_same_kernel():
     assert torch.equal(expected, 2 * CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [(), (0, 2)], ids=str)
-@pytest.mark.parametrize("heights", [(1,), (64, 16), (37, 5, 41)], ids=str)
-@pytest.mark.parametrize("d", [1, 37, 2048])
-def test_project_one(d, heights, bias, dtype, threads):
-    weights = [cases.inputs(h, d, dtype, "cpu", h) for h in heights]
-    biases = [cases.inputs(1, h, dtype, "cpu", 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
-    x = cases.inputs(1, d, dtype, "cpu", 0)
-    with cases.poisoned():
-        y = dense_ops.project_one(x, weights, biases)
-    expected = [
-        weight.double() @ x[0].double() + (0 if some is None else some.double())
-        for weight, some in zip(weights, biases, strict=True)
-    ]
-    assert oracle.relative_error(y[0], torch.cat(expected)) <= cases.TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("mask", ["none", "some", "first", "last"])
-@pytest.mark.parametrize(
-    ("heads", "groups", "length", "size"), [(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 2000, 64), (24, 1, 130, 40)], ids=str
-)
-def test_attend_one(heads, groups, length, size, mask, dtype, threads):
-    q = cases.inputs(heads, size, dtype, "cpu", 1).view(1, heads, 1, size)
-    keys, values = (cases.inputs(groups * length, size, dtype, "cpu", s).view(1, groups, length, size) for s in (2, 3))
-    seen = None
-    if mask != "none":
-        seen = (torch.rand(1, 1, 1, length) < 0.5) & torch.tensor(mask == "some")
-        seen[..., -1 if mask == "last" else 0] = True
-    with cases.poisoned():
-        y = dense_ops.attend_one(q, keys, values, seen, 0.3)
-    exact = [tensor.double() for tensor in (q, keys, values)]
-    assert oracle.relative_error(y, dense.attend_one(*exact, seen, 0.3)) <= 2 * cases.TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
 def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
     d, h, before = 576, 301, torch.get_num_threads()
@@ -511,13 +461,3 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
         for y, alone in zip(outputs, expected, strict=True):
             assert torch.equal(y, alone)
             assert y.isfinite().all()
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("keys_at", [slice(0, 1), slice(0, 1000), slice(0, 2000)], ids=["one", "half", "all"])
-def test_attention_of_keys_that_are_not_finite_is_as_torchs(keys_at, value, threads):
-    q = torch.ones(1, 2, 1, 64)
-    keys, values = (cases.inputs(2000, 64, torch.float32, "cpu", s).view(1, 1, 2000, 64).clone() for s in (2, 3))
-    keys[:, :, keys_at, 0] = value
-    y = dense_ops.attend_one(q, keys, values, None, 0.3)
-    torch.testing.assert_close(y, dense.attend_one(q, keys, values, None, 0.3), equal_nan=True)

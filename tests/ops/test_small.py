@@ -15,13 +15,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((), (1,), (37,), (2, 3, 1, 17), (1, 1, 1031), (3, 1, 2, 1024))
 
 
-@pytest.fixture(params=[] if missing() else library().variants)
-def variant(request):
-    library().take_variant(request.param)
-    yield request.param
-    library().take_variant(library().variants[0])
-
-
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator) * torch.tensor(4.0)
