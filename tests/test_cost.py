@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import llama
 from countdown.cost import ceiling, token_bytes, weights_read
 from countdown.methods import method
 from countdown.sites.ffn import find_ffns
+from tiny import llama
 
 FFN = 3 * 3 * 24 * 53 * 4
 ATTENTION = 3 * (24 * 24 + 24 * 12 + 24 * 12 + 24 * 24) * 4

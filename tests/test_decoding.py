@@ -9,12 +9,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import countdown
-from conftest import gemma3, llama
 from countdown import decoding
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.modules import sparse_modules
+from tiny import gemma3, llama
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 

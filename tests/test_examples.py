@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import countdown
-from conftest import byte_tokenizer, llama
 from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.text import windows
+from tiny import byte_tokenizer, llama
 
 # What an example may name, beside `countdown`.
 EXAMPLES = [

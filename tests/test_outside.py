@@ -15,7 +15,6 @@ from transformers import ArceeConfig, ArceeForCausalLM
 
 import countdown
 import oracle
-from conftest import SMALL, llama, spread
 from countdown import allocation, methods, selectors, sites, sums, weights
 from countdown.artifacts import Moment
 from countdown.calibration import passes
@@ -30,6 +29,7 @@ from countdown.sites.holders import Rows
 from countdown.sites.recognise import TOLERANCE, error_of
 from countdown.sparsify import sparse_twin
 from countdown.weights import Plain, Weight
+from tiny import SMALL, llama, spread
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 REGISTRIES = (

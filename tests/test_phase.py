@@ -12,13 +12,13 @@ from transformers import OPTConfig, OPTForCausalLM, Qwen2MoeConfig, Qwen2MoeForC
 
 import countdown
 from calls import sparse_module
-from conftest import SMALL, llama, spread
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import cache_argument
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.phase import GENERATED, PADDING, PROMPT, Phases, phases
 from countdown.sites.recognise import recognise
+from tiny import SMALL, llama, spread
 
 IDS = torch.randint(0, 250, (2, 7), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import countdown
 import oracle
-from conftest import FAMILIES, llama
 from countdown import modules, sparsify
 from countdown.cost import beside_bytes
 from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
@@ -23,6 +22,7 @@ from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
 from countdown.sites.holders import PlainLinear
 from countdown.weights import symmetric
+from tiny import FAMILIES, llama
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from conftest import byte_tokenizer
 from countdown.errors import ConfigError, TextError
 from countdown.text import detokenise, load_text, windows
+from tiny import byte_tokenizer
 
 
 @pytest.mark.parametrize(

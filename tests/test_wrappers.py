@@ -11,10 +11,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import countdown
-from conftest import llama
 from countdown.errors import CountdownError, TextError, UnsupportedModelError
 from countdown.methods import method
 from countdown.modules import sparse_modules
+from tiny import llama
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 

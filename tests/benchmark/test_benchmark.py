@@ -11,13 +11,13 @@ import countdown
 import countdown.benchmark.arm as arm
 import countdown.benchmark.decode as decode
 import countdown.benchmark.ffn as ffn
-from conftest import llama
 from countdown.benchmark.ffn import FFNBenchmark
 from countdown.benchmark.timing import in_turn, paired_ratio, relative_error
 from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.ops.cpu import library
+from tiny import llama
 
 
 @pytest.fixture

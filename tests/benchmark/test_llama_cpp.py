@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import gemma3, llama
 from countdown.benchmark import llama_cpp
 from countdown.errors import ConfigError, UnsupportedModelError
+from tiny import gemma3, llama
 
 IDS = torch.tensor([[5, 17, 90, 3]])
 # Blocks of 32, and a head per group.

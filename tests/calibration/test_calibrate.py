@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import countdown
-from conftest import llama
 from countdown.artifacts import Moment
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.passes.sketches import SiteSketches, _SparsePass
@@ -22,6 +21,7 @@ from countdown.selectors import COEFFICIENT
 from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
 from countdown.text import Text, windows
+from tiny import llama
 
 TOKENS = 2048
 
@@ -208,7 +208,7 @@ def test_provenance(model_folder, tokenizer, text):
 
 _MEMORY = """
 import resource, torch
-from conftest import byte_tokenizer, llama
+from tiny import byte_tokenizer, llama
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.methods import method
 

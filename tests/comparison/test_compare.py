@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import countdown
-from conftest import byte_tokenizer, llama
 from countdown.comparison import compare as module
 from countdown.comparison import quantised, session
 from countdown.comparison.compare import compare
@@ -18,6 +17,7 @@ from countdown.comparison.comparison import CURVE, Cell, Comparison, Speed
 from countdown.comparison.session import pieces
 from countdown.errors import ConfigError, TextError, UnsupportedModelError
 from countdown.profiles.profile import Profile
+from tiny import byte_tokenizer, llama
 
 FAST = {"windows": 4, "tokens": 1024, "progress": False}
 ONE = {"methods": ["m-countdown:weighting=rms"], "sparsities": [0.5, 0.8]}

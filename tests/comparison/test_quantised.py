@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import llama
 from countdown.comparison.quantised import GROUP, quantise, schemes, settings
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
 from countdown.sites.linear import find_linears
+from tiny import llama
 
 CPU = torch.device("cpu")
 # Rows of whole groups, as int4 needs.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 import countdown
-from conftest import llama
 from countdown.cost import weights_read
 from countdown.errors import ConfigError
 from countdown.evaluation import choice
 from countdown.evaluation.choice import Trial, choose
 from countdown.methods import method
 from countdown.modules import sparse_modules
+from tiny import llama
 
 
 @pytest.fixture

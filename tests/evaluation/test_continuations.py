@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import countdown
-from conftest import llama
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.evaluation.continuations import compare_continuations, levenshtein, load_prompts
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.methods import method
 from countdown.modules import running, sparse_modules
+from tiny import llama
 
 PROMPTS = ["tell me", "what is it", "go on then", "a"]
 

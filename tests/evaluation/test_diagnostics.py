@@ -7,12 +7,12 @@ import torch
 
 import countdown
 import oracle
-from conftest import llama
 from countdown.errors import UnsupportedModelError
 from countdown.evaluation.diagnostics import diagnose
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.sites.ffn import find_ffns
+from tiny import llama
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 

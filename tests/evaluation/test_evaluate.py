@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache
 
 import countdown
-from conftest import llama
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import cache_argument
 from countdown.methods import method
 from countdown.modules import running, sparse_modules
 from countdown.text import windows
+from tiny import llama
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from conftest import byte_tokenizer
 from countdown.errors import ConfigError
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
+from tiny import byte_tokenizer
 
 
 def test_what_is_streamed_is_what_is_returned(llama_model, tokenizer):

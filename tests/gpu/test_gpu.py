@@ -11,10 +11,10 @@ import torch
 import countdown
 import oracle
 from calls import DISPATCHED, arguments
-from conftest import FAMILIES
 from countdown.benchmark.timing import floor_rate
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
+from tiny import FAMILIES
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.countdown

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 import countdown
 import kernel_cases as cases
 from calls import DISPATCHED, arguments
-from conftest import FAMILIES, llama
 from countdown.decoding import DecodeLoop
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import method
 from countdown.ops.triton.backend import Triton
 from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.profiles.profile import Profile
+from tiny import FAMILIES, llama
 
 pytestmark = pytest.mark.gpu
 OPS = torch.ops.countdown

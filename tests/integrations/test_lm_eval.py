@@ -13,7 +13,6 @@ from lm_eval import simple_evaluate
 from lm_eval.utils import get_rolling_token_windows
 
 import countdown
-from conftest import byte_tokenizer, llama
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.integrations.lm_eval import (
@@ -28,6 +27,7 @@ from countdown.integrations.lm_eval import (
 from countdown.methods import method
 from countdown.modules import running, sparse_modules
 from countdown.sparsify import status
+from tiny import byte_tokenizer, llama
 
 DOCUMENTS = [
     {"goal": "open the door", "sol1": "turn the knob", "sol2": "eat the knob", "label": 0},

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import countdown
-from conftest import gemma3, llama
 from countdown.calibration.calibrate import calibrate
 from countdown.errors import ConfigError, ProfileError, ProfileWarning
 from countdown.methods import method
 from countdown.profiles.profile import Profile, check_free
 from countdown.sites.ffn import find_ffns
+from tiny import gemma3, llama
 
 
 @pytest.fixture

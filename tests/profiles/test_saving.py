@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import countdown
-from conftest import SMALL, spread
 from countdown.errors import ConfigError, ProfileError
 from countdown.methods import method
 from countdown.modules import sparse_modules
+from tiny import SMALL, spread
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 

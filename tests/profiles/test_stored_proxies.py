@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import countdown
-from conftest import llama
 from countdown.errors import ConfigError, ProfileError
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.profiles.profile import Profile
 from countdown.profiles.stored import FILE
 from countdown.weights import symmetric
+from tiny import llama
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
 

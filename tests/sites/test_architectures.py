@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.activations import ACT2CLS, ACT2FN
 
 from calls import sparse_module
-from conftest import SMALL, llama, spread
 from countdown.errors import UnsupportedModelError
 from countdown.methods import method
 from countdown.modules import SparseModule
@@ -26,6 +25,7 @@ from countdown.sites.holders import Rows
 from countdown.sites.linear import find_linears
 from countdown.sites.recognise import recognise
 from countdown.sums.activations import ACTIVATIONS
+from tiny import SMALL, llama, spread
 
 LAYERS, H = SMALL["num_hidden_layers"], SMALL["intermediate_size"]
 SPLIT = (Rows("gate_proj"), Rows("up_proj"), Rows("down_proj"))
