@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -431,8 +433,9 @@ def test_compiled_code_runs_the_same_kernel():
     assert torch.equal(expected, 2 * CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["on its own threads", "on torch's"])
 @pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
-def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
+def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order, apart):
     d, h, before = 576, 301, torch.get_num_threads()
     weights, biases = cases.ffn(d, h, torch.float32, "cpu", bias=True, seed=3, form="split")
     square = cases.inputs(d, d, torch.float32, "cpu", 5) / d
@@ -451,9 +454,9 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
                 outputs += [y, z, a, x]
     finally:
         torch.set_num_threads(before)
-    assert {ran.threads for ran in row} == set(order)
+    assert {ran.parts for ran in row} == set(order)
     expected = [y.clone() for y in outputs]
-    again = library.library().again(row)
+    again = library.library().again(row, apart=apart)
     for _ in range(20):
         for y in outputs:
             y.fill_(torch.nan)
@@ -461,3 +464,52 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
         for y, alone in zip(outputs, expected, strict=True):
             assert torch.equal(y, alone)
             assert y.isfinite().all()
+
+
+@pytest.fixture
+def row_of_threads():
+    """Return a function that does a call of three parts, into `y`: that, its value, and what does it again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+
+    def one(seed: int):
+        x, weight = cases.inputs(1, 640, torch.float32, "cpu", seed), cases.inputs(600, 640, torch.float32, "cpu", 1)
+        with library.library().watched() as row:
+            y = dense_ops.project_one(x, [weight], [None])
+        assert row[0].parts == 3
+        return y, y.clone(), library.library().again(row)
+
+    yield one
+    torch.set_num_threads(before)
+
+
+def many_times(y, expected, again) -> bool:
+    for _ in range(200):
+        y.fill_(torch.nan)
+        again()
+        if not torch.equal(y, expected):
+            return False
+    return True
+
+
+def test_rows_of_calls_in_several_threads_at_once(row_of_threads):
+    rows = [row_of_threads(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda row: many_times(*row), rows))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(row_of_threads):
+    row = row_of_threads(0)
+    assert many_times(*row)
+    child = os.fork()
+    if not child:
+        # Never returns into pytest, whatever happens.
+        signal.alarm(60)
+        try:
+            os._exit(0 if many_times(*row) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert many_times(*row)
