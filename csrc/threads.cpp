@@ -49,9 +49,10 @@ using Clock = std::chrono::steady_clock;
 
 // Longer than what lies between two phases where all cores are free; little to waste where they are not.
 constexpr auto MOMENT = std::chrono::microseconds(100);
-// Where a worker that has lost its core was waited for, the caller goes on alone for so many times as long: then a small
-// share of its time is spent waiting.
+// Where a worker that has lost its core was waited for, the caller goes on alone for so many times as long, and for twice
+// as long as the last time where that was of no use: then little of its time is spent waiting.
 constexpr int REST = 10;
+constexpr auto LONGEST_REST = std::chrono::seconds(1);
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -81,7 +82,7 @@ bool soon(Ready ready) {
 class Pool {
   public:
     void run(const Phases &phases) {
-        if (Clock::now() < alone_until_) return run_alone(phases);
+        if (Clock::now() < rested_) return run_alone(phases);
         grow(phases.parts - 1);
         phases_ = &phases;
         for (int phase = 0; phase < phases.count; ++phase) run(phase);
@@ -90,7 +91,8 @@ class Pool {
   private:
     const Phases *phases_ = nullptr;
     int workers_ = 0;
-    Clock::time_point alone_until_{};
+    Clock::time_point rested_{};
+    Clock::duration rest_{};
     // Of a phase: its parts that are not done; which one it is, in this pool's life, and the next part that nobody has
     // begun. A phase's number in the ticket keeps whoever looked at an earlier one from taking a part of this one.
     alignas(64) std::atomic<int32_t> left_{0};
@@ -122,7 +124,15 @@ class Pool {
         for (int32_t left; (left = left_.load(std::memory_order_acquire));) left_.wait(left, std::memory_order_acquire);
         // If it took longer than the work itself, whoever began the rest has lost its core.
         Clock::time_point stop = Clock::now();
-        if (stop - done > done - start) alone_until_ = stop + REST * (stop - done);
+        if (stop - done > done - start) rest(stop - done);
+    }
+
+    void rest(Clock::duration waited) {
+        Clock::time_point now = Clock::now();
+        Clock::duration least = REST * waited;
+        rest_ = now - rested_ < rest_ && 2 * rest_ > least ? 2 * rest_ : least;
+        if (rest_ > LONGEST_REST) rest_ = LONGEST_REST;
+        rested_ = now + rest_;
     }
 
     [[noreturn]] void serve() {
