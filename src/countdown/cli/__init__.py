@@ -7,6 +7,7 @@ import sys
 import warnings
 from typing import NoReturn
 
+from countdown.cli import cores
 from countdown.cli.commands import app
 from countdown.cli.options import debugging
 from countdown.cli.printing import err, show_warning
@@ -16,8 +17,10 @@ from countdown.errors import CountdownError
 def main() -> None:
     """Run the command line. A user's mistake is one line on stderr and exit code 2."""
     warnings.showwarning = show_warning
+    cores.wait_briefly()
+    watch = cores.Watch()
     try:
-        app()
+        _run(watch)
     except CountdownError as error:
         _fail(error)
     except BrokenPipeError:
@@ -26,6 +29,14 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:  # a path that no check foresaw
         _fail(error)
+
+
+def _run(watch: cores.Watch) -> None:
+    try:
+        app()
+    finally:
+        if remark := watch.remark():
+            err.print(f"warning: {remark}", markup=False)
 
 
 def _fail(error: Exception) -> NoReturn:
