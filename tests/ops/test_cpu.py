@@ -20,6 +20,7 @@ from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.selectors import UP
 from countdown.sums.gated import Gated
 from countdown.weights import Plain
+from crossing import crossed
 
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
@@ -37,10 +38,12 @@ def test_the_portable_variant_is_always_there(variant):
     assert library.library().variants[-1] == "portable"
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (577, 301)], ids=str)
-@pytest.mark.parametrize("indicator", ["up", "gate", "coefficient"])
+@crossed(
+    indicator=["up", "gate", "coefficient"],
+    shape=[(1, 1), (3, 7), (65, 33), (577, 301)],
+    dtype=cases.TOLERANCE,
+    tokens=[1, 2, 5, 8],
+)
 def test_against_float64(indicator, shape, dtype, tokens):
     how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": CPU}
     cases.check_sparse(tokens, *shape, dtype, "cpu", **how)
@@ -213,10 +216,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("dtypes", "dtype", "bias_dtype"), MIXED, ids=str)
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_dtypes_of_weights_biases_and_tokens_are_independent(tokens, by, dtypes, dtype, bias_dtype):
+@crossed(tokens=[1, 3, 8], by=["up", "gate", "coefficient", "proxy-4"], mixed=MIXED)
+def test_dtypes_of_weights_biases_and_tokens_are_independent(tokens, by, mixed):
+    dtypes, dtype, bias_dtype = mixed
     weights, biases = cases.ffn(197, 91, F32, "cpu", bias=True, seed=tokens)
     weights = [weight.to(own) for weight, own in zip(weights, dtypes, strict=True)]
     biases = [bias.to(bias_dtype) for bias in biases]
@@ -247,10 +249,7 @@ def phased(tokens: int) -> torch.Tensor:
     return torch.tensor([PROMPT, PADDING, GENERATED, PADDING, GENERATED, PROMPT, GENERATED, PADDING][:tokens]).byte()
 
 
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", range(1, 9))
+@crossed(tokens=range(1, 9), bias=[False, True], dtype=cases.TOLERANCE, by=["up", "gate", "coefficient", "proxy-4"])
 def test_phases(tokens, bias, dtype, by, threads):
     weights, biases = cases.ffn(37, 91, dtype, "cpu", bias=bias, seed=tokens)
     x, phases = cases.inputs(tokens, 37, dtype, "cpu", 1), phased(tokens)
