@@ -13,7 +13,7 @@ import countdown
 import oracle
 from countdown import modules, sparsify
 from countdown.cost import beside_bytes
-from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, ProfileError, UnsupportedModelError
 from countdown.loading import cache_argument
 from countdown.methods import method, method_class, method_names
 from countdown.modules import SparseModule, sparse_modules
@@ -202,7 +202,7 @@ def test_too_little_memory_to_lay_proxies_out_says_so(error, monkeypatch, tokeni
         raise error
 
     monkeypatch.setattr(symmetric.Symmetric4, "in_rows" if library.missing() else "in_tiles", fail)
-    with pytest.raises(ConfigError, match="memory ran out while making proxies"):
+    with pytest.raises(AccidentError, match="memory ran out while making proxies"):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)
     assert torch.equal(logits(model), expected)
@@ -219,10 +219,10 @@ def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokeniz
     monkeypatch.setattr(symmetric, "quantise", fail)
     size = beside_bytes(find_ffns(model), method("d-proxy"))
     message = f"memory ran out while making proxies, which take {size / 1e9:.2f} GB beside the weights"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(AccidentError, match=message):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(AccidentError, match=message):
         countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
 
 

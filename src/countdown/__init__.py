@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from countdown.comparison.compare import compare
     from countdown.comparison.comparison import Comparison
     from countdown.errors import (
+        AccidentError,
         ConfigError,
         CountdownError,
         ProfileError,
@@ -43,6 +44,7 @@ _HOMES = {
     "choose": "countdown.evaluation.choice",
     "load_text": "countdown.text",
     "load_tokenizer": "countdown.loading",
+    "AccidentError": "countdown.errors",
     "ConfigError": "countdown.errors",
     "CountdownError": "countdown.errors",
     "ProfileError": "countdown.errors",
@@ -66,6 +68,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AccidentError",
     "Comparison",
     "ConfigError",
     "CountdownError",

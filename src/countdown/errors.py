@@ -21,5 +21,9 @@ class TextError(CountdownError):
     """A text source is missing or too short."""
 
 
+class AccidentError(CountdownError):
+    """What was asked for is right, but a disk was full, memory ran out: it may succeed another time."""
+
+
 class ProfileWarning(UserWarning):
     """A profile is used with weights other than those it was calibrated on."""

@@ -16,8 +16,8 @@ from torch import nn
 
 from countdown.config import check_choice
 from countdown.cost import beside_bytes, weights_read
-from countdown.errors import ConfigError, UnsupportedModelError
-from countdown.folders import unwritable, whole_folder
+from countdown.errors import AccidentError, ConfigError, UnsupportedModelError
+from countdown.files import reason, unwritable, whole_folder
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.memory import memory_for
 from countdown.modules import APPLY_TO, SparseModule, check_dense, sparse_modules
@@ -61,6 +61,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
             replaced. The model is then unchanged.
         ProfileError: The profile belongs to another model.
         ConfigError: A setting is out of range.
+        AccidentError: Memory runs out.
 
     Example:
         countdown.sparsify_(model, profile, sparsity=0.6)
@@ -118,7 +119,7 @@ def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
         model, profile: See `sparsify_`.
 
     Raises:
-        UnsupportedModelError, ProfileError, ConfigError: See `sparsify_`.
+        UnsupportedModelError, ProfileError, ConfigError, AccidentError: See `sparsify_`.
     """
     check_dense(model)
     sites = find_sites(base_model(model), profile.kinds)
@@ -197,8 +198,9 @@ def export(
         include_proxy: Store proxies, made of these weights, as well: loading is quicker, the folder larger.
 
     Raises:
-        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken, or there is
-            no proxy to include.
+        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken or nothing
+            can be written there, or there is no proxy to include.
+        AccidentError: Writing failed: no space is left, for example.
 
     Example:
         countdown.export("my-model", "my-profile", "my-sparse-model")
@@ -224,7 +226,7 @@ def export(
             loaded.save_pretrained(new)
             tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}.") from error
+        raise AccidentError(f"{path} cannot be written: {reason(error)}.") from error
     return path
 
 

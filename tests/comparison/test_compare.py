@@ -12,10 +12,11 @@ import torch
 import countdown
 from countdown.comparison import compare as module
 from countdown.comparison import quantised, session
+from countdown.comparison.cache import Cache
 from countdown.comparison.compare import compare
 from countdown.comparison.comparison import CURVE, Cell, Comparison, Speed
 from countdown.comparison.session import pieces
-from countdown.errors import ConfigError, TextError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, TextError, UnsupportedModelError
 from countdown.profiles.profile import Profile
 from tiny import byte_tokenizer, llama
 
@@ -230,6 +231,58 @@ def test_one_that_fails_does_not_stop_the_others(run, monkeypatch):
     assert run(methods=["cats"], sparsities=[0.5, 0.6], speed=False).cell("cats at 0.5").error is None
 
 
+def test_an_accident_is_no_refusal(run, monkeypatch):
+    """What our own code tells in a line may be an accident, too."""
+
+    def failing(*_):
+        raise AccidentError("memory ran out")
+
+    settings = {"methods": ["cats"], "sparsities": [0.5], "speed": False, "quantised": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "sparse_twin", failing)
+        assert run(**settings).cell("cats at 0.5").error == "memory ran out"
+    assert run(**settings).cell("cats at 0.5").error is None
+
+
+def test_memory_that_ran_out_is_no_refusal_of_a_scheme(monkeypatch):
+    def failing(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(quantised._MAKERS, "cpu", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        quantised.quantise(llama(), "int8")
+
+
+def test_what_cannot_be_kept_is_measured_all_the_same(run, cache, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    settings = {"methods": ["cats"], "sparsities": [0.5], "speed": False, "quantised": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("countdown.profiles.profile.whole_folder", full)
+        patch.setattr("countdown.files._replace", full)
+        found = run(**settings)
+    assert found.cell("cats at 0.5").error is None
+    assert sum(line.startswith("not kept for another run: ") for line in run.said) > 1
+    assert "No space left on device." in run.said[-1]
+    assert run(**settings).cells == found.cells
+    assert measured(run.said) == ["cats at 0.5"]
+
+
+def test_two_comparisons_keep_the_same_profile(cache, llama_model, tokenizer, text):
+    """The second finds what the first has put there, whole or damaged."""
+    config = countdown.method("cats", sparsity=0.5)
+    profile = countdown.calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+    kept = Cache(cache)
+    for _ in range(2):
+        kept.put_profile({"part": "profile"}, profile)
+    (folder,) = (cache / "profiles").glob(f"{kept._folder({'part': 'profile'}).name}")
+    (folder / "profile.json").unlink()
+    assert kept.get_profile({"part": "profile"}) is None
+    kept.put_profile({"part": "profile"}, profile)
+    assert kept.get_profile({"part": "profile"}).recipe == profile.recipe
+
+
 def test_a_recipe_that_does_not_fit_is_an_error_in_its_cell(run, tmp_path, monkeypatch):
     (tmp_path / "nowhere.yaml").write_text("- {method: cats, pattern: 'blocks.*'}")
     found = run(methods=[str(tmp_path / "nowhere.yaml"), "cats"], sparsities=[0.5], quantised=False, speed=False)
@@ -329,7 +382,7 @@ def test_a_folder_of_another_comparison_is_refused_before_anything_loads(run, tm
     with pytest.raises(ConfigError, match="other text "):
         run(text="python-docs", output=tmp_path / "out")
     (tmp_path / "out" / "comparison.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as a comparison"):
+    with pytest.raises(ConfigError, match=r"is damaged, or no comparison.*make it again"):
         run(output=tmp_path / "out")
 
 

@@ -13,6 +13,7 @@ import typer
 from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.errors import ConfigError
+from countdown.files import streams
 from countdown.methods import DEFAULT_METHOD, method
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ Methods = Annotated[list[str] | None, typer.Option("--method", help="Method, or 
 Sparsities = Annotated[list[float] | None, typer.Option("--sparsity", help="Share to skip; may be repeated.")]
 Counts = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens in a call, 1 to 8; may be repeated.")]
 Union = Annotated[
-    Path | None, typer.Option(help="Results file that says how active sets of several tokens overlap in a model.")
+    Path | None, o.path(help="Results file that says how active sets of several tokens overlap in a model.")
 ]
 Compiled = Annotated[bool, typer.Option("--compiled", help="Measure torch.compile of the dense FFN, too.")]
 Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for the results file.")]
@@ -150,13 +151,14 @@ def decode(
 
 
 def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records; a file has, at any time, all that were measured."""
+    """Return the records; a file has, at any time, all that were measured. What is written through is written once."""
     kept = []
+    once = json == "-" or (json is not None and streams(Path(json)))
     for record in records:
         kept.append(record)
-        if json and json != "-":
+        if not once:
             printing.emit(json, {"meta": header, "records": kept})
-    if json == "-":
+    if once:
         printing.emit(json, {"meta": header, "records": kept})
     return kept
 

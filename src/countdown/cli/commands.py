@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from countdown.cli import options as o
 from countdown.cli.compare import compare
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.files import streams, unwritable_file
 from countdown.methods import method, method_names
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def inspect(
 @app.command()
 def calibrate(
     model: o.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
+    output: Annotated[Path | None, o.path("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
     method_name: Annotated[str, typer.Option("--method", help=f"{o.METHOD_HELP} auto: try them and pick.")] = AUTO,
     sparsity: o.Sparsity = None,
     max_loss: Annotated[float | None, typer.Option(help="Instead of --sparsity: let perplexity rise so far.")] = None,
@@ -166,7 +168,8 @@ def calibrate(
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
         printing.say(f"when it runs, proxies take {extra / 1e6:.1f} MB beside the weights")
-    printing.say(f"profile of {profile.recipe} written; run: countdown generate {model} --profile {path} 'Hello'")
+    again = shlex.join(["countdown", "generate", model, "--profile", str(path), "Hello"])
+    printing.say(f"profile of {profile.recipe} written; run: {again}")
     typer.echo(str(path))
 
 
@@ -184,10 +187,10 @@ def evaluate(
     text_dir: o.TextDir = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of 512 tokens to score. [16]")] = None,
     tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
-    tasks_dir: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    tasks_dir: Annotated[Path | None, o.path(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a task in a call. [1]")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Instead of text: a file of prompts to continue.")] = None,
+    prompts: Annotated[Path | None, o.path(help="Instead of text: a file of prompts to continue.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a continuation. [64]")] = None,
     protocol: Annotated[
         str | None, typer.Option(help="all: every token sparse. decode: dense prompt. [all; decode for --prompts]")
@@ -224,6 +227,7 @@ def evaluate(
     # What is wrong with it shows before the model loads.
     what.prepare(tokenizer, chosen)
     loaded = _load(source, dtype, device, seed)
+    what.check(loaded, tokenizer)
     made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
     sparsify_(loaded, made)
     records = what.run(loaded, tokenizer, made.recipe, printing.table_console(json))
@@ -305,8 +309,8 @@ def generate(
 @app.command()
 def export(
     model: o.Model,
-    profile: Annotated[Path, typer.Option("--profile", help="A profile made by calibrate.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
+    profile: Annotated[Path, o.path("--profile", help="A profile made by calibrate.", show_default=False)],
+    output: Annotated[Path, o.path("-o", "--output", help="Folder to make.", show_default=False)],
     include_proxy: o.IncludeProxy = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
@@ -322,14 +326,14 @@ def export(
         model, profile, output,
         dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_proxy=include_proxy,
     )  # fmt: skip
-    printing.say(f"written; run: countdown generate {path} 'Hello'")
+    printing.say(f"written; run: {shlex.join(['countdown', 'generate', str(path), 'Hello'])}")
     typer.echo(str(path))
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that compare wrote.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to make. [FOLDER/report.html]")] = None,
+    folder: Annotated[Path, typer.Argument(callback=o.home, help="Folder that compare wrote.", show_default=False)],
+    output: Annotated[Path | None, o.path("-o", "--output", help="File to make. [FOLDER/report.html]")] = None,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -348,7 +352,7 @@ def report(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the comparison and its report.")] = Path(
+    output: Annotated[Path, o.path("-o", "--output", help="Folder for the comparison and its report.")] = Path(
         "countdown-demo"
     ),
     overwrite: o.Overwrite = False,
@@ -371,10 +375,10 @@ def demo(
 
 
 def _check_file_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write over a file, or where a folder is."""
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give --output the name of a file.")
-    if path.exists() and not overwrite:
+    """Refuse to write over a file, or where none can be written."""
+    if problem := unwritable_file(path):
+        raise ConfigError(problem)
+    if path.exists() and not streams(path) and not overwrite:
         raise ConfigError(f"{path} exists already; give another --output or --overwrite.")
 
 

@@ -26,9 +26,7 @@ Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for t
 
 def compare(
     model: o.Model,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to make or extend. [NAME-comparison]")
-    ] = None,
+    output: Annotated[Path | None, o.path("-o", "--output", help="Folder to make or extend. [NAME-comparison]")] = None,
     methods: Methods = None,
     sparsity: Sparsities = None,
     max_loss: MaxLoss = None,

@@ -38,6 +38,9 @@ class Subject(Protocol):
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
         """Read what is needed, before the model loads."""
 
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        """Raise if the model cannot take what was read, before anything is calibrated or measured."""
+
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         """Measure a sparsified model, print what was found, and return it as records."""
 
@@ -100,6 +103,11 @@ class OnText:
         _check_unseen(chosen, self._text)
         self._ids = windows(tokenizer, self._text.content, count=self.windows)
 
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        from countdown.loading import check_context
+
+        check_context(model, self._ids.shape[1])
+
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         from countdown.evaluation.evaluate import evaluate
 
@@ -132,6 +140,9 @@ class OnTasks:
         self._tasks = load_tasks(self.names, self.tasks_dir)
         check_protocol(self._tasks, self.protocol)
 
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        pass  # lm-eval cuts what is too long
+
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         from countdown.integrations.lm_eval import evaluate_tasks
 
@@ -161,21 +172,28 @@ class OnPrompts:
     path: Path
     max_new_tokens: int | None = None
     _prompts: list[str] = field(init=False)
+    _new_tokens: int = field(init=False)
 
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        from countdown.evaluation.continuations import load_prompts
+        from countdown.evaluation.continuations import MAX_NEW_TOKENS, load_prompts
 
         self._prompts = load_prompts(self.path)
+        self._new_tokens = self.max_new_tokens or MAX_NEW_TOKENS
+
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        from countdown.evaluation.continuations import encode_prompts
+
+        encode_prompts(model, tokenizer, self._prompts, max_new_tokens=self._new_tokens)
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
-        from countdown.evaluation.continuations import MAX_NEW_TOKENS, compare_continuations
+        from countdown.evaluation.continuations import compare_continuations
 
         result = compare_continuations(
             model,
             tokenizer,
             self._prompts,
             apply_to=self.protocol,
-            max_new_tokens=self.max_new_tokens or MAX_NEW_TOKENS,
+            max_new_tokens=self._new_tokens,
             progress=o.show_progress(),
         )
         printing.print_continuations(out, recipe, result)

@@ -15,7 +15,7 @@ from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, TOKENS, WINDOWS, Outcome, Protocol, Session
 from countdown.errors import ConfigError, CountdownError
-from countdown.folders import unwritable
+from countdown.files import unwritable_file
 from countdown.loading import Source
 from countdown.methods import Method
 from countdown.profiles.profile import check_free
@@ -122,18 +122,25 @@ def _earlier(folder: Path | None, overwrite: bool, session: Session) -> Comparis
     """Return the comparison to extend, or raise if the folder has something else."""
     if folder is None:
         return None
-    if problem := unwritable(folder / FILE):
-        raise ConfigError(problem)
-    if overwrite or not (folder / FILE).exists():
-        taken = [] if overwrite else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
-        if taken:
-            raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
-        if (folder / PROFILE).exists():
-            check_free(folder / PROFILE, overwrite=overwrite)
+    extends = not overwrite and (folder / FILE).exists()
+    _check_output(folder, replaces=overwrite or extends)
+    if not extends:
         return None
     earlier = Comparison.load(folder)
     check_same(earlier, session.identity, folder)
     return earlier
+
+
+def _check_output(folder: Path, *, replaces: bool) -> None:
+    """Raise unless a comparison can be written to a folder, in place of what is there or where nothing is."""
+    for name in (FILE, TABLE):
+        if problem := unwritable_file(folder / name):
+            raise ConfigError(problem)
+    taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
+    if (folder / PROFILE).exists():
+        check_free(folder / PROFILE, overwrite=True)
 
 
 def check_same(earlier: Comparison, identity: Mapping[str, Any], where: Path) -> None:

@@ -16,14 +16,14 @@ from countdown.benchmark.arm import Arm, Times, free, measure
 from countdown.benchmark.timing import bandwidth
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.comparison.bootstrap import FEWEST_WINDOWS
-from countdown.comparison.cache import Cache
+from countdown.comparison.cache import Cache, Key
 from countdown.comparison.comparison import Cell, Quality, Sample, Speed
 from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
 from countdown.comparison.quantised import quantise
 from countdown.cost import token_bytes
-from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
 from countdown.modules import sparse_modules
@@ -256,7 +256,7 @@ class Session:
         if found is None:
             dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
             found = {"dtype": dtype, "others": len(self._windows[1])}
-            self.cache.put(key, found)
+            self._keep(self.cache.put, key, found)
         return found
 
     def cell(self, configuration: Configuration) -> tuple[Cell, dict[str, Outcome]]:
@@ -281,7 +281,7 @@ class Session:
             profile = self.cache.get_profile(key)
             if profile is None:
                 profile = self._calibrated(recipe)
-                self.cache.put_profile(key, profile)
+                self._keep(self.cache.put_profile, key, profile)
             self._profiles[recipe] = profile
         return self._profiles[recipe].with_settings(sparsity=configuration.sparsity)
 
@@ -298,7 +298,7 @@ class Session:
             with self._applied(configuration) as applied:
                 dense = DenseLogits(self._model, self._windows[1])
                 found = differences(score(applied.model, dense, label=configuration.label, progress=self.progress))
-            self.cache.put(key, found)
+            self._keep(self.cache.put, key, found)
         return found
 
     # How it is measured
@@ -307,6 +307,13 @@ class Session:
         tokens, progress = self.protocol.tokens, self.progress
         made = calibrate(self._model, self._tokenizer, self.calibration, recipe, tokens=tokens, progress=progress)
         return made.with_name(self.source.label)
+
+    def _keep(self, put: Callable[[Key, Any], None], key: Key, found: Any) -> None:
+        """Put something into the cache. What cannot be kept is good for this comparison all the same."""
+        try:
+            put(key, found)
+        except AccidentError as error:
+            self.say(f"not kept for another run: {error}")
 
     def _stored(self, part: str, configuration: Configuration) -> Outcome | None:
         return self.cache.get(self._key(part, configuration), lambda value: _checked(part, Outcome(**value)))
@@ -328,7 +335,7 @@ class Session:
         found |= {part: failed for part in parts if part not in found}
         for part, outcome in found.items():
             if outcome.problem is None or outcome.refused:
-                self.cache.put(self._key(part, configuration), asdict(outcome))
+                self._keep(self.cache.put, self._key(part, configuration), asdict(outcome))
         return found
 
     @contextmanager
@@ -441,7 +448,7 @@ def _attempt(measure: Callable[[], dict[str, Any]]) -> Outcome:
     try:
         return Outcome(measure())
     except CountdownError as error:
-        return Outcome(problem=_line(str(error)), refused=True)
+        return Outcome(problem=_line(str(error)), refused=not isinstance(error, AccidentError))
     except Exception as error:
         return Outcome(problem=_line(f"{type(error).__name__}: {error}"))
 

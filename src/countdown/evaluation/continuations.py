@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from countdown.errors import ConfigError, TextError
 from countdown.evaluation.evaluate import check_sparse, overall, perplexity
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
+from countdown.loading import check_context
 from countdown.modules import APPLY_TO, running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
@@ -101,7 +103,7 @@ def load_prompts(path: str | Path) -> list[str]:
     Raises:
         TextError: The file cannot be read, has no prompt, or a line that is not what it should be.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -124,6 +126,23 @@ def _prompt_of(path: Path, number: int, line: str) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise TextError(f"{path}, line {number}: the prompt is {prompt!r}, expected text.")
     return prompt
+
+
+def encode_prompts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, raw: bool = False
+) -> list[Tensor]:
+    """Return the tokens `[1, n]` of each prompt, see `encode_prompt`, all of which the model can continue.
+
+    Raises:
+        ConfigError: One is empty, or longer with its new tokens than the model's context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    for place, ids in enumerate(encoded, start=1):
+        try:
+            check_context(model, ids.shape[1] + max_new_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {place} with {max_new_tokens} new tokens: {error}") from error
+    return encoded
 
 
 def compare_continuations(
@@ -157,7 +176,7 @@ def compare_continuations(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 2: the first is the dense prompt's.")
     if not prompts:
         raise ConfigError("there are no prompts to continue.")
-    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, raw=raw)
     reset_counters(model)
     found, fed = [], 0
     for prompt, ids in track(list(zip(prompts, encoded, strict=True)), "continuing prompts", show=progress):

@@ -24,8 +24,8 @@ from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
 from countdown.config import check_fields
 from countdown.cost import beside_bytes
-from countdown.errors import ConfigError, ProfileError, ProfileWarning
-from countdown.folders import unwritable, whole_folder
+from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
+from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
 from countdown.profiles import stored
@@ -104,7 +104,8 @@ class Profile:
         """Return a profile that holds the proxies of this model, and stores them when it is saved.
 
         Raises:
-            ConfigError: No method has a proxy, or memory runs out.
+            ConfigError: No method has a proxy.
+            AccidentError: Memory runs out.
             ProfileError: The profile belongs to another model.
             UnsupportedModelError: The model has none of the profile's modules.
         """
@@ -229,10 +230,20 @@ class Profile:
             The folder.
 
         Raises:
-            ProfileError: The path is taken or cannot be written.
+            ProfileError: The path is taken, or nothing can be written there.
+            AccidentError: Writing failed: no space is left, for example.
         """
         path = Path(path)
         check_free(path, overwrite=overwrite)
+        self.put(path)
+        return path
+
+    def put(self, path: Path) -> None:
+        """Write the profile to a folder in the place of whatever is there: whole, or not at all.
+
+        Raises:
+            AccidentError: It cannot be written.
+        """
         try:
             with whole_folder(path) as new:
                 header = json.dumps(self._header(), indent=2, ensure_ascii=False)
@@ -241,8 +252,7 @@ class Profile:
                 if self.proxies:
                     self.proxies.save(new / PROXIES)
         except (OSError, SafetensorError) as error:
-            raise ProfileError(f"profile {path} cannot be written: {error}.") from error
-        return path
+            raise AccidentError(f"profile {path} cannot be written: {reason(error)}.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -15,6 +15,7 @@ the FFN around it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -94,7 +95,7 @@ class Recipe:
             ConfigError: The file cannot be read, is not a list of entries, or an entry has an unknown field, an
                 unknown method or a value out of range.
         """
-        content = _read(Path(path))
+        content = _read(Path(os.path.expanduser(path)))
         if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
             raise ConfigError(f"recipe {path} is not a list of entries such as: - {{pattern: '*.mlp', method: cats}}")
         entries = [_entry(f"entry {index + 1} of {path}", entry) for index, entry in enumerate(content)]
