@@ -10,8 +10,6 @@ from countdown.errors import ConfigError
 
 # How many tokens calibration reads unless told otherwise.
 CALIBRATION_TOKENS = 32768
-# Softmax is taken over this many logits at a time, in float32: 256 MB for each copy.
-LOGITS_AT_ONCE = 1 << 26
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:

@@ -139,7 +139,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("countdown.calibration.passes.sketches.check_finite", interrupt)
+    monkeypatch.setattr("countdown.calibration.passes.sketches.MagnitudeSketch.add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
     assert llama_model.model.layers[1].mlp is original
@@ -171,7 +171,7 @@ def test_every_level_and_round_reads_every_text(monkeypatch, llama_model, tokeni
     decoder = llama_model.get_decoder()
     now = {}
     monkeypatch.setattr(
-        _SparsePass, "levels", property(lambda _: now, lambda _, value: now.update(value)), raising=False
+        _SparsePass, "levels", property(lambda _: [now], lambda _, some: now.update(*some)), raising=False
     )
 
     def watch(_, __, given):
@@ -182,6 +182,29 @@ def test_every_level_and_round_reads_every_text(monkeypatch, llama_model, tokeni
     hook.remove()
     assert set(read) == {0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9}
     assert all(seen == {"a", "b"} for seen in read.values())
+
+
+@pytest.mark.parametrize("config", ["m-countdown", "cats"])
+def test_sequences_that_run_together_are_calibrated_as_one_by_one(config, monkeypatch, llama_model, tokenizer, text):
+    config = method(config, sparsity=0.6, weighting="rms", allocation="global")
+    ids = windows(tokenizer, text, count=9, length=32)
+
+    def calibrated():
+        shapes = []
+        hook = llama_model.model.layers[2].register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:2]))
+        profile = calibrate(llama_model, tokenizer, {"input_ids": ids}, config, progress=False)
+        hook.remove()
+        return profile.entries[0].sites, set(map(tuple, shapes))
+
+    monkeypatch.setattr("countdown.memory.CPU_TOKENS", 32)
+    alone, shapes = calibrated()
+    assert shapes == {(1, 32)}
+    monkeypatch.setattr("countdown.memory.CPU_TOKENS", 5 * 32)
+    together, shapes = calibrated()
+    assert (5, 32) in shapes
+    for name, artifacts in alone.items():
+        for artifact, value in artifacts.items():
+            torch.testing.assert_close(together[name][artifact], value, rtol=2e-3, atol=1e-6)
 
 
 def test_texts_and_strings_do_not_mix(llama_model, tokenizer, text):

@@ -85,10 +85,29 @@ def test_a_layer_that_stays_dense_is_noticed(sparse, ids):
 
 def test_a_large_vocabulary_is_summed_in_pieces(sparse, ids, monkeypatch):
     whole = evaluate(sparse, ids, progress=False)
-    monkeypatch.setattr("countdown.evaluation.evaluate.LOGITS_AT_ONCE", 257 * 7)
+    monkeypatch.setattr("countdown.memory.CPU_LOGITS", 257 * 7)
     pieces = evaluate(sparse, ids, progress=False)
     assert pieces.tokens == whole.tokens
     assert (pieces.perplexity, pieces.kl) == pytest.approx((whole.perplexity, whole.kl), rel=1e-6)
+
+
+def test_windows_run_together_and_count_as_one_by_one(sparse, tokenizer, text, monkeypatch):
+    rows = windows(tokenizer, text[20000:], count=7, length=32)
+    uneven = {"input_ids": [*rows[:5], rows[5, :20], *rows[6:]]}
+    shapes = []
+    hook = sparse.model.layers[0].register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape[:2])))
+    together = evaluate(sparse, uneven, progress=False)
+    assert shapes == [shape for shape in ((5, 32), (1, 20), (1, 32)) for _ in ("dense", "sparse")]
+    monkeypatch.setattr("countdown.memory.CPU_TOKENS", 1)
+    shapes.clear()
+    alone = evaluate(sparse, uneven, progress=False)
+    hook.remove()
+    assert len(shapes) == 14
+    assert (together.tokens, together.top1) == (alone.tokens, alone.top1) == (6 * 31 + 19, alone.top1)
+    assert together.realised_sparsity == alone.realised_sparsity
+    assert (together.perplexity, together.dense_perplexity, together.kl) == pytest.approx(
+        (alone.perplexity, alone.dense_perplexity, alone.kl), rel=1e-5
+    )
 
 
 def test_bad_input(sparse, ids):

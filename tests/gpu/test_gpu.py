@@ -12,6 +12,7 @@ import countdown
 import oracle
 from calls import DISPATCHED, arguments
 from countdown.benchmark.timing import floor_rate
+from countdown.calibration.sketch import MagnitudeSketch
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
 from tiny import FAMILIES
@@ -115,6 +116,16 @@ def test_calibration_and_evaluation_are_those_of_the_cpu(protocol, tokenizer, te
     assert results[0].realised_sparsity == pytest.approx(results[1].realised_sparsity, abs=1e-3)
     assert results[0].perplexity == pytest.approx(results[1].perplexity, rel=1e-2)
     assert results[0].kl == pytest.approx(results[1].kl, rel=2e-2)
+
+
+def test_sketches_are_those_of_the_cpu():
+    values = torch.randn(3, 5000)
+    on_cpu, on_gpu_ = MagnitudeSketch(), MagnitudeSketch("cuda")
+    on_cpu.add(values, values.square())
+    on_gpu_.add(values.cuda(), values.cuda().square())
+    assert torch.equal(on_gpu_.counts.cpu(), on_cpu.counts)
+    torch.testing.assert_close(on_gpu_.losses.cpu(), on_cpu.losses)
+    torch.testing.assert_close(on_gpu_.quantile(0.7).cpu(), on_cpu.quantiles(torch.tensor([0.7])))
 
 
 def test_what_is_timed_keeps_its_memory():

@@ -12,10 +12,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from countdown.config import LOGITS_AT_ONCE, check_choice
+from countdown.config import check_choice
 from countdown.errors import ConfigError, CountdownError
 from countdown.loading import cache_argument, check_context
-from countdown.modules import running
+from countdown.memory import batches, logits_at_once
+from countdown.modules import running, sparse_modules
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
 from countdown.text import unpadded
@@ -88,14 +89,27 @@ class Sums:
 
     def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
         """Add scored positions: logits `[n, vocabulary]` and the tokens that followed, `[n]`."""
-        step = max(1, LOGITS_AT_ONCE // dense.shape[-1])
-        for p, q, t in zip(dense.split(step), sparse.split(step), targets.split(step), strict=True):
-            log_p, log_q = F.log_softmax(p.float(), dim=-1), F.log_softmax(q.float(), dim=-1)
-            self.nll += F.nll_loss(log_q, t, reduction="sum").item()
-            self.dense_nll += F.nll_loss(log_p, t, reduction="sum").item()
-            self.kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-            self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.tokens += len(t)
+        step = logits_at_once(dense)
+        parts = zip(dense.split(step), sparse.split(step), targets.split(step), strict=True)
+        # Read back once: each time, a GPU would wait.
+        nll, dense_nll, kl, agree = torch.stack([_scores(*part) for part in parts]).sum(dim=0).tolist()
+        self.nll += nll
+        self.dense_nll += dense_nll
+        self.kl += kl
+        self.agree += int(agree)
+        self.tokens += len(targets)
+
+
+def _scores(dense: Tensor, sparse: Tensor, targets: Tensor) -> Tensor:
+    """Return what these positions add to the first four of `Sums`, float64 `[4]`."""
+    log_p, log_q = F.log_softmax(dense.float(), dim=-1), F.log_softmax(sparse.float(), dim=-1)
+    found = (
+        F.nll_loss(log_q, targets, reduction="sum"),
+        F.nll_loss(log_p, targets, reduction="sum"),
+        F.kl_div(log_q, log_p, reduction="sum", log_target=True),
+        (log_p.argmax(-1) == log_q.argmax(-1)).sum(),
+    )
+    return torch.stack([one.double() for one in found])
 
 
 def evaluate(
@@ -133,19 +147,31 @@ def evaluate(
     score = _score_all if protocol == "all" else _score_decode
     sums, sparse_tokens = Sums(), 0
     with torch.inference_mode():
-        for sequence in track(sequences, f"evaluating ({protocol})", show=progress):
-            sparse_tokens += score(model, sequence[None].to(device), sums)
+        for batch in track(_batches(model, sequences, protocol), f"evaluating ({protocol})", show=progress):
+            sparse_tokens += score(model, batch.to(device), sums)
     return _result(model, protocol, sums, sparse_tokens)
 
 
-def _score_all(model: nn.Module, window: Tensor, sums: Sums) -> int:
-    """Score every next-token prediction within a window; return how many tokens were fed sparsely."""
+def _batches(model: nn.Module, sequences: Sequence[Tensor], protocol: str) -> list[Tensor]:
+    """Return the sequences as they run, int64 `[sequences, length]`."""
+    if protocol == "decode":  # as a model decodes one sequence, with the kernels for that
+        return [sequence[None] for sequence in sequences]
+    weight = next(model.parameters())
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    terms = max(module.terms for module in sparse_modules(model).values())
+    # Dense and sparse.
+    return batches(sequences, weight.device, terms=terms, logits=2 * vocabulary * weight.element_size())
+
+
+def _score_all(model: nn.Module, batch: Tensor, sums: Sums) -> int:
+    """Score every next-token prediction within windows `[n, length]`; return how many tokens were fed sparsely."""
     with running(model, "dense"):
-        dense = model(window, use_cache=False).logits
+        dense = model(batch, use_cache=False).logits
     with running(model, "all"):
-        sparse = model(window, use_cache=False).logits
-    sums.add(dense[0, :-1], sparse[0, :-1], window[0, 1:])
-    return window.numel()
+        sparse = model(batch, use_cache=False).logits
+    for p, q, window in zip(dense, sparse, batch, strict=True):
+        sums.add(p[:-1], q[:-1], window[1:])
+    return batch.numel()
 
 
 def _score_decode(model: nn.Module, window: Tensor, sums: Sums) -> int:

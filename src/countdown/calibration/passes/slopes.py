@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.passes._base import Assignment
-from countdown.config import LOGITS_AT_ONCE
 from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.memory import logits_at_once
 from countdown.modules import observed
 from countdown.ops.reference import drop_smallest
 from countdown.sites import Site
@@ -145,7 +145,7 @@ class _SlopeRun:
 
 def _kl_gradient(dense: Tensor, sparse: Tensor) -> Tensor:
     """Return the derivative of the summed KL(dense ‖ sparse) by the sparse logits: softmax(sparse) - softmax(dense)."""
-    step = max(1, LOGITS_AT_ONCE // dense.shape[-1])
+    step = logits_at_once(dense)
     pairs = zip(dense.split(step, dim=1), sparse.split(step, dim=1), strict=True)
     return torch.cat([(q.float().softmax(-1) - p.float().softmax(-1)).to(q.dtype) for p, q in pairs], dim=1)
 
