@@ -19,6 +19,7 @@ from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
 from countdown.registry import Registry, instances_of
 from countdown.sites import Site
+from countdown.sites.decoder import decoder_of
 from countdown.sums import Sum
 from countdown.weights import Weight
 
@@ -111,7 +112,7 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
 
     The head is left out: the vocabulary's logits cost more than a layer.
     """
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder, _ = decoder_of(model)
     device = next(model.parameters()).device
 
     def feed(sequence: Tensor) -> None:
