@@ -126,6 +126,6 @@ def _layer(site: SiteStatus, found: SelectorQuality | None) -> Layer:
 
 def _curve(activity: Sequence[float]) -> list[float]:
     """Return `CURVE` points of the shares, sorted, largest first."""
-    falling = torch.tensor(activity).sort(descending=True).values
-    places = torch.linspace(0, len(falling) - 1, CURVE).round().long()
+    falling = torch.tensor(activity, dtype=torch.float32, device="cpu").sort(descending=True).values
+    places = torch.linspace(0, len(falling) - 1, CURVE, dtype=torch.float32, device="cpu").round().long()
     return [round(share, 5) for share in falling[places].tolist()]

@@ -208,7 +208,7 @@ def _geometric(values: Sequence[float]) -> Interval:
 def _perplexity(model: nn.Module, prompt: Tensor, tokens: Sequence[int]) -> float:
     """Return the perplexity of new tokens after a prompt `[1, n]`, in one call, as the model now runs."""
     device = next(model.parameters()).device
-    new = torch.tensor(tokens, device=device)
+    new = torch.tensor(tokens, device=device, dtype=torch.int64)
     ids = torch.cat([prompt[0].to(device), new])[None]
     # The logits that predict the new tokens: from the prompt's last to the last but one.
     logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
