@@ -265,6 +265,8 @@ class ObservedSite(nn.Module):
         super().__init__()
         self._site = site
         self._observe = observe
+        # The model's parameters are there meanwhile, under their names.
+        self._modules, self._parameters = site.module._modules, site.module._parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum over the active terms that the observer names."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.test_cli import run
 from countdown.loading import Source, load_model, load_skeleton
+from tiny import byte_tokenizer, llama
 
 QUANTISED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
@@ -75,3 +76,38 @@ def test_another_failure_of_a_plain_checkpoint_keeps_its_reason(model_folder, tm
     for load in (load_model, load_skeleton):
         with pytest.raises(Exception, match="nonesuch"):
             load(Source.parse(str(model)))
+
+
+@pytest.fixture(scope="module")
+def damaged(model_folder, tmp_path_factory) -> Path:
+    """A folder with a profile `p`, and `model`: that model with a NaN among its weights."""
+    folder = tmp_path_factory.mktemp("damaged")
+    made = ("--method", "cats", "--tokens", "512", "-q")
+    assert run("calibrate", model_folder, "-o", "p", *made, cwd=folder).returncode == 0
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[2, 3] = torch.nan
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("one\ntwo\n")
+    return folder
+
+
+NAMED = "model.layers.1.mlp.down_proj.weight holds NaN or infinity"
+ON_DAMAGED = {
+    "a text": ["evaluate", "model", "--profile", "p", "--windows", "1"],
+    "prompts": ["evaluate", "model", "--profile", "p", "--prompts", "prompts.txt", "--max-new-tokens", "2"],
+    "calibration": ["calibrate", "model", "-o", "new", "--method", "cats", "--tokens", "512"],
+    "a choice": ["calibrate", "model", "-o", "new", "--tokens", "2048"],
+}
+
+
+@pytest.mark.filterwarnings("ignore::countdown.errors.ProfileWarning")
+@pytest.mark.parametrize("arguments", ON_DAMAGED.values(), ids=ON_DAMAGED)
+def test_weights_that_are_not_finite_end_a_command_and_are_named(arguments, damaged):
+    wants_json = arguments[0] == "evaluate"
+    before = sorted(damaged.rglob("*"))
+    result = run(*arguments, "-q", *(["--json", "found.json"] if wants_json else []), cwd=damaged)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert NAMED in result.stderr.splitlines()[-1]
+    assert sorted(damaged.rglob("*")) == before

@@ -62,7 +62,15 @@ def prediction_intervals(
     d = torch.tensor(differences, dtype=torch.float64, device="cpu")
     reach = _factor(d, others, seed) * _standard_error(d, others)
     pairs = zip((d.mean(dim=1) - reach).tolist(), (d.mean(dim=1) + reach).tolist(), strict=True)
-    return [(math.expm1(low), math.expm1(high)) for low, high in pairs]
+    return [(_rise(low), _rise(high)) for low, high in pairs]
+
+
+def _rise(nats: float) -> float:
+    """Return the rise of perplexity, as a share; infinite where the spread of a useless cell is that wide."""
+    try:
+        return math.expm1(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _standard_error(d: Tensor, others: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError, TextError
-from countdown.evaluation.evaluate import check_sparse, overall, perplexity
+from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
 from countdown.modules import APPLY_TO, running
@@ -150,7 +150,7 @@ def compare_continuations(
     Raises:
         UnsupportedModelError: The model is not sparsified.
         ConfigError: No or an empty prompt, too few new tokens, or more tokens than the model's context.
-        CountdownError: Some token was not computed sparsely in some layer.
+        CountdownError: Some token was not computed sparsely in some layer, or logits are not finite.
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     if max_new_tokens < 2:
@@ -213,6 +213,7 @@ def _perplexity(model: nn.Module, prompt: Tensor, tokens: Sequence[int]) -> floa
     # The logits that predict the new tokens: from the prompt's last to the last but one.
     logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), new, reduction="sum").item()
+    check_scored(model, Sums(nll=nll, dense_nll=nll, tokens=len(tokens)), "the model")
     return perplexity(nll, len(tokens))
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
-from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.errors import UnsupportedModelError
+from countdown.finite import not_finite
 from countdown.methods import Method
 from countdown.modules import Observer, observed
 from countdown.profiles.profile import Entry
@@ -122,14 +123,11 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
         yield feed
 
 
-def check_finite(site: Site, factors: tuple[Tensor, ...]) -> None:
+def check_finite(model: nn.Module, site: Site, factors: tuple[Tensor, ...]) -> None:
     """Raise CountdownError unless every factor is finite."""
     # A sum is finite only if every term is; one read-back for each site and sequence.
     if not bool(torch.stack([factor.float().sum() for factor in factors]).sum().isfinite()):
-        raise CountdownError(
-            f"activations of {site.name} are not finite in {factors[0].dtype}; calibrate in a wider dtype "
-            "(--dtype bfloat16)."
-        )
+        raise not_finite(f"activations of {site.name} are", model)
 
 
 def never_ran(name: str) -> UnsupportedModelError:

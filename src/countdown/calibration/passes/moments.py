@@ -49,7 +49,7 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
     sums: dict[str, dict[Moment, Tensor]] = {name: {} for name in wanted}
 
     def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
-        check_finite(site, factors)
+        check_finite(run.model, site, factors)
         seen = {INPUT: x, **dict(zip(sum_.factors, factors, strict=True))}
         for moment in wanted[site.name]:
             powers = seen[moment.factor].flatten(0, -2).double() ** moment.order

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from countdown.artifacts import POINTS
-from countdown.calibration.passes._base import Assignment, Run, check_finite, decoding, never_ran
+from countdown.calibration.passes._base import Run, check_finite, decoding, never_ran
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.progress import track
 from countdown.sites import Site
@@ -88,7 +88,7 @@ def sketch_sparse(
     Raises:
         CountdownError: An activation is not finite.
     """
-    passing = _SparsePass(run.assigned, losses)
+    passing = _SparsePass(run, losses)
     with decoding(run.model, [one.site for one in run.assigned], passing.observe) as feed:
         for sequence in track(sequences, f"calibrating, {label}", show=run.progress):
             passing.levels = next(schedule)
@@ -102,16 +102,17 @@ def sketch_sparse(
 class _SparsePass:
     """Masks every site at its present level and sketches what it saw."""
 
-    def __init__(self, assigned: Sequence[Assignment], losses: bool) -> None:
-        self.sketches = {one.site.name: SiteSketches() for one in assigned}
+    def __init__(self, run: Run, losses: bool) -> None:
+        self.sketches = {one.site.name: SiteSketches() for one in run.assigned}
         self.levels: Mapping[str, float] = {}
-        self._assigned = {one.site.name: one for one in assigned}
+        self._model = run.model
+        self._assigned = {one.site.name: one for one in run.assigned}
         self._norms = {
             n: one.site.sum.weights[-1].column_norms().float() for n, one in self._assigned.items() if losses
         }
 
     def observe(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
-        check_finite(site, factors)
+        check_finite(self._model, site, factors)
         value = self._assigned[site.name].indicator(sum_, x, factors)
         level = self.levels[site.name]
         sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
