@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
     return torch.device(device)
@@ -119,13 +121,14 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source), "output_loading_info": True}
     if source.gguf_file:
         arguments |= _dequantise()
-    with explained(source):
-        model, found = _auto_class(source).from_pretrained(source.name, **arguments)
-    if missing := sorted(found["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
-            "copy may be incomplete."
-        )
+    with _plain_or_said(source):
+        with explained(source):
+            model, found = _auto_class(source).from_pretrained(source.name, **arguments)
+        if missing := sorted(found["missing_keys"]):
+            raise UnsupportedModelError(
+                f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
+                "copy may be incomplete."
+            )
     result: nn.Module = model.to(place).eval()
     return result
 
@@ -149,17 +152,58 @@ def load_skeleton(source: Source) -> nn.Module:
 
     Raises:
         ConfigError: Nothing loadable under this name.
+        UnsupportedModelError: Its weights are quantised: in bytes they are not what its structure says.
     """
     from transformers import AutoConfig
 
     with explained(source):
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
+        if how := _quantised_by(config):
+            raise _quantised(source, how)
         with torch.device("meta"):
             auto = _auto_class(source)
             # A GGUF file's config has no dtype: it is counted as what it is loaded as.
             own = {"dtype": resolve_dtype("auto", source)} if source.gguf_file else {}
             model: nn.Module = auto.from_config(config, trust_remote_code=source.trust_remote_code, **own)
     return model.eval()
+
+
+@contextmanager
+def _plain_or_said(source: Source) -> Iterator[None]:
+    """Within the context a model loads: where it cannot and is quantised, that is why, whatever transformers says."""
+    try:
+        yield
+    except (ConfigError, UnsupportedModelError) as error:
+        from transformers import AutoConfig
+
+        try:
+            how = _quantised_by(AutoConfig.from_pretrained(source.name, **source.arguments()))
+        except Exception:  # the config is what cannot be read
+            how = None
+        if how is None:
+            raise
+        raise _quantised(source, how) from error
+
+
+def _quantised(source: Source, how: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source.label} is quantised ({how}), and countdown computes with plain weights: take the checkpoint that it "
+        "was made from, or a GGUF file, which is dequantised as it loads."
+    )
+
+
+def _quantised_by(config: Any) -> str | None:
+    """Return how a checkpoint's weights are quantised, as its configuration says (`gptq, 4 bits`), or None."""
+    parts = [config, config.get_text_config()]
+    names = ("quantization_config", "compression_config")
+    found = next((given for part in parts for name in names if (given := getattr(part, name, None))), None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "a method it does not name"
+    in_bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    bits = settings.get("bits") or next((n for name, n in in_bits.items() if settings.get(name)), None)
+    return f"{method}, {bits} bits" if bits else str(method)
 
 
 def load_tokenizer(source: Source | str) -> Any:

@@ -16,6 +16,7 @@ def ran_out(error: Exception) -> bool:
     # Of a CPU torch raises a RuntimeError that says so.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
+
 # Bytes that a batch of a pass over a text may take beside the weights; see `batches`.
 BATCH_BYTES = 2 << 30
 # On a CPU the products of one usual window fill all cores, and larger batches only leave its caches.

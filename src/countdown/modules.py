@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import Artifacts
+from countdown.autocast import without_autocast
 from countdown.errors import ProfileError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.ops import backends
@@ -191,7 +192,7 @@ class SparseModule(nn.Module):
 
     def make_parts(self) -> None:
         """Make the selector's parts from the weights as they are now."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast():
             self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
 
     def lay_out(self) -> None:
@@ -199,7 +200,7 @@ class SparseModule(nn.Module):
 
         What is unpickled on another device is not: call `model.to(device)`, which does.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast():
             parts = [part.to(self.per_term.device) for part in self.parts]
             sum_ = self.site.sum
             weights, laid_out = self._chosen(laid_out=False).lay_out(sum_, parts)
@@ -264,6 +265,8 @@ class ObservedSite(nn.Module):
         super().__init__()
         self._site = site
         self._observe = observe
+        # The model's parameters are there meanwhile, under their names.
+        self._modules, self._parameters = site.module._modules, site.module._parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum over the active terms that the observer names."""

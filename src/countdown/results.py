@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -66,16 +67,25 @@ def versions() -> dict[str, str]:
 
 
 def write(target: str | Path, document: Any) -> None:
-    """Write JSON to a file, see `files.write_text`, or to stdout for `-`.
+    """Write JSON to a file, see `files.write_text`, or to stdout for `-`, with null for what is not finite.
 
     Raises:
         AccidentError: The file cannot be written.
     """
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if str(target) == "-":
         sys.stdout.write(text)
         return
     write_text(Path(target), text)
+
+
+def _finite(value: Any) -> Any:
+    """Return a document with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:

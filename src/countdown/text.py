@@ -159,8 +159,8 @@ def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is None or not len(ids):
         raise TextError("the batch has no input_ids; give what a tokenizer returns, or text.")
-    rows = [torch.as_tensor(row) for row in ids]
-    kept = [torch.ones_like(row) for row in rows] if mask is None else [torch.as_tensor(row) for row in mask]
+    rows = [_integers(row) for row in ids]
+    kept = [torch.ones_like(row) for row in rows] if mask is None else [_integers(row) for row in mask]
     shapes = [[tuple(row.shape) for row in some] for some in (rows, kept)]
     if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
         raise TextError("input_ids and attention_mask do not fit together; expected [n, length] of both.")
@@ -168,6 +168,10 @@ def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
     if not all(len(sequence) for sequence in sequences):
         raise TextError("a sequence of the batch is empty, or nothing but padding.")
     return sequences
+
+
+def _integers(row: Any) -> Tensor:
+    return row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.int64, device="cpu")
 
 
 def windows(
@@ -188,7 +192,9 @@ def windows(
         TextError: The text is too short for one window, or for `count`.
     """
     text = texts if isinstance(texts, str) else "\n".join(texts)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+    )
     available = len(ids) // length
     needed = at_least if count is None else count
     if available < needed:
@@ -200,5 +206,5 @@ def windows(
     rows = ids[: wanted * length].view(wanted, length)
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        rows = torch.cat([torch.full((wanted, 1), bos), rows[:, :-1]], dim=1)
+        rows = torch.cat([torch.full((wanted, 1), bos, dtype=torch.int64, device="cpu"), rows[:, :-1]], dim=1)
     return rows

@@ -81,6 +81,13 @@ def test_a_layer_that_stays_dense_is_noticed(sparse, tokenizer):
         compared(sparse, tokenizer)
 
 
+def test_weights_that_are_not_finite_are_named(sparse, tokenizer):
+    with torch.no_grad():
+        sparse.lm_head.weight[3] = torch.nan
+    with pytest.raises(CountdownError, match=r"logits of the dense model are not finite: lm_head\.weight"):
+        compared(sparse, tokenizer)
+
+
 def test_records_are_flat(sparse, tokenizer):
     first, *rest = compared(sparse, tokenizer).records()
     assert (first["scope"], first["prompts"], first["apply_to"]) == ("all prompts", 4, "decode")

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 import countdown
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
+from countdown.finite import not_finite
 from countdown.loading import cache_argument
 from countdown.methods import method
 from countdown.modules import running, sparse_modules
@@ -108,6 +109,39 @@ def test_windows_run_together_and_count_as_one_by_one(sparse, tokenizer, text, m
     assert (together.perplexity, together.dense_perplexity, together.kl) == pytest.approx(
         (alone.perplexity, alone.dense_perplexity, alone.kl), rel=1e-5
     )
+
+
+def test_weights_that_are_not_finite_are_named(sparse, ids):
+    with torch.no_grad():
+        sparse.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(
+        CountdownError, match=r"logits of the dense model are not finite: model\.layers\.1\.mlp\.up_proj"
+    ):
+        evaluate(sparse, ids, progress=False)
+
+
+def test_logits_of_the_sparse_model_alone(sparse, ids):
+    module = sparse_modules(sparse)["model.layers.1.mlp"]
+    module.register_forward_hook(lambda module, _, y: y if module.forced_dense else y * torch.inf)
+    with pytest.raises(CountdownError, match=r"logits of the sparse model are not finite in float32\..*no wider dtype"):
+        evaluate(sparse, ids, progress=False)
+
+
+def test_a_perplexity_beyond_numbers_is_said(sparse, ids):
+    with torch.no_grad():
+        sparse.get_output_embeddings().weight.mul_(1e7)
+    with pytest.raises(CountdownError, match=r"perplexity of the dense model is beyond what a number holds, e\^\d+:"):
+        evaluate(sparse, ids, progress=False)
+
+
+@pytest.mark.parametrize(
+    "dtype, remedy", [(torch.float16, "--dtype bfloat16"), (torch.bfloat16, "--dtype float32"), (torch.float32, None)]
+)
+def test_the_remedy_is_a_dtype_that_holds_more(dtype, remedy):
+    said = str(not_finite("activations are", llama(dtype)))
+    assert said.startswith(f"activations are not finite in {str(dtype).removeprefix('torch.')}")
+    assert said.count("--dtype") == (remedy is not None)
+    assert remedy is None or remedy in said
 
 
 def test_bad_input(sparse, ids):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown.autocast import without_autocast
 from countdown.calibration.passes import PASSES, Assignment, Run
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, TextError
@@ -38,7 +39,8 @@ def calibrate(
 ) -> Profile:
     """Estimate what a method needs and return it as a profile.
 
-    Activations are streamed and not kept: memory does not grow with `tokens`.
+    Activations are streamed and not kept: memory does not grow with `tokens`. Under `torch.autocast` it computes as
+    outside of it.
 
     Args:
         model: A dense causal language model of transformers, in eval mode. It is left as it was.
@@ -68,6 +70,7 @@ def calibrate(
     return calibrate_all(model, tokenizer, texts, [config], tokens=tokens, progress=progress)[0]
 
 
+@without_autocast()
 def calibrate_all(
     model: nn.Module,
     tokenizer: Any,
@@ -106,7 +109,7 @@ def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Ten
 
 
 def _spread(rows: Tensor, count: int) -> list[Tensor]:
-    return list(rows[torch.arange(count) * len(rows) // count])
+    return list(rows[torch.arange(count, dtype=torch.int64, device="cpu") * len(rows) // count])
 
 
 def _loaded(texts: Texts) -> list[Text]:
@@ -145,7 +148,7 @@ def _shuffled(sequences: list[Tensor], texts: list[Text]) -> list[Tensor]:
     """Return the sequences of several texts in another order, so that a stride takes some of each."""
     if len(texts) < 2:
         return sequences
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
     return [sequences[index] for index in order.tolist()]
 
 

@@ -203,7 +203,9 @@ class Session:
     def _windows(self) -> tuple[Tensor, Tensor]:
         """The windows to evaluate on, and the others, dealt at random."""
         every = windows(self._tokenizer, self.text.content, at_least=self.protocol.windows)
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.protocol.seed))
+        order = torch.randperm(
+            len(every), generator=torch.Generator().manual_seed(self.protocol.seed), dtype=torch.int64, device="cpu"
+        )
         count = self.protocol.windows
         return every[order[:count]], every[order[count : 2 * count]]
 

@@ -149,7 +149,7 @@ def trial_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
             "tokens, or name a method."
         )
     # Several texts take turns: in another order, some of each is held out.
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
     return [sequences[place] for place in order.tolist()]
 
 

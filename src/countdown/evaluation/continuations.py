@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError, TextError
-from countdown.evaluation.evaluate import check_sparse, overall, perplexity
+from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
 from countdown.loading import check_context
@@ -169,7 +169,7 @@ def compare_continuations(
     Raises:
         UnsupportedModelError: The model is not sparsified.
         ConfigError: No or an empty prompt, too few new tokens, or more tokens than the model's context.
-        CountdownError: Some token was not computed sparsely in some layer.
+        CountdownError: Some token was not computed sparsely in some layer, or logits are not finite.
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     if max_new_tokens < 2:
@@ -227,11 +227,12 @@ def _geometric(values: Sequence[float]) -> Interval:
 def _perplexity(model: nn.Module, prompt: Tensor, tokens: Sequence[int]) -> float:
     """Return the perplexity of new tokens after a prompt `[1, n]`, in one call, as the model now runs."""
     device = next(model.parameters()).device
-    new = torch.tensor(tokens, device=device)
+    new = torch.tensor(tokens, device=device, dtype=torch.int64)
     ids = torch.cat([prompt[0].to(device), new])[None]
     # The logits that predict the new tokens: from the prompt's last to the last but one.
     logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), new, reduction="sum").item()
+    check_scored(model, Sums(nll=nll, dense_nll=nll, tokens=len(tokens)), "the model")
     return perplexity(nll, len(tokens))
 
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError, CountdownError
+from countdown.finite import not_finite
 from countdown.loading import cache_argument, check_context
 from countdown.memory import batches, logits_at_once
 from countdown.modules import running, sparse_modules
@@ -22,6 +23,8 @@ from countdown.sparsify import SiteStatus, reset_counters, status
 from countdown.text import unpadded
 
 PROTOCOLS = ("all", "decode")
+# Of a mean negative log-likelihood: beyond, exp overflows.
+MOST_NATS = 700.0
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
 _SHORTEST = {"all": 2, "decode": 3}
 
@@ -127,7 +130,7 @@ def evaluate(
     Raises:
         UnsupportedModelError: The model is not sparsified.
         ConfigError: Unknown protocol, or windows too short or longer than the model's context.
-        CountdownError: Some scored token was not computed sparsely in some layer.
+        CountdownError: Some scored token was not computed sparsely in some layer, or logits are not finite.
 
     Example:
         ids = windows(tokenizer, countdown.load_text("python-docs", "evaluation").content, count=2)
@@ -149,6 +152,7 @@ def evaluate(
     with torch.inference_mode():
         for batch in track(_batches(model, sequences, protocol), f"evaluating ({protocol})", show=progress):
             sparse_tokens += score(model, batch.to(device), sums)
+    check_scored(model, sums, "the sparse model")
     return _result(model, protocol, sums, sparse_tokens)
 
 
@@ -197,11 +201,28 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """Return exp of the mean negative log-likelihood."""
-    try:
-        return math.exp(nll / tokens)
-    except OverflowError:
-        return math.inf
+    """Return exp of the mean negative log-likelihood, which `check_scored` has seen."""
+    return math.exp(nll / tokens)
+
+
+def check_scored(model: nn.Module, sums: Sums, who: str) -> None:
+    """Raise CountdownError unless quality can be told of what was scored.
+
+    Args:
+        model: What computed it.
+        sums: Of a whole text or a part of it.
+        who: What the model is called where it is not run dense.
+    """
+    for name, nll in (("the dense model", sums.dense_nll), (who, sums.nll)):
+        if not math.isfinite(nll):
+            raise not_finite(f"the logits of {name} are", model)
+        if nll / sums.tokens > MOST_NATS:
+            raise CountdownError(
+                f"the perplexity of {name} is beyond what a number holds, e^{nll / sums.tokens:.0f}: it finds the text "
+                "all but impossible."
+            )
+    if not math.isfinite(sums.kl):
+        raise not_finite(f"the logits of the dense model or of {who} are", model)
 
 
 def check_sparse(sites: Sequence[SiteStatus], tokens: int) -> None:

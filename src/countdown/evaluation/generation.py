@@ -89,7 +89,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> torch.Te
     else:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def generate(

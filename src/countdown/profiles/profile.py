@@ -424,7 +424,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor:
     multipliers = found.get(MULTIPLIERS.name)
-    multipliers = torch.ones(terms) if multipliers is None else multipliers
+    multipliers = torch.ones(terms, dtype=torch.float32, device="cpu") if multipliers is None else multipliers
     if method.decision == "topk":
         return multipliers
     if THRESHOLDS.name not in found:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
-from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.errors import UnsupportedModelError
+from countdown.finite import not_finite
 from countdown.memory import batches
 from countdown.methods import Method
 from countdown.modules import Observer, observed
@@ -20,6 +21,7 @@ from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
 from countdown.registry import Registry, instances_of
 from countdown.sites import Site
+from countdown.sites.decoder import decoder_of
 from countdown.sums import Sum
 from countdown.weights import Weight
 
@@ -118,9 +120,9 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
 
     The head is left out: the vocabulary's logits cost more than a layer.
     """
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder, _ = decoder_of(model)
     device = next(model.parameters()).device
-    finite = _Finite(device)
+    finite = _Finite(model, device)
 
     def checked(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
         finite.add(site, factors)
@@ -137,26 +139,23 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
 class _Finite:
     """Whether the factors of every site are finite, read back once a batch: each time, a GPU would wait."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[tuple[str, torch.dtype], Tensor] = {}
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, site: Site, factors: tuple[Tensor, ...]) -> None:
         # A sum is finite only if every term is.
         total = torch.stack([factor.sum(dtype=torch.float32) for factor in factors]).sum().to(self._device)
-        key = site.name, factors[0].dtype
-        self._sums[key] = total + self._sums.get(key, 0)
+        self._sums[site.name] = total + self._sums.get(site.name, 0)
 
     def check(self) -> None:
         """Raise CountdownError for the first site of the batch that is not."""
         if not self._sums:
             return
         found = torch.stack(list(self._sums.values())).isfinite().tolist()
-        for (name, dtype), finite in zip(self._sums, found, strict=True):
+        for name, finite in zip(self._sums, found, strict=True):
             if not finite:
-                raise CountdownError(
-                    f"activations of {name} are not finite in {dtype}; calibrate in a wider dtype (--dtype bfloat16)."
-                )
+                raise not_finite(f"activations of {name} are", self._model)
         self._sums.clear()
 
 

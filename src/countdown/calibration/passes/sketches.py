@@ -28,7 +28,9 @@ class SiteSketches:
 
     def thresholds(self) -> Tensor:
         """Return thresholds for sparsities 0, 0.001, ..., 0.999, float32 `[1000]`, the first -1."""
-        return torch.cat([torch.tensor([-1.0]), self._curve(MagnitudeSketch.quantiles).float()])
+        return torch.cat(
+            [torch.tensor([-1.0], dtype=torch.float32, device="cpu"), self._curve(MagnitudeSketch.quantiles).float()]
+        )
 
     def errors(self, terms: int) -> Tensor:
         """Return the expected squared error of the output at those sparsities, float64 `[1000]`, the first 0.
@@ -40,7 +42,7 @@ class SiteSketches:
         def per_token(sketch: MagnitudeSketch, q: Tensor) -> Tensor:
             return sketch.lost(q) * terms / int(sketch.counts.sum())
 
-        return torch.cat([torch.zeros(1, dtype=torch.float64), self._curve(per_token)])
+        return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), self._curve(per_token)])
 
     def _curve(self, value: Callable[[MagnitudeSketch, Tensor], Tensor]) -> Tensor:
         """Return a value at sparsities 0.001, ..., 0.999, from sketches made at some sparsities.
@@ -48,14 +50,14 @@ class SiteSketches:
         Between two of those, it is between theirs; beyond them, the nearest one's counts.
         """
         levels = sorted(self.by_level)
-        q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
+        q = torch.arange(1, POINTS, dtype=torch.float64, device="cpu") / POINTS
         by_level = torch.stack([value(self.by_level[level], q) for level in levels])
-        position = torch.tensor(levels, dtype=torch.float64)
+        position = torch.tensor(levels, dtype=torch.float64, device="cpu")
         above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
         below = (above - 1).clamp(min=0)
         gap = position[above] - position[below]
         share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
-        points = torch.arange(POINTS - 1)
+        points = torch.arange(POINTS - 1, dtype=torch.int64, device="cpu")
         # More sparsity never means less, whatever text the levels happened to see.
         return torch.lerp(by_level[below, points], by_level[above, points], share).cummax(0).values
 

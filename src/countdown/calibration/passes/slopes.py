@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.passes._base import Assignment
-from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.errors import UnsupportedModelError
+from countdown.finite import not_finite
 from countdown.memory import logits_at_once
 from countdown.modules import observed
 from countdown.ops.reference import drop_smallest
@@ -66,10 +67,7 @@ def kl_slopes(
             run.add(model, sequence.clone()[None].to(device))
     for name, change in run.changes.items():
         if not math.isfinite(change):
-            raise CountdownError(
-                f"the effect of {name} on the model's output is not finite; calibrate in a wider dtype "
-                "(--dtype bfloat16)."
-            )
+            raise not_finite(f"the effect of {name} on the model's output is", model)
     tokens = sum(sequence.numel() for sequence in sequences)
     widths = {name: high - low for name, (low, high) in ((name, chord(k)) for name, k in sparsities.items())}
     return {name: total / tokens / widths[name] for name, total in run.changes.items()}
