@@ -131,8 +131,11 @@ class Sum {
     // ---- sums over the active neurons
 
     void count() const {
-        call_.counters[0] += bits(terms_.counted);
-        for (int member = 0; member < team_.size; ++member) call_.counters[1] += space_.found[member].active;
+        int64_t active = 0;
+        for (int member = 0; member < team_.size; ++member) active += space_.found[member].active;
+        // Other threads of the program may run the same module.
+        __atomic_fetch_add(&call_.counters[0], bits(terms_.counted), __ATOMIC_RELAXED);
+        __atomic_fetch_add(&call_.counters[1], active, __ATOMIC_RELAXED);
     }
 
     // This thread's share of the neurons of all lists, taken together.
