@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ _GREEDY = {
     "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length", "pad_token_id", "temperature",
     "top_k", "top_p", "transformers_version", "use_cache", "_from_model_config",
 }  # fmt: skip
+
+# Of threads that generate; one that is called while it writes may.
+_TURNS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def generate(
 ) -> Generation:
     """Generate greedily: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
 
+    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it.
+
     Args:
         model: Dense or sparsified.
         tokenizer: Its tokenizer.
@@ -112,6 +118,13 @@ def generate(
     Raises:
         ConfigError: `max_new_tokens` is below 1, or prompt and new tokens exceed the model's context.
     """
+    with _TURNS:
+        return _generated(model, tokenizer, prompt, max_new_tokens, write)
+
+
+def _generated(
+    model: nn.Module, tokenizer: Any, prompt: torch.Tensor, max_new_tokens: int, write: Callable[[str], None]
+) -> Generation:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     check_context(model, prompt.shape[1] + max_new_tokens)

@@ -150,9 +150,14 @@ class Ran:
 
 
 class _Scratch(threading.local):
-    """Memory to work in, one for each thread that calls: making some for every call takes longer than a small call."""
+    """What each thread that calls has for itself.
+
+    That is the calls seen while it watches, and memory to work in: making some for every call takes longer than a small
+    call.
+    """
 
     def __init__(self) -> None:
+        self.seen: list[Ran] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, size: int) -> Tensor:
@@ -177,7 +182,6 @@ class Library:
         if functions.countdown_abi() != ABI:
             raise OSError(f"{path} belongs to another version of this package")
         self._functions = functions
-        self._seen: list[Ran] | None = None
         self._scratch = _Scratch()
         self._workspace = functions.countdown_workspace
         self._workspace.argtypes, self._workspace.restype = (_Pointer,), _Int
@@ -214,11 +218,12 @@ class Library:
         step = Step(_KINDS[type(call)], parts, ctypes.addressof(call))
         address = ctypes.byref(step)
         size = self._workspace(address)
-        memory = self._scratch.of(size) if self._seen is None else torch.empty(size, dtype=torch.uint8, device="cpu")
+        seen = self._scratch.seen
+        memory = self._scratch.of(size) if seen is None else torch.empty(size, dtype=torch.uint8, device="cpu")
         call.workspace = memory.data_ptr()
         self._run(address, 1)
-        if self._seen is not None:
-            self._seen.append(Ran.of(call, parts, [*tensors, memory]))
+        if seen is not None:
+            seen.append(Ran.of(call, parts, [*tensors, memory]))
 
     def again(self, row: Sequence[Ran], *, apart: bool = True) -> Callable[[], None]:
         """Return a call that runs these again, one after the other, to the same bits.
@@ -240,13 +245,13 @@ class Library:
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:
-        """Within the context, the calls that are run are added to the list."""
+        """Within the context, the calls that this thread runs are added to the list."""
         seen: list[Ran] = []
-        self._seen = seen
+        self._scratch.seen = seen
         try:
             yield seen
         finally:
-            self._seen = None
+            self._scratch.seen = None
 
 
 def _openmp() -> list[ctypes.c_void_p] | None:
