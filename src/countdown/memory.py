@@ -10,6 +10,12 @@ import torch
 from countdown.errors import ConfigError
 
 
+def ran_out(error: Exception) -> bool:
+    """Return whether an exception says that memory ran out."""
+    # Of a CPU torch raises a RuntimeError that says so.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def memory_for(total: int) -> Iterator[None]:
     """Within the context proxies are made, of so many bytes in all.
@@ -20,9 +26,7 @@ def memory_for(total: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Of a CPU torch raises a RuntimeError that says so.
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not total or not out:
+        if not total or not ran_out(error):
             raise
         raise ConfigError(
             f"memory ran out while making proxies, which take {total / 1e9:.2f} GB beside the weights: free some, or "
