@@ -5,8 +5,6 @@
 // same number of parts gives the same bits, whichever threads do them.
 #pragma once
 
-#include <atomic>
-
 #include "deciders.hpp"
 #include "threads.hpp"
 
@@ -138,9 +136,8 @@ class Sum {
     void count() const {
         int64_t active = 0;
         for (int part = 0; part < part_.count; ++part) active += space_.found[part].active;
-        // Other threads of the program may run the same module.
-        std::atomic_ref(call_.counters[0]).fetch_add(bits(terms_.seen.counted), std::memory_order_relaxed);
-        std::atomic_ref(call_.counters[1]).fetch_add(active, std::memory_order_relaxed);
+        add_to(&call_.counters[0], bits(terms_.seen.counted));
+        add_to(&call_.counters[1], active);
     }
 
     // This part's share of the neurons of all lists, taken together.

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
-#include <stdint.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -76,6 +75,8 @@ bool soon(Ready ready) {
 }
 
 }  // namespace
+
+void add_to(int64_t *count, int64_t more) { std::atomic_ref(*count).fetch_add(more, std::memory_order_relaxed); }
 
 // ---- threads of our own
 

@@ -1,6 +1,8 @@
 // Work in phases: a phase has parts, which any threads do in any order, all of them before the next phase starts.
 #pragma once
 
+#include <stdint.h>
+
 namespace countdown {
 
 // One of a phase's parts.
@@ -18,6 +20,9 @@ struct Phases {
 
     void run(int phase, int index) const { work(data, phase, Part{index, parts}); }
 };
+
+// Add to a count that other threads of the program may add to. Compiled once, not for every instruction set.
+void add_to(int64_t *count, int64_t more);
 
 // On the threads of the OpenMP runtime that torch runs on, which threads of our own would fight for cores while they
 // spin: for calls between operations of torch. On our own where there is none.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from countdown.profiles.profile import Profile
     from countdown.profiles.recipe import Recipe, RecipeEntry, recipe
     from countdown.sparsify import export, from_pretrained, reset_counters, restore_, sparsify_, status
-    from countdown.text import load_text
+    from countdown.text import load_text, windows
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
@@ -65,6 +65,7 @@ _HOMES = {
     "restore_": "countdown.sparsify",
     "sparsify_": "countdown.sparsify",
     "status": "countdown.sparsify",
+    "windows": "countdown.text",
 }
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "restore_",
     "sparsify_",
     "status",
+    "windows",
 ]
 
 

@@ -31,3 +31,9 @@ def check_fields(what: str, given: Mapping[str, Any], known: Iterable[str]) -> N
     for name in given:
         if name not in known:
             raise ConfigError(f"{what} has no field '{name}'; it has: {', '.join(known)}.{suggestion(name, known)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless torch takes this seed."""
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed is {seed}, expected 0 to {(1 << 63) - 1}.")

@@ -37,7 +37,9 @@ _LOG = logging.getLogger("countdown")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", sparsity: float | None = None) -> ModelT:
+def sparsify_(
+    model: ModelT, profile: Profile | str | Path, *, apply_to: str = "decode", sparsity: float | None = None
+) -> ModelT:
     """Replace the model's FFNs or linears, in place, by ones that skip the terms a token does not need.
 
     `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
@@ -48,7 +50,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     Args:
         model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters
             leave the replaced modules alone (whose own `save_pretrained` writes the adapter only).
-        profile: What `calibrate` made for this model.
+        profile: What `calibrate` made for this model, or the folder where it is saved.
         apply_to: `decode`: prompts are dense, generated tokens sparse. `all`: every token is sparse, as
             evaluation needs it.
         sparsity: Another target than the profile's, 0 ≤ sparsity < 1.
@@ -70,6 +72,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     check_choice("apply_to", apply_to, APPLY_TO)
     requested()  # a name that does not exist is refused before anything is done
     check_dense(model)
+    profile = Profile.of(profile)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
     _sparsify(model, profile, find_sites(base_model(model), profile.kinds), apply_to)
@@ -164,10 +167,7 @@ def from_pretrained(
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    if isinstance(profile, str | Path):
-        profile = Profile.load(profile)
-    elif profile is None:
-        profile = own_profile(source)
+    profile = own_profile(source) if profile is None else Profile.of(profile)
     if profile is None and sparsity is not None:
         raise ConfigError(f"sparsity needs a profile, and {source.label} has none of its own.")
     loaded = load_model(source, dtype=dtype, device=device)
@@ -211,12 +211,17 @@ def export(
     if problem := unwritable(path):
         raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+    profile = Profile.of(profile)
     if include_proxy and not profile.has_proxy:
         raise ConfigError("include_proxy: no method of this profile has a proxy to store.")
     profile = replace(profile, proxies=None)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{source.label} has adapters beside its weights; merge them (PEFT's merge_and_unload), and export the "
+            "merged model."
+        )
     sites = find_sites(loaded, profile.kinds)
     profile.check(loaded, sites)
     profile.settings(sites)

@@ -159,8 +159,9 @@ def test_bad_input(llama_model, tokenizer, text):
     for short in ("short", ""):
         with pytest.raises(TextError, match="too few for"):
             calibrate(llama_model, tokenizer, short, config, progress=False)
+    batch = {"input_ids": torch.zeros(1, 65, dtype=torch.int64)}
     with pytest.raises(ConfigError, match="longer than the model's context of 64"):
-        calibrate(llama(max_position_embeddings=64), tokenizer, text, config, progress=False)
+        calibrate(llama(max_position_embeddings=64), tokenizer, batch, config, progress=False)
     with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
         calibrate(llama_model.train(), tokenizer, text, config)
 
@@ -267,3 +268,16 @@ def test_the_importance_is_the_mean_square_of_the_dense_inputs(llama_model, toke
     hook.remove()
     expected = torch.cat(inputs).square().mean(dim=0).float()
     torch.testing.assert_close(profile.entries[0].sites[ffn.name]["importance"], expected)
+
+
+@pytest.mark.parametrize("context, window, expected", [(96, None, 96), (96, 40, 40), (2048, None, 512)])
+def test_windows_fit_the_models_context(context, window, expected, tokenizer, text):
+    model = llama(max_position_embeddings=context)
+    profile = calibrate(model, tokenizer, text, method("cats"), tokens=1024, window=window, progress=False)
+    assert profile.calibration["window"] == expected
+    assert profile.calibration["tokens"] == 1024 // expected * expected
+
+
+def test_a_window_that_does_not_fit_is_said(tokenizer, text):
+    with pytest.raises(ConfigError, match="window is 100, longer than the model's context of 96"):
+        calibrate(llama(max_position_embeddings=96), tokenizer, text, method("cats"), window=100, progress=False)

@@ -416,7 +416,7 @@ def test_what_else_is_in_the_folder_is_not_replaced(run, tmp_path):
         ({"min_speedup": 1.5, "speed": False}, "speed is not measured"),
         ({"prompt": "  "}, "the prompt is empty"),
         ({"dtype": "int7"}, "dtype is 'int7'"),
-        ({"device": "tpu"}, "device 'tpu' cannot be used"),
+        ({"device": "tpu"}, "device is 'tpu', expected auto, cpu"),
     ],
 )
 def test_mistakes_are_said_before_anything_loads(run, monkeypatch, change, message):

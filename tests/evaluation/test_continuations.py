@@ -113,6 +113,15 @@ def test_files_of_prompts(tmp_path):
     assert load_prompts(objects) == ["two\nlines", "é"]
 
 
+def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
+    lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    odd = "one\u2028two\x85three\x0bfour"
+    objects.write_bytes(f'\ufeff{{"prompt": "{odd.replace(chr(11), "")}"}}\r\n{{"prompt": "b"}}'.encode())
+    assert load_prompts(objects) == [odd.replace("\x0b", ""), "b"]
+    lines.write_bytes(f"\ufeff{odd}\r\nb".encode())
+    assert load_prompts(lines) == [odd, "b"]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -121,6 +130,8 @@ def test_files_of_prompts(tmp_path):
         ("p.jsonl", "not json\n", "line 1: expected an object"),
         ("p.jsonl", '["prompt"]\n', "line 1: expected an object"),
         ("p.jsonl", '{"prompt": 3}\n', "the prompt is 3, expected text"),
+        ("p.jsonl", '{"prompt": "half \\ud83d"}\n', "line 1: the prompt is 'half .ud83d', expected text"),
+        ("p.jsonl", "[" * 100_000, "line 1: expected an object"),
         ("nope.txt", None, "nope.txt cannot be read: No such file or directory"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import countdown
-from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
+from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.finite import not_finite
 from countdown.loading import cache_argument
@@ -153,3 +153,23 @@ def test_bad_input(sparse, ids):
         evaluate(sparse, ids[:1].repeat(1, 5000))
     with pytest.raises(UnsupportedModelError, match="is not sparsified"):
         evaluate(llama(), ids)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("some text", r"windows are of type str, expected token ids: countdown\.windows"),
+        (countdown.load_text("python-docs", "evaluation"), "windows are of type Text"),
+        (None, "windows are of type NoneType"),
+        (torch.zeros(2, 8), r"input_ids are torch\.float32, expected integers"),
+    ],
+    ids=["str", "text", "none", "floats"],
+)
+def test_what_is_no_window_is_refused(given, message, sparse):
+    with pytest.raises(TextError, match=message):
+        evaluate(sparse, given, progress=False)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(sparse, ids):
+    with pytest.raises(ConfigError, match="token 257, but the model knows 257 tokens"):
+        evaluate(sparse, torch.full_like(ids, 257), progress=False)

@@ -333,3 +333,15 @@ def test_a_threshold_that_was_not_calibrated_is_refused(profile, llama_model):
         del site["thresholds"]
     with pytest.raises(ProfileError, match="has no thresholds"):
         countdown.sparsify_(llama_model, profile)
+
+
+def test_a_profile_shows_in_one_line(profile):
+    named = profile.with_name("my-model")
+    assert repr(named) == "<Profile of my-model: m-countdown × column-norm, threshold at 0.6; 3 modules>"
+    assert len(repr(named.entries)) < 200
+
+
+def test_a_profile_edited_where_files_begin_with_a_mark(profile, tmp_path):
+    header = profile.save(tmp_path / "p") / "profile.json"
+    header.write_bytes(b"\xef\xbb\xbf" + header.read_bytes())
+    assert Profile.load(tmp_path / "p").structure == profile.structure

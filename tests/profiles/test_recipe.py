@@ -35,6 +35,9 @@ def test_yaml_and_json_mean_the_same(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(entries))
     assert Recipe.load(tmp_path / "r.yaml") == MEANT
     assert Recipe.load(tmp_path / "r.json") == MEANT
+    for name in ("r.yaml", "r.json"):  # as some editors write them
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert Recipe.load(tmp_path / name) == MEANT
 
 
 def test_settings_reach_every_entry():

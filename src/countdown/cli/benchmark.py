@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine.")
 
 Shape = Annotated[list[str] | None, typer.Option("--shape", help="d x h of an FFN, e.g. 4096x14336; may be repeated.")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Method, or given; may be repeated.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", callback=o.known_methods, help="Method, or given; may be repeated."),
+]
 Sparsities = Annotated[list[float] | None, typer.Option("--sparsity", help="Share to skip; may be repeated.")]
 Counts = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens in a call, 1 to 8; may be repeated.")]
 Union = Annotated[
@@ -98,7 +101,8 @@ def decode(
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b, qwen2.5-1.5b.")] = None,
     profile: o.ProfileDir = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help="Method, with --shape; may be repeated.")
+        list[str] | None,
+        typer.Option("--method", callback=o.known_methods, help="Method, with --shape; may be repeated."),
     ] = None,
     sparsity: o.Sparsity = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
@@ -168,7 +172,7 @@ def _prompt(source: Source, length: int) -> Tensor:
     from countdown.loading import load_tokenizer
     from countdown.text import load_text, windows
 
-    return windows(load_tokenizer(source), load_text("python-docs", "evaluation").content, count=1, length=length)
+    return windows(load_tokenizer(source), load_text("python-docs", "evaluation"), count=1, length=length)
 
 
 def _profile(source: Source, path: Path | None, sparsity: float | None) -> Profile:
@@ -196,7 +200,7 @@ def _union(path: Path | None) -> dict[tuple[int, float], float] | None:
     if path is None:
         return None
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        records = json.loads(path.read_text(encoding="utf-8-sig"))["records"]
         return {(int(r["tokens"]), float(r["sparsity"])): float(r["union"]) for r in records}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--union {path} is not a results file of unions: {error}") from error

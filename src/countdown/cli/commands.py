@@ -15,6 +15,7 @@ import typer
 from countdown.cli import benchmark, printing
 from countdown.cli import options as o
 from countdown.cli.compare import compare
+from countdown.cli.options import AUTO
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.files import streams, unwritable_file
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from countdown.profiles.recipe import Recipe
     from countdown.sites import Site
     from countdown.text import Text
-
-AUTO = "auto"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,7 +113,9 @@ def inspect(
 def calibrate(
     model: o.Model,
     output: Annotated[Path | None, o.path("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
-    method_name: Annotated[str, typer.Option("--method", help=f"{o.METHOD_HELP} auto: try them and pick.")] = AUTO,
+    method_name: Annotated[
+        str, typer.Option("--method", callback=o.known_methods, help=f"{o.METHOD_HELP} auto: try them and pick.")
+    ] = AUTO,
     sparsity: o.Sparsity = None,
     max_loss: Annotated[float | None, typer.Option(help="Instead of --sparsity: let perplexity rise so far.")] = None,
     decision: o.Decision = None,
@@ -124,6 +125,7 @@ def calibrate(
     text: Annotated[list[str] | None, typer.Option("--text", help=o.TEXTS_HELP)] = None,
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
+    window: o.Window = None,
     include_proxy: o.IncludeProxy = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
@@ -139,7 +141,7 @@ def calibrate(
     from countdown.calibration.calibrate import calibration_sequences
     from countdown.cost import beside_bytes
     from countdown.evaluation.choice import trial_sequences
-    from countdown.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_context, load_tokenizer, window_length
     from countdown.profiles.profile import check_free
     from countdown.sites import find_sites
 
@@ -154,12 +156,13 @@ def calibrate(
     texts = _texts(text or ["python-docs"], text_dir)
     tokenizer = load_tokenizer(source)
     # What is wrong with it shows before the model loads.
-    (trial_sequences if config is None else calibration_sequences)(tokenizer, texts, tokens)
+    read = trial_sequences if config is None else calibration_sequences
+    read(tokenizer, texts, tokens, window_length(load_context(source), window))
     loaded = _load(source, dtype, device, seed)
     if config is None:
-        profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, source)
+        profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, window, source)
     else:
-        profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
+        profile = _calibrate(loaded, tokenizer, texts, config, tokens, window, source)
     if include_proxy and profile.has_proxy:
         profile = profile.with_proxies(loaded)
     elif include_proxy:
@@ -185,7 +188,8 @@ def evaluate(
     bits: o.Bits = None,
     text: Annotated[str | None, typer.Option("--text", help=f"{o.TEXT_HELP} [python-docs]")] = None,
     text_dir: o.TextDir = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of 512 tokens to score. [16]")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of text to score. [16]")] = None,
+    window: o.Window = None,
     tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
     tasks_dir: Annotated[Path | None, o.path(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
@@ -208,12 +212,12 @@ def evaluate(
 ) -> None:
     """Measure what sparsity costs against the same model run dense: on a text, on tasks, or on its own answers."""
     from countdown.cli.evaluation import subject
-    from countdown.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_context, load_tokenizer
     from countdown.results import meta
     from countdown.sparsify import sparsify_
 
     what = subject(
-        text=text, text_dir=text_dir, windows=windows,
+        text=text, text_dir=text_dir, windows=windows, window=window,
         tasks=tasks, tasks_dir=tasks_dir, limit=limit, batch_size=batch_size,
         prompts=prompts, max_new_tokens=max_new_tokens,
         protocol=protocol, details=json is not None,
@@ -225,10 +229,10 @@ def evaluate(
     calibration_text = _calibration_text(chosen, text or "python-docs", text_dir)
     tokenizer = load_tokenizer(source)
     # What is wrong with it shows before the model loads.
-    what.prepare(tokenizer, chosen)
+    what.prepare(tokenizer, chosen, load_context(source))
     loaded = _load(source, dtype, device, seed)
     what.check(loaded, tokenizer)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, window, source)
     sparsify_(loaded, made)
     records = what.run(loaded, tokenizer, made.recipe, printing.table_console(json))
     about = {"model": source.label, **made.recipe.record()}
@@ -269,7 +273,7 @@ def generate(
 ) -> None:
     """Generate greedily, streaming; without a profile or method the model stays dense."""
     from countdown.config import check_choice
-    from countdown.evaluation.generation import encode_prompt
+    from countdown.evaluation.generation import check_fits, encode_prompt
     from countdown.evaluation.generation import generate as run
     from countdown.loading import Source, load_tokenizer
     from countdown.modules import APPLY_TO
@@ -283,9 +287,10 @@ def generate(
         raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
     calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
     tokenizer = load_tokenizer(source)
-    ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw)
+    ids = encode_prompt(tokenizer, _read_stdin() if prompt == "-" else prompt, raw=raw)
     loaded = _load(source, dtype, device, seed)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source) if chosen else None
+    check_fits(loaded, ids, max_new_tokens)  # before anything is calibrated
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, None, source) if chosen else None
     runs: dict[str, Generation] = {}
     for name in (["dense"] if compare or made is None else []) + (["sparse"] if made else []):
         if name == "sparse" and made is not None:
@@ -382,6 +387,15 @@ def _check_file_free(path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{path} exists already; give another --output or --overwrite.")
 
 
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ConfigError("the prompt is - but stdin is closed; give a prompt, or pipe one in.")
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt from stdin is not text in {sys.stdin.encoding}.") from error
+
+
 def _given(
     sparsity: float | None, decision: str | None, weighting: str | None, allocation: str | None, bits: int | None
 ) -> dict[str, Any]:
@@ -422,11 +436,13 @@ def _picked(
     settings: dict[str, Any],
     max_loss: float | None,
     tokens: int,
+    window: int | None,
     source: Source,
 ) -> Profile:
     from countdown.evaluation.choice import choose
 
-    choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, tokens=tokens, progress=o.show_progress())
+    reading: Any = {"tokens": tokens, "window": window, "progress": o.show_progress()}
+    choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, **reading)
     printing.say(choice.reason)
     return choice.profile.with_name(source.label)
 
@@ -472,22 +488,34 @@ def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None
 
 
 def _as_profile(
-    chosen: Profile | Recipe, model: nn.Module, tokenizer: Any, texts: list[Text] | None, tokens: int, source: Source
+    chosen: Profile | Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Text] | None,
+    tokens: int,
+    window: int | None,
+    source: Source,
 ) -> Profile:
     from countdown.profiles.profile import Profile
 
     if isinstance(chosen, Profile):
         return chosen
     assert texts is not None
-    return _calibrate(model, tokenizer, texts, chosen, tokens, source)
+    return _calibrate(model, tokenizer, texts, chosen, tokens, window, source)
 
 
 def _calibrate(
-    model: nn.Module, tokenizer: Any, texts: list[Text], config: Recipe, tokens: int, source: Source
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Text],
+    config: Recipe,
+    tokens: int,
+    window: int | None,
+    source: Source,
 ) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    made = calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress())
+    made = calibrate(model, tokenizer, texts, config, tokens=tokens, window=window, progress=o.show_progress())
     return made.with_name(source.label)
 
 

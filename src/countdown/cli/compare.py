@@ -14,6 +14,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
+        callback=o.known_methods,
         help="Method, with settings as NAME:weighting=rms, or a recipe file; may be repeated. [the usual ones]",
     ),
 ]

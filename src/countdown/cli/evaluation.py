@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DIAGNOSED_WINDOWS = 2
 # Which options belong to which subject, named by the option that chooses it.
 OPTIONS = {
-    "text": ("text", "text_dir", "windows"),
+    "text": ("text", "text_dir", "windows", "window"),
     "tasks": ("tasks", "tasks_dir", "limit", "batch_size"),
     "prompts": ("prompts", "max_new_tokens"),
 }
@@ -35,8 +35,8 @@ OPTIONS = {
 class Subject(Protocol):
     """What a sparse model is compared with itself run dense on."""
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        """Read what is needed, before the model loads."""
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        """Read what is needed, before the model of this context loads; see `loading.context_of`."""
 
     def check(self, model: nn.Module, tokenizer: Any) -> None:
         """Raise if the model cannot take what was read, before anything is calibrated or measured."""
@@ -93,15 +93,17 @@ class OnText:
     text: str = "python-docs"
     text_dir: Path | None = None
     windows: int = 16
+    window: int | None = None
     _text: Text = field(init=False)
     _ids: Tensor = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        from countdown.loading import window_length
         from countdown.text import load_text, windows
 
         self._text = load_text(self.text, "evaluation", text_dir=self.text_dir)
         _check_unseen(chosen, self._text)
-        self._ids = windows(tokenizer, self._text.content, count=self.windows)
+        self._ids = windows(tokenizer, self._text, count=self.windows, length=window_length(context, self.window))
 
     def check(self, model: nn.Module, tokenizer: Any) -> None:
         from countdown.loading import check_context
@@ -114,7 +116,8 @@ class OnText:
         result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
         printing.print_evaluation(out, recipe, result, self._text.source)
         judged = _diagnosed(model, self._ids) if self.details else {}
-        return [{"text": self._text.source, "windows": self.windows, **result.record(), **judged}]
+        sizes = {"windows": self.windows, "window_tokens": self._ids.shape[1]}
+        return [{"text": self._text.source, **sizes, **result.record(), **judged}]
 
     def meta(self) -> dict[str, Any]:
         return {"text": self._text.describe()}
@@ -131,7 +134,7 @@ class OnTasks:
     batch_size: int = 1
     _tasks: list[Any] = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
         from countdown.integrations.lm_eval import check_protocol, load_tasks
 
         if not o.verbose():
@@ -174,7 +177,7 @@ class OnPrompts:
     _prompts: list[str] = field(init=False)
     _new_tokens: int = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
         from countdown.evaluation.continuations import MAX_NEW_TOKENS, load_prompts
 
         self._prompts = load_prompts(self.path)

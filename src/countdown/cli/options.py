@@ -6,16 +6,22 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from countdown import __version__
+from countdown.config import check_seed
 from countdown.errors import ConfigError
 from countdown.files import unwritable_file
+from countdown.methods import METHODS
+from countdown.profiles.recipe import SUFFIXES
 
 # Names of stdout. A file behind one holds what else is printed, too, so numbers go there as `-` goes.
 _STDOUT = ("-", "/dev/stdout", "/dev/fd/1")
+NamesT = TypeVar("NamesT", str, list[str], None)
+# What --method takes beside methods and recipes: calibrate picks; active sets are given to an FFN that is timed.
+AUTO, GIVEN = "auto", "given"
 
 _flags = {"debug": False, "quiet": False, "verbose": False}
 
@@ -75,6 +81,20 @@ def _json_target(target: str | None) -> str | None:
     return str(file)
 
 
+def known_methods(given: NamesT) -> NamesT:
+    """Refuse a name that no method or recipe has: a callback, because the commands load torch before anything else."""
+    names: list[str] = [given] if isinstance(given, str) else given or []
+    for name in names:
+        if name not in (AUTO, GIVEN) and Path(name).suffix not in SUFFIXES:
+            METHODS.get(name.partition(":")[0])  # settings may follow
+    return given
+
+
+def _checked_seed(value: int) -> int:
+    check_seed(value)
+    return value
+
+
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"countdown {__version__}")
@@ -87,7 +107,7 @@ Version = Annotated[
 Model = Annotated[str, typer.Argument(help="Folder, hub id, or GGUF file.", show_default=False)]
 ProfileDir = Annotated[Path | None, path("--profile", help="A profile made by calibrate. [the model's own]")]
 METHOD_HELP = "Method to calibrate, or a recipe: a .yaml or .json file."
-MethodName = Annotated[str | None, typer.Option("--method", help=METHOD_HELP)]
+MethodName = Annotated[str | None, typer.Option("--method", callback=known_methods, help=METHOD_HELP)]
 Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1. [0.5, or the profile's]")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
 Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
@@ -97,11 +117,14 @@ TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, path(help="Folder with WikiText-2's valid.txt and test.txt.")]
 Tokens = Annotated[int, typer.Option(help="How many tokens to calibrate on.")]
+Window = Annotated[
+    int | None, typer.Option(min=2, help="Tokens in a window of text. [512, or the model's context if shorter]")
+]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
-Seed = Annotated[int, typer.Option(help="Seed of torch's random numbers.")]
+Seed = Annotated[int, typer.Option(callback=_checked_seed, help="Seed of torch's random numbers.")]
 IncludeProxy = Annotated[bool, typer.Option("--include-proxy", help="Store proxies: quicker to load, larger.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
 Json = Annotated[

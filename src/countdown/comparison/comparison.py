@@ -274,7 +274,7 @@ class Comparison:
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         try:
-            return cls._parse(json.loads(file.read_text(encoding="utf-8")))
+            return cls._parse(json.loads(file.read_text(encoding="utf-8-sig")))
         except FileNotFoundError as error:
             raise ConfigError(f"{file} does not exist; make it with: countdown compare MODEL -o FOLDER") from error
         except OSError as error:

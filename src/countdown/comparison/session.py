@@ -22,6 +22,7 @@ from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
 from countdown.comparison.quantised import quantise
+from countdown.config import check_seed
 from countdown.cost import token_bytes
 from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.generation import encode_prompt, generate
@@ -76,6 +77,7 @@ class Protocol:
             raise ConfigError(f"windows is {self.windows}, expected at least {FEWEST_WINDOWS} to estimate a spread.")
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

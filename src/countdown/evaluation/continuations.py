@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from countdown.loading import check_context
 from countdown.modules import APPLY_TO, running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
+from countdown.text import is_text, read_text
 
 MAX_NEW_TOKENS = 64
 
@@ -103,13 +103,9 @@ def load_prompts(path: str | Path) -> list[str]:
     Raises:
         TextError: The file cannot be read, has no prompt, or a line that is not what it should be.
     """
-    path = Path(os.path.expanduser(path))
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise TextError(f"file of prompts {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"file of prompts {path} cannot be read as UTF-8: {error}") from error
+    path = Path(path).expanduser()
+    # Not splitlines: a string in JSON may hold U+2028 and other characters that it would part lines at.
+    lines = read_text(path, "file of prompts").split("\n")
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not kept:
         raise TextError(f"file of prompts {path} has no prompt; put one on each line.")
@@ -121,9 +117,9 @@ def load_prompts(path: str | Path) -> list[str]:
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise TextError(f'{path}, line {number}: expected an object such as {{"prompt": "..."}}.') from error
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise TextError(f"{path}, line {number}: the prompt is {prompt!r}, expected text.")
     return prompt
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from countdown.config import check_choice
-from countdown.errors import ConfigError, CountdownError
+from countdown.errors import ConfigError, CountdownError, TextError
 from countdown.finite import not_finite
-from countdown.loading import cache_argument, check_context
+from countdown.loading import cache_argument, check_context, check_known
 from countdown.memory import batches, logits_at_once
 from countdown.modules import running, sparse_modules
 from countdown.progress import track
@@ -122,22 +122,29 @@ def evaluate(
 
     Args:
         model: A sparsified model; its `apply_to` does not matter here and is left as it was.
-        windows: Token ids, int64 `[n, length]`, from `countdown.text.windows`. Or a padded batch as tokenizers
+        windows: Token ids, int64 `[n, length]`, from `countdown.windows`. Or a padded batch as tokenizers
             return it, `input_ids` and `attention_mask`: each sequence is run without its padding.
         protocol: `all` or `decode`; see `Evaluation`.
         progress: Show progress on stderr.
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
-        ConfigError: Unknown protocol, or windows too short or longer than the model's context.
+        ConfigError: Unknown protocol, windows too short or longer than the model's context, or tokens that it does not
+            know.
+        TextError: What is given as windows is none.
         CountdownError: Some scored token was not computed sparsely in some layer, or logits are not finite.
 
     Example:
-        ids = windows(tokenizer, countdown.load_text("python-docs", "evaluation").content, count=2)
+        ids = countdown.windows(tokenizer, countdown.load_text("python-docs", "evaluation"), count=2)
         found = countdown.evaluate(model, ids)
         print(found.perplexity, found.dense_perplexity, found.realised_sparsity)
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    reset_counters(model)
+    if not isinstance(windows, Tensor | Mapping):
+        raise TextError(
+            f"windows are of type {type(windows).__name__}, expected token ids: countdown.windows(tokenizer, text)."
+        )
     sequences = unpadded({"input_ids": windows} if isinstance(windows, Tensor) else windows)
     lengths = [len(sequence) for sequence in sequences]
     if min(lengths) < _SHORTEST[protocol]:
@@ -145,7 +152,7 @@ def evaluate(
             f"windows have {min(lengths)} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}."
         )
     check_context(model, max(lengths))
-    reset_counters(model)
+    check_known(model, sequences)
     device = next(model.parameters()).device
     score = _score_all if protocol == "all" else _score_decode
     sums, sparse_tokens = Sums(), 0

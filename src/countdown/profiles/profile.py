@@ -77,10 +77,10 @@ class Entry:
 
     pattern: str
     method: Method
-    sites: dict[str, Artifacts]
+    sites: dict[str, Artifacts] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What calibration made.
 
@@ -98,7 +98,14 @@ class Profile:
     samples: dict[str, Tensor]
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
-    proxies: StoredParts | None = field(default=None, repr=False)
+    proxies: StoredParts | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: its tensors would fill pages."""
+        sites = len({name for entry in self.entries for name in entry.sites})
+        stored = ", with proxies" if self.proxies else ""
+        name = self.base_model.get("name", "an unnamed model")
+        return f"<Profile of {name}: {self.recipe}; {sites} modules{stored}>"
 
     def with_proxies(self, model: nn.Module) -> Profile:
         """Return a profile that holds the proxies of this model, and stores them when it is saved.
@@ -255,6 +262,22 @@ class Profile:
             raise AccidentError(f"profile {path} cannot be written: {reason(error)}.") from error
 
     @classmethod
+    def of(cls, profile: Profile | str | Path) -> Profile:
+        """Return a profile as it is, or the one in a folder.
+
+        Raises:
+            ProfileError, ConfigError: It is neither, or see `load`.
+        """
+        if isinstance(profile, str | Path):
+            return cls.load(profile)
+        if not isinstance(profile, Profile):
+            raise ProfileError(
+                f"the profile is of type {type(profile).__name__}, expected what countdown.calibrate returns, or the "
+                "folder of one."
+            )
+        return profile
+
+    @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Read a profile.
 
@@ -266,7 +289,7 @@ class Profile:
         if not (path / _JSON).is_file():
             raise ProfileError(f"{path} is not a profile: it has no {_JSON}. Make one with: countdown calibrate MODEL")
         try:
-            header = json.loads((path / _JSON).read_text(encoding="utf-8"))
+            header = json.loads((path / _JSON).read_text(encoding="utf-8-sig"))
             tensors = load_file(path / _TENSORS)
             proxies = StoredParts.load(path / PROXIES) if (path / PROXIES).is_file() else None
             return replace(cls._parse(header, tensors), proxies=proxies)
