@@ -15,6 +15,7 @@ from countdown.benchmark.timing import floor_rate
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
+from countdown.weights.symmetric import quantise, token_steps
 from tiny import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +117,19 @@ def test_calibration_and_evaluation_are_those_of_the_cpu(protocol, tokenizer, te
     assert results[0].realised_sparsity == pytest.approx(results[1].realised_sparsity, abs=1e-3)
     assert results[0].perplexity == pytest.approx(results[1].perplexity, rel=1e-2)
     assert results[0].kl == pytest.approx(results[1].kl, rel=2e-2)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shape", [(37, 91), (1536, 8960)], ids=str)
+def test_products_of_a_copy_are_exact(bits, shape):
+    d, h = shape
+    matrix = quantise(torch.randn(h, d), torch.ones(d), bits).to(torch.device("cuda"))
+    steps, size = token_steps(torch.randn(2, 40, d, device="cuda"))
+    bias = torch.randn(h, device="cuda")
+    expected = (steps * size).double() @ matrix.values().double().T + bias
+    found = matrix.product_of_steps(steps, size, bias)
+    assert found.dtype == torch.float32
+    assert oracle.relative_error(found.cpu(), expected.cpu()) <= 1e-5
 
 
 def test_sketches_are_those_of_the_cpu():
