@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from countdown.methods import method
 from countdown.modules import SparseModule
 from countdown.ops import backends
 from countdown.phase import Phases
+from countdown.sites.decoder import decoder_of
+from countdown.sites.ffn import find_ffns
 from countdown.weights import Plain, Weight
 
 
@@ -78,3 +81,12 @@ def arguments(
 def sparse_module(site, config, per_term, *, apply_to, phases=None, **more) -> SparseModule:
     """A module in place of a site, with phases of its own unless they are given."""
     return SparseModule(site, config, per_term, phases=phases or Phases(), apply_to=apply_to, **more)
+
+
+def made_sparse(model: nn.Module, *, per_term: float, apply_to: str = "decode") -> None:
+    """Put modules of m-countdown in place of the FFNs of a model, all with one threshold: nothing is calibrated."""
+    phases, chosen = Phases(), method("m-countdown", sparsity=0.5)
+    phases.watch(decoder_of(model)[0])
+    for ffn in find_ffns(model):
+        thresholds = torch.full((ffn.h,), per_term)
+        model.set_submodule(ffn.name, sparse_module(ffn, chosen, thresholds, apply_to=apply_to, phases=phases))

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import countdown
+from calls import made_sparse
 from countdown import decoding
 from countdown.decoding import DecodeLoop
-from countdown.errors import ConfigError
+from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.loading import cache_argument
 from countdown.methods import method
 from countdown.modules import sparse_modules
-from tiny import gemma3, llama
+from tiny import gemma3, llama, spread
 
 IDS = torch.tensor([[5, 17, 90, 3, 250, 64, 31, 8]])
+
+
+def own_text(model: nn.Module, tokens: int) -> Tensor:
+    """What `generate` writes after `IDS`."""
+    return model.generate(IDS, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+
+
+def causal_lm(model_type: str, **more: Any) -> nn.Module:
+    """A model whose head is not tied: it does not say its input again and again."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 53, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 257, "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**sizes, **more})
+    model = spread(AutoModelForCausalLM.from_config(config).eval())
+    model.get_output_embeddings().weight = nn.Parameter(torch.randn(257, 32))
+    return model
 
 
 def test_it_writes_what_generate_writes():
@@ -65,6 +88,156 @@ def test_latent_attention_keeps_what_does_not_fit_our_kernels():
     started = DecodeLoop(model, IDS, new_tokens=8)
     assert torch.equal(started.run(8), expected)
     assert not any("kv_b_proj" in name for name, m in model.named_modules() if [m] in started.linears)
+
+
+MAMBA = {"mamba_n_heads": 4, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+# What keeps more of a text than keys and values.
+HYBRIDS = {
+    "bamba": {"attn_layer_indices": [1], **MAMBA, "mamba_d_head": 16},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 32, "mamba_d_head": 8, "mamba_expand": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "olmo_hybrid": DELTA,
+    "qwen3_5_text": DELTA,
+}
+
+
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_states_of_convolutions_and_recurrences_go_on_after_the_prompt(model_type):
+    model = causal_lm(model_type, **HYBRIDS[model_type])
+    expected = own_text(model, 12)
+    assert len(set(expected.tolist())) > 4
+    started = DecodeLoop(model, IDS, new_tokens=12)
+    assert torch.equal(started.run(2), expected[:2])
+    own = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.cat([IDS, expected[None, :1]], dim=1), **cache_argument(model, own))
+    for layer, expected_layer in zip(started.cache.layers, own.layers, strict=True):
+        for states in ("conv_states", "recurrent_states"):
+            of_loop, expected_states = getattr(layer, states, {}), getattr(expected_layer, states, {})
+            torch.testing.assert_close(of_loop, expected_states, rtol=1e-3, atol=1e-4)
+    assert torch.equal(started.run(10), expected[2:])
+    made_sparse(model, per_term=2.0)
+    sparse = own_text(model, 12)
+    assert not torch.equal(sparse, expected)
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=12).run(12), sparse)
+
+
+def test_states_that_are_kept_in_modules_are_refused():
+    model = causal_lm("recurrent_gemma", block_types=["recurrent", "attention"], lru_width=32)
+    expected = own_text(model, 12)
+    with pytest.raises(UnsupportedModelError, match="layer 0 keeps nothing of a prompt in the cache"):
+        DecodeLoop(model, IDS, new_tokens=12)
+    assert torch.equal(own_text(model, 12), expected)
+
+
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    },
+    "original_max_position_embeddings": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_a_model_that_starts_again_where_its_rotations_change_is_refused():
+    model = causal_lm("phi3", **LONGROPE)
+    expected = own_text(model, 30)
+    with pytest.raises(UnsupportedModelError, match="Phi3ForCausalLM starts again without its cache at token 17"):
+        DecodeLoop(model, IDS, new_tokens=30)
+    assert torch.equal(own_text(model, 30), expected)
+    # The eighth new token is not fed.
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=8).run(8), expected[:8])
+    with pytest.raises(UnsupportedModelError, match="starts again"):
+        DecodeLoop(model, IDS, new_tokens=10)
+
+
+def test_rotations_that_depend_on_the_length_are_followed_or_refused():
+    model = causal_lm("llama", **LONGROPE)
+    expected = own_text(model, 30)
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=30).run(30), expected)
+    model = causal_lm("llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
+    before = model.model.rotary_emb.inv_freq.clone()
+    with pytest.raises(UnsupportedModelError, match=r"rotations anew as a text grows \(model\.rotary_emb\)"):
+        DecodeLoop(model, IDS, new_tokens=30)
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+class Remembering(nn.Module):
+    """A norm that also adds what it has seen of the text, kept in one of the ways that models have found."""
+
+    def __init__(self, norm: nn.Module, how: str) -> None:
+        super().__init__()
+        self.norm, self.how = norm, how
+        self.seen = torch.zeros(1, 24)
+        self.register_buffer("sums", torch.zeros(1, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 1:
+            self.sums.zero_()
+            self.seen = torch.zeros(1, 24)
+        if self.how == "buffer":
+            self.sums.add_(x[:, -1])
+        else:
+            self.seen = self.seen + x[:, -1]
+        return self.norm(x) + self.sums[:, None] + self.seen[:, None]
+
+
+@pytest.mark.parametrize("how, refused", [("buffer", None), ("attribute", "it keeps tensors in Python")])
+def test_what_a_module_remembers_is_restored_or_refused(how, refused):
+    model = llama()
+    model.model.norm = Remembering(model.model.norm, how)
+    expected = own_text(model, 12)
+    if refused is None:
+        assert torch.equal(DecodeLoop(model, IDS, new_tokens=12).run(12), expected)
+        return
+    with pytest.raises(UnsupportedModelError, match=refused):
+        DecodeLoop(model, IDS, new_tokens=12)
+    assert torch.equal(own_text(model, 12), expected)
+
+
+def test_a_step_that_computes_something_else_than_the_model_is_refused(monkeypatch):
+    model = llama()
+    prepare = type(model).prepare_inputs_for_generation
+
+    def shifted(self, *args, position_ids=None, **kwargs):
+        return prepare(self, *args, position_ids=position_ids + 3 * (position_ids == IDS.shape[1]), **kwargs)
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", shifted)
+    with pytest.raises(
+        UnsupportedModelError, match=r"something else in the decode loop: its first logits are \d+% off"
+    ):
+        DecodeLoop(model, IDS, new_tokens=4)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_whatever_fails_on_the_way_is_said_in_a_line_and_the_model_left_as_it_was(at, monkeypatch):
+    model = llama()
+    forward, calls = type(model.model.norm).forward, []
+
+    def failing(self, x):
+        calls.append(self is model.model.norm)
+        if sum(calls) == at:
+            raise IndexError("no such\nplace")
+        return forward(self, x)
+
+    monkeypatch.setattr(type(model.model.norm), "forward", failing)
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM does not run .* IndexError: no such place$"):
+        DecodeLoop(model, IDS, new_tokens=4)
+    assert model.config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_parts_that_never_chose_an_attention_keep_none():
+    model = causal_lm("moshi", audio_encoder_config={"model_type": "mimi"}, num_codebooks=2, audio_vocab_size=20)
+    before = model.config.audio_encoder_config._attn_implementation
+    assert before is None
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=6).run(6), own_text(model, 6))
+    assert model.config.audio_encoder_config._attn_implementation is None
 
 
 def test_a_loop_goes_on_with_the_weights_it_started_with(tokenizer, text):

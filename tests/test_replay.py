@@ -94,6 +94,17 @@ def test_a_step_that_counts_in_python_is_refused():
         recorded(lambda: x.add_(next(numbers)))
 
 
+def test_a_step_that_hands_on_tensors_in_python_is_refused():
+    kept, seen = [torch.ones(4)], torch.zeros(4)
+
+    def step() -> None:
+        kept[0] = kept[0] * 2  # not in the same memory
+        seen.copy_(kept[0])
+
+    with pytest.raises(UnsupportedModelError, match="keeps tensors in Python"):
+        recorded(step)
+
+
 def test_everything_is_done_again_where_its_time_is_wanted():
     x, made = torch.ones(3), []
     again = recorded(lambda: made.append(x * 2), everything=True)

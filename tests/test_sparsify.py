@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import accelerate
 import pytest
@@ -380,6 +381,25 @@ def test_assisted_decoding_is_refused_under_decode_only(llama_model, profile):
     assert torch.equal(assisted, plain)
 
 
+def test_what_would_compute_generated_tokens_densely_is_refused_under_decode_only(llama_model, profile):
+    more = {"max_new_tokens": 4, "pad_token_id": 0, "do_sample": False}
+    batch = {"inputs": [[5, 6, 7], [8, 9]], "max_new_tokens": 4}
+    countdown.sparsify_(llama_model, profile)
+    for model in (llama_model, copy.deepcopy(llama_model), pickle.loads(pickle.dumps(llama_model))):
+        with pytest.raises(UnsupportedModelError, match="use_cache=False does not fit apply_to='decode'"):
+            model.generate(IDS, use_cache=False, **more)
+        with pytest.raises(UnsupportedModelError, match="generate_batch does not fit apply_to='decode'"):
+            model.generate_batch(**batch)
+        countdown.reset_counters(model)
+        model.generate(IDS, **more)
+        assert {site.tokens for site in countdown.status(model)} == {3 * len(IDS)}
+    countdown.restore_(llama_model)
+    dense = llama_model.generate(IDS, **more)
+    assert torch.equal(llama_model.generate(IDS, use_cache=False, **more), dense)
+    countdown.sparsify_(llama_model, profile, apply_to="all")
+    assert torch.equal(llama_model.generate(IDS, use_cache=False, **more), llama_model.generate(IDS, **more))
+
+
 def test_only_matching_modules_are_replaced(llama_model, profile):
     object.__setattr__(profile.entries[0], "pattern", "model.layers.1.*")
     countdown.sparsify_(llama_model, profile)
@@ -409,7 +429,7 @@ def test_restored_modules_train_with_the_rest(llama_model, profile):
 
 def test_without_the_library_a_cpu_runs_the_reference_and_says_so_once(llama_model, profile, monkeypatch, caplog):
     monkeypatch.setattr(library, "missing", lambda: "its library was not built")
-    sparsify._say_once.cache_clear()
+    sparsify.say_once.cache_clear()
     for _ in range(2):
         countdown.sparsify_(llama_model, profile)
         assert not any(by_neuron(llama_model))

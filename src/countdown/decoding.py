@@ -4,10 +4,14 @@ Hugging Face's `generate` spends part of every token in Python. This loop keeps 
 and computes the linears and the attention of a single token in kernels of ours. It takes any model that runs with a
 static cache, dense or sparsified, for one sequence, greedily. On a CUDA device the step is compiled and captured in a
 graph; on a CPU its operations are recorded (`replay`), which takes a tenth of a second where compiling takes a minute.
+
+A replay does what was traced, and nothing that the model would decide in Python later on. So before the first token
+a model is refused whose steps are not all alike, and the first replay must give the logits of the model's own step.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.loading import cache_argument, check_context
 from countdown.modules import sparse_modules
 from countdown.ops import backends  # noqa: F401  (registers the ops)
@@ -31,6 +35,10 @@ WARM_UP = 4
 MOST_TOGETHER = 3
 TILE = 512
 DEVICES = ("cuda", "cpu")
+# How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖. What is
+# lost or carried over wrongly shows as a tenth and more; a neuron that flips at its threshold as less than a hundredth.
+AGREEMENT = {torch.float32: 0.01}
+AGREEMENT_OF_SHORT_DTYPES = 0.2
 
 
 class DecodeLoop:
@@ -43,13 +51,12 @@ class DecodeLoop:
 
     Raises:
         ConfigError: On another device, several sequences, or more tokens than the model's context.
-        UnsupportedModelError: The model's step does not compile as one graph, or cannot be recorded; or autocast is on.
+        UnsupportedModelError: The model's step does not compile as one graph, cannot be recorded, or would not go on
+            as the model does: what it keeps between steps, or prepares for them, is not carried; or autocast is on. The
+            model is left as it was.
     """
 
     def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
-
         device = next(model.parameters()).device
         if device.type not in DEVICES:
             raise ConfigError(f"the decode loop runs on {' and '.join(DEVICES)}, and the model is on {device.type}.")
@@ -59,22 +66,44 @@ class DecodeLoop:
             # What it prepares once, caches and recorded steps, has the dtypes of tensors.
             raise UnsupportedModelError("the decode loop does not run under torch.autocast; load in the dtype wanted.")
         check_context(model, prompt.shape[1] + new_tokens)
-        length = prompt.shape[1] + new_tokens + WARM_UP
         self.model, self.left = model, new_tokens
-        # A whole number of blocks, for kernels that like them.
-        length = -(-length // 128) * 128
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
-        # One that slides keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
-        layers = self.cache.layers
-        self.cache.layers = [StaticLayer(max_cache_len=length) if layer.is_sliding else layer for layer in layers]
         self._first = True
-        counters = [site.counters for site in sparse_modules(model).values()]
+        try:
+            self._start(prompt.to(device))
+        except (CountdownError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model's own code raises where it is not made for this
+            raise UnsupportedModelError(f"{_name(model)} does not run in the decode loop: {_said(error)}") from error
+
+    def _start(self, prompt: Tensor) -> None:
+        """Compute the first token, and trace the step to the next."""
+        _check_steps(self.model)
+        length = prompt.shape[1] + self.left + WARM_UP
+        # A whole number of blocks, for kernels that like them.
+        self.cache = _cache_of(self.model, -(-length // 128) * 128)
+        self._prepared = _Prepared(self.model, self.cache, prompt)
+        counters = [site.counters for site in sparse_modules(self.model).values()]
         # Not inference_mode: the cache is written inside compiled code and outside of it.
-        with torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True):
-            self.token = self._next(prompt.to(device))
+        failing = undone(counters, only_if_it_fails=True), _kept(self.model, only_if_it_fails=True)
+        with torch.no_grad(), on_device(prompt.device), failing[0], failing[1]:
+            self.token = argmax(self.model(**self._prepared.prompt()).logits[:, -1])
+            # Not all models count by themselves: to Bamba each call starts at 0.
+            self._positions = [positions[..., -1:] + 1 for positions in self._prepared.positions]
+            _check_filled(self.cache, prompt.shape[1])
             # What warming up writes into the cache is written again by the first replays.
-            with undone([self.token, *counters, *(layer.cumulative_length for layer in self.cache.layers)]):
+            with self._warming_up(counters):
+                self._prepared.check_lengths(self.left)
+            with self._warming_up(counters):
+                own = self._own_step()
                 self._replay = self._trace()
+            with self._warming_up(counters):
+                self._replay()
+                _check_agreement(self.model, self._logits, own)
+
+    @contextmanager
+    def _warming_up(self, counters: Sequence[Tensor]) -> Iterator[None]:
+        with undone([self.token, *self._positions, *counters]), _kept(self.model, self.cache.layers):
+            yield
 
     @torch.no_grad()
     def run(self, steps: int) -> Tensor:
@@ -96,18 +125,29 @@ class DecodeLoop:
                 tokens[position] = self.token[0, 0]
         return tokens
 
-    def _next(self, ids: Tensor) -> Tensor:
-        given = cache_argument(self.model, self.cache)
-        logits = self.model(input_ids=ids, **given, use_cache=True, logits_to_keep=1).logits
-        return argmax(logits[:, -1])
+    def _own_step(self) -> Tensor:
+        """Return the logits `[1, vocabulary]` of a step as `generate` does it; keep the linears that it runs."""
+        given = self._prepared.step(self.token)
+        # What a step runs: linears, those that read one input together.
+        self.linears, output = _siblings(self.model, given)
+        logits: Tensor = output.logits[:, -1].clone()
+        return logits
+
+    def _next(self, ids: Tensor, positions: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the token `[1, 1]` that follows, and its logits `[1, vocabulary]`."""
+        given = cache_argument(self.model, self.cache) | ({"position_ids": positions[0]} if positions else {})
+        logits = self.model(input_ids=ids, **given, use_cache=True).logits[:, -1]
+        return argmax(logits), logits
 
     def _trace(self) -> Callable[[], object]:
-        def step() -> None:
-            self.token.copy_(following(self.token))
+        following: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]] = self._next
 
-        # What a step runs: linears, those that read one input together.
-        self.linears = _siblings(self.model, self.token, self.cache)
-        following: Callable[[Tensor], Tensor] = self._next
+        def step() -> None:
+            token, self._logits = following(self.token, self._positions)
+            self.token.copy_(token)
+            for positions in self._positions:
+                positions.add_(1)
+
         with _one_token(self.model, self.linears):
             try:
                 if not self.token.is_cuda:
@@ -116,8 +156,157 @@ class DecodeLoop:
                 return record(step).replay
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} does not compile as one graph: {str(error).splitlines()[0]}"
+                    f"{_name(self.model)} does not compile as one graph: {str(error).splitlines()[0]}"
                 ) from error
+
+
+class _Prepared:
+    """The inputs that `generate` prepares for a model, which some models decide on for themselves.
+
+    Args:
+        model: The model.
+        cache: Its cache.
+        ids: The prompt `[1, n]`.
+    """
+
+    def __init__(self, model: Any, cache: Any, ids: Tensor) -> None:
+        self._model, self._ids = model, ids
+        self._cache = cache_argument(model, cache)
+        takes = "position_ids" in inspect.signature(model.forward).parameters
+        # `[..., n]`, or none where the model takes none.
+        self.positions: list[Tensor] = [model._prepare_position_ids_for_generation(ids, {})] if takes else []
+        self._keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+    def prompt(self) -> dict[str, Any]:
+        """Return the inputs for the prompt."""
+        return self._of(self._ids, self.positions, is_first_iteration=True)
+
+    def step(self, token: Tensor, more: int = 1) -> dict[str, Any]:
+        """Return those for a token `[1, 1]` that is so many tokens behind the prompt's last."""
+        ids = torch.cat([self._ids, token.expand(1, more)], dim=1)
+        steps = torch.arange(1, more + 1, device=ids.device)
+        positions = [torch.cat([before, before[..., -1:] + steps], dim=-1) for before in self.positions]
+        return self._of(ids, positions, next_sequence_length=1)
+
+    def _of(self, ids: Tensor, positions: list[Tensor], **more: Any) -> dict[str, Any]:
+        more |= {"attention_mask": None, "use_cache": True} | self._cache | self._keep
+        more |= {"position_ids": positions[0]} if positions else {}
+        given: dict[str, Any] = self._model.prepare_inputs_for_generation(ids, **more)
+        return given
+
+    def check_lengths(self, tokens: int) -> None:
+        """Raise UnsupportedModelError if a model prepares one of the coming steps otherwise than the first.
+
+        Phi-3 lets go of its cache, say, where its rotations change.
+        """
+        from transformers import GenerationMixin
+
+        if type(self._model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+            return
+        (cache,) = self._cache.values()
+        lengths = [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]
+        for more in range(1, tokens):
+            for length in lengths:
+                length.fill_(self._ids.shape[1] + more - 1)
+            given = self.step(self._ids[:, -1:], more)
+            kept = any(value is cache for value in given.values())
+            if not kept or given["input_ids"].shape[1] != 1:
+                raise UnsupportedModelError(
+                    f"{_name(self._model)} starts again without its cache at token {self._ids.shape[1] + more}."
+                )
+
+
+def _cache_of(model: Any, length: int) -> Any:
+    """Return a static cache for so many tokens."""
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    # One that slides keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
+    cache.layers = [
+        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False):
+            raise UnsupportedModelError(f"{_name(model)} has a {type(layer).__name__}, which counts in Python.")
+    return cache
+
+
+def _check_steps(model: Any) -> None:
+    """Raise UnsupportedModelError if a model's steps are known to differ, or to be no steps of one sequence."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{_name(model)} has an encoder, which the decode loop does not run.")
+    for name, module in model.named_modules():
+        kinds = vars(module).get("rope_type", "")
+        if "dynamic" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
+            raise UnsupportedModelError(f"{_name(model)} computes its rotations anew as a text grows ({name}).")
+
+
+def _check_filled(cache: Any, tokens: int) -> None:
+    """Raise UnsupportedModelError unless a prompt of so many tokens is in every layer of the cache."""
+    for place, layer in enumerate(cache.layers):
+        attends, states = hasattr(layer, "cumulative_length"), getattr(layer, "has_previous_state", {})
+        if (attends and int(layer.cumulative_length) != tokens) or not all(states.values()):
+            raise UnsupportedModelError(f"layer {place} keeps nothing of a prompt in the cache that it is given.")
+
+
+def _check_agreement(model: Any, logits: Tensor, own: Tensor) -> None:
+    """Raise UnsupportedModelError if the logits of a replay are not those of the model's own step."""
+    difference = float((logits.float() - own.float()).norm() / own.float().norm())
+    if not difference <= AGREEMENT.get(own.dtype, AGREEMENT_OF_SHORT_DTYPES):
+        raise UnsupportedModelError(
+            f"{_name(model)} computes something else in the decode loop: its first logits are {difference:.0%} off."
+        )
+
+
+@contextmanager
+def _kept(model: nn.Module, layers: Sequence[Any] = (), *, only_if_it_fails: bool = False) -> Iterator[None]:
+    """Give a model and the layers of its cache, after the context, all that they held before, but keys and values.
+
+    Raises:
+        UnsupportedModelError: Within the context a tensor was replaced by another one, which a replay would not do.
+    """
+    held = [(holder, name, holder[name]) for holder, name in _holders(model, layers)]
+    # Outside of inference_mode nobody can change what was made within.
+    changeable = [tensor for *_, tensor in held if torch.is_inference_mode_enabled() or not tensor.is_inference()]
+    with undone(changeable, only_if_it_fails=only_if_it_fails):
+        try:
+            yield
+            if only_if_it_fails:
+                return
+            for holder, name, tensor in held:
+                if holder.get(name) is not tensor:
+                    raise UnsupportedModelError(
+                        f"{_name(model)} puts another tensor in place of '{name}' at each step."
+                    )
+        except BaseException:
+            for holder, name, tensor in held:
+                holder[name] = tensor
+            raise
+
+
+def _holders(model: nn.Module, layers: Sequence[Any]) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Yield where tensors are held that a step may change: the dictionary, and the name in it."""
+    dictionaries = [vars(layer) for layer in layers]
+    dictionaries += [value for of_layer in dictionaries for value in of_layer.values() if isinstance(value, dict)]
+    for module in model.modules():
+        dictionaries += [module._buffers, vars(module)]
+    for dictionary in dictionaries:
+        yield from (
+            (dictionary, name)
+            for name, value in dictionary.items()
+            if isinstance(value, Tensor) and name not in ("keys", "values")
+        )
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 
 @contextmanager
@@ -126,7 +315,7 @@ def undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iter
     before = [tensor.clone() for tensor in tensors]
     try:
         yield
-    except Exception:
+    except BaseException:
         only_if_it_fails = False
         raise
     finally:
@@ -171,7 +360,7 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
     """Within the context, linears of one token, a group a launch, and its attention run in our kernels."""
     switched = model.config._attn_implementation == "sdpa"
-    before = _attention_of(model.config)
+    before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         if switched:
             model.set_attn_implementation(_register_attention())
@@ -182,18 +371,24 @@ def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
     finally:
         for linear in (linear for linears in groups for linear in linears):
             vars(linear).pop("forward", None)
-        if switched:
-            model.set_attn_implementation(before)
+        # Not by `set_attn_implementation`, which does not take what it finds in parts that were never set.
+        for config, attention in before if switched else ():
+            config._attn_implementation = attention
 
 
-def _attention_of(config: Any) -> dict[str, str]:
-    """Return what attends, by part of a model; "" is the whole."""
-    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
-    return {"": config._attn_implementation} | {name: part._attn_implementation for name, part in parts.items()}
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """Yield the configs of a model and its parts, a part's after that of the whole, which sets it too."""
+    from transformers import PreTrainedModel
+
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in waiting:
+        yield config
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        waiting.extend(part for part in parts if part is not None)
 
 
-def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
-    """Return the linears that a step runs, those in a row that read the very same input together."""
+def _siblings(model: Any, given: dict[str, Any]) -> tuple[list[list[nn.Linear]], Any]:
+    """Return the linears that a step runs, those in a row that read the very same input together; and its output."""
     seen: list[tuple[nn.Linear, Tensor]] = []
     bare = [module for module in model.modules() if _bare(module)]
 
@@ -204,7 +399,7 @@ def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
 
     hooks = [linear.register_forward_pre_hook(keep) for linear in bare]
     try:
-        model(input_ids=ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+        output = model(**given)
     finally:
         for hook in hooks:
             hook.remove()
@@ -217,7 +412,7 @@ def _siblings(model: Any, ids: Tensor, cache: Any) -> list[list[nn.Linear]]:
             groups.append([linear])
     # One that runs twice in a step would overwrite what the other of its group waits for.
     runs = Counter(id(linear) for linear, _ in seen)
-    return [group for group in groups if all(runs[id(linear)] == 1 for linear in group)]
+    return [group for group in groups if all(runs[id(linear)] == 1 for linear in group)], output
 
 
 def _bare(module: nn.Module) -> bool:

@@ -47,6 +47,9 @@ def recorded(step: Callable[[], object], *, everything: bool = False) -> Callabl
     first, second = _record(step), _record(step)
     if [done.description for done in first] != [done.description for done in second]:
         raise UnsupportedModelError("the model's step does something else each time: it counts in Python.")
+    made = {_storage(tensor) for done in first for tensor in done.new}
+    if any(made & done.read for done in second):
+        raise UnsupportedModelError("the model's step reads what the one before made: it keeps tensors in Python.")
     return partial(_replay, list(_calls(_changing(second, everything))))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -91,8 +92,7 @@ def _sparsify(model: nn.Module, profile: Profile, sites: Sequence[Site], apply_t
     _say_refusals(replacements)
     keep_profile(base, profile)
     if apply_to == "decode":
-        # transformers looks this hook up on the instance when, and only when, decoding is assisted.
-        vars(base)["_get_candidate_generator"] = _refuse_assisted
+        vars(base).update({name: refuse(base) for name, refuse in _REFUSALS.items()})
 
 
 def restore_(model: ModelT) -> ModelT:
@@ -109,7 +109,8 @@ def restore_(model: ModelT) -> ModelT:
         module.phases.leave(decoder_of(base)[0])
         model.set_submodule(name, module.release().train(module.training))
     forget_profile(base)
-    vars(base).pop("_get_candidate_generator", None)
+    for name in _REFUSALS:
+        vars(base).pop(name, None)
     return model
 
 
@@ -379,11 +380,12 @@ def _say_refusals(modules: Mapping[str, SparseModule]) -> None:
         _LOG.warning("the Triton backend leaves %s to the reference: %s.", _listed(names), reason)
     on_cpu = any(module.per_term.device.type == "cpu" for module in modules.values())
     if on_cpu and requested() != REFERENCE and (missing := library.missing()):
-        _say_once(f"the CPU backend leaves all to the reference, which gains no speed: {missing}.")
+        say_once(f"the CPU backend leaves all to the reference, which gains no speed: {missing}.")
 
 
 @cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log a warning, the first time only."""
     _LOG.warning(message)
 
 
@@ -396,3 +398,43 @@ def _refuse_assisted(*_: Any, **__: Any) -> NoReturn:
         "assisted decoding does not fit apply_to='decode': it checks several drafted tokens in one call, which "
         "would be computed densely, so its tokens would not be the model's own. Sparsify with apply_to='all'."
     )
+
+
+def _refuse_batches(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedModelError(
+        "generate_batch does not fit apply_to='decode': it puts prompts and generated tokens into one call, which "
+        "would be computed densely. Call model.generate with padded prompts, or sparsify with apply_to='all'."
+    )
+
+
+class _RefuseWithoutCache:
+    """Prepares a model's cache, if there is to be one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Not held: a model that is let go of gives its memory back at once.
+        self._model = weakref.ref(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the model has a copy of its own."""
+        return object.__new__, (_RefuseWithoutCache,), self._model()
+
+    def __setstate__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.use_cache is False:
+            raise UnsupportedModelError(
+                "use_cache=False does not fit apply_to='decode': each call is the whole text again, a prompt, which "
+                "is computed densely. Pass use_cache=True, or sparsify with apply_to='all'."
+            )
+        model: Any = self._model()
+        return type(model)._prepare_cache_for_generation(model, generation_config, *args, **kwargs)
+
+
+# Under apply_to='decode', by the name that transformers looks up on the instance: when, and only when, decoding is
+# assisted, requests are batched, and for every `generate`.
+_REFUSALS: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "_get_candidate_generator": lambda _: _refuse_assisted,
+    "init_continuous_batching": lambda _: _refuse_batches,
+    "_prepare_cache_for_generation": _RefuseWithoutCache,
+}

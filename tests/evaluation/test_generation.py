@@ -8,8 +8,12 @@ from unittest.mock import ANY
 import pytest
 import torch
 
+import countdown
+from countdown import decoding
 from countdown.errors import ConfigError
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
+from countdown.methods import method
+from countdown.sparsify import say_once
 from tiny import byte_tokenizer
 
 
@@ -45,7 +49,21 @@ def test_what_the_loop_does_not_heed_is_left_to_transformers(llama_model, tokeni
     assert (other.by, other.tokens[0] == written.tokens[0]) == ("transformers", False)
 
 
-def test_a_step_that_cannot_be_recorded_is_left_to_transformers(llama_model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("setting", ["no_repeat_ngram_size", "min_new_tokens", "remove_invalid_values", "num_beams"])
+def test_a_value_of_one_is_neutral_only_where_it_changes_nothing(setting, llama_model, tokenizer, caplog):
+    prompt = torch.tensor([[1, 2, 3]])
+    setattr(llama_model.generation_config, setting, True if setting.startswith("remove") else 1)
+    if setting == "min_new_tokens":
+        llama_model.generation_config.eos_token_id = 5
+    say_once.cache_clear()
+    written = generate(llama_model, tokenizer, prompt, max_new_tokens=12)
+    assert written.by == ("decode loop" if setting == "num_beams" else "transformers")
+    assert (f"does not heed the checkpoint's {setting}" in caplog.text) == (written.by == "transformers")
+    if setting == "no_repeat_ngram_size":
+        assert len(set(written.tokens)) == 12
+
+
+def test_a_step_that_cannot_be_recorded_is_left_to_transformers(llama_model, tokenizer, monkeypatch, caplog):
     forward = type(llama_model.model.norm).forward
 
     def reading(self, x):
@@ -54,9 +72,36 @@ def test_a_step_that_cannot_be_recorded_is_left_to_transformers(llama_model, tok
     prompt = encode_prompt(tokenizer, "hello")
     written = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
     monkeypatch.setattr(type(llama_model.model.norm), "forward", reading)
+    say_once.cache_clear()
     other = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
     assert (written.by, other.by) == ("decode loop", "transformers")
     assert other.tokens == written.tokens
+    assert "transformers generates, which is slower: the model's step reads the value of a tensor" in caplog.text
+
+
+def test_what_fails_in_the_loop_is_left_to_transformers(llama_model, tokenizer, monkeypatch, caplog):
+    def fails(*_):
+        raise AttributeError("no is_sliding")
+
+    prompt = encode_prompt(tokenizer, "hello")
+    written = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
+    monkeypatch.setattr(decoding, "_cache_of", fails)
+    say_once.cache_clear()
+    for _ in range(2):
+        other = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
+        assert (other.by, other.tokens) == ("transformers", written.tokens)
+    assert caplog.text.count("does not run in the decode loop: AttributeError: no is_sliding") == 1
+
+
+def test_a_sparse_model_that_keeps_no_cache_by_default_is_sparse_all_the_same(llama_model, tokenizer, text):
+    recipe = method("m-countdown", sparsity=0.5)
+    countdown.sparsify_(
+        llama_model, countdown.calibrate(llama_model, tokenizer, text, recipe, tokens=512, progress=False)
+    )
+    llama_model.generation_config.use_cache = False
+    llama_model.generation_config.repetition_penalty = 1.1
+    assert generate(llama_model, tokenizer, torch.tensor([[1, 2, 3]]), max_new_tokens=6).by == "transformers"
+    assert {site.tokens for site in countdown.status(llama_model)} == {5}
 
 
 def test_one_token_has_no_speed(llama_model, tokenizer):

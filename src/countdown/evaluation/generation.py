@@ -15,12 +15,20 @@ from transformers.generation.streamers import BaseStreamer
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import check_known, context_of, foreign
+from countdown.sparsify import say_once
 from countdown.text import is_text
 
 # Settings of a checkpoint that change nothing of what greedy decoding writes, or that it heeds.
 _GREEDY = {
-    "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length", "pad_token_id", "temperature",
-    "top_k", "top_p", "transformers_version", "use_cache", "_from_model_config",
+    "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "epsilon_cutoff", "eta_cutoff", "max_length",
+    "min_p", "pad_token_id", "temperature", "top_h", "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
+    "_commit_hash", "_from_model_config",
+}  # fmt: skip
+# Of others, the value with which they change nothing.
+_NEUTRAL = {
+    "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "length_penalty": 1.0, "min_length": 0,
+    "min_new_tokens": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
 }  # fmt: skip
 
 # Of threads that generate; one that is called while it writes may.
@@ -137,7 +145,8 @@ def generate(
 ) -> Generation:
     """Generate greedily: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
 
-    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it.
+    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it. What on a
+    CPU does not fit is logged, as a warning: transformers takes longer.
 
     Args:
         model: Dense or sparsified.
@@ -178,14 +187,23 @@ def _decode_loop(model: nn.Module, prompt: torch.Tensor, new_tokens: int) -> Dec
 
     On a GPU it is compiled first, which takes longer than most answers.
     """
-    settings = model.generation_config.to_diff_dict()  # type: ignore[operator, union-attr]
-    heeded = all(name in _GREEDY or value in (None, 0, 1) for name, value in settings.items())
-    if next(model.parameters()).device.type != "cpu" or not heeded:
+    if next(model.parameters()).device.type != "cpu":
         return None
     try:
+        _check_settings(model)
         return DecodeLoop(model, prompt, new_tokens=new_tokens)
-    except UnsupportedModelError:
+    except UnsupportedModelError as error:
+        say_once(f"transformers generates, which is slower: {error}")
         return None
+
+
+def _check_settings(model: nn.Module) -> None:
+    """Raise UnsupportedModelError if the checkpoint has settings that the loop does not heed."""
+    settings = model.generation_config.to_diff_dict()  # type: ignore[operator, union-attr]
+    for name, value in settings.items():
+        neutral = value is None or value is False or value == _NEUTRAL.get(name)
+        if name not in _GREEDY and not neutral:
+            raise UnsupportedModelError(f"the decode loop does not heed the checkpoint's {name}.")
 
 
 def _decode(loop: DecodeLoop, ends: set[int], stream: _Stream) -> None:
@@ -210,6 +228,8 @@ def _generate(model: nn.Module, tokenizer: Any, prompt: torch.Tensor, new_tokens
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
+        # Without, each call would be a prompt to a sparsified model, and dense.
+        use_cache=True,
         # Checkpoints may ship defaults for sampling, which greedy decoding would warn about, and for beams.
         num_beams=1,
         num_return_sequences=1,
