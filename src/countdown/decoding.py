@@ -184,7 +184,7 @@ class _Prepared:
     def step(self, token: Tensor, more: int = 1) -> dict[str, Any]:
         """Return those for a token `[1, 1]` that is so many tokens behind the prompt's last."""
         ids = torch.cat([self._ids, token.expand(1, more)], dim=1)
-        steps = torch.arange(1, more + 1, device=ids.device)
+        steps = torch.arange(1, more + 1, dtype=ids.dtype, device=ids.device)
         positions = [torch.cat([before, before[..., -1:] + steps], dim=-1) for before in self.positions]
         return self._of(ids, positions, next_sequence_length=1)
 
