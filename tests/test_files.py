@@ -166,6 +166,14 @@ def test_two_write_one_file(tmp_path, monkeypatch):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "ours")]
 
 
+def test_a_folder_that_another_takes_away_is_not_missed(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    meanwhile(monkeypatch, (tmp_path / "folder").rmdir)
+    with whole_folder(tmp_path / "folder") as new:
+        (new / "file").write_text("ours")
+    assert (tmp_path / "folder" / "file").read_text() == "ours"
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_two_write_one_folder(there, tmp_path, monkeypatch):
     def write(content: str) -> None:
