@@ -71,6 +71,7 @@ TIMEOUT = 120
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # What a default config lacks or contradicts, and what contradicts `SIZES`.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "BambaConfig": {"attn_layer_indices": [1]},
     "ChameleonConfig": {"vocabulary_map": {}},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "DbrxAttentionConfig": {"rope_theta": 10000.0},

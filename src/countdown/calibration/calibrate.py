@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from countdown.autocast import without_autocast
 from countdown.calibration.passes import PASSES, Assignment, Run
 from countdown.config import CALIBRATION_TOKENS
-from countdown.errors import ConfigError, TextError
+from countdown.errors import ConfigError, TextError, UnsupportedModelError
 from countdown.loading import check_context
 from countdown.methods import Method
 from countdown.modules import check_dense
@@ -85,6 +85,8 @@ def calibrate_all(
     sequences = calibration_sequences(tokenizer, texts, tokens)
     model = base_model(model)
     check_dense(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} has an encoder, and calibration reads text alone.")
     check_context(model, max(len(sequence) for sequence in sequences))
     return [_calibrate(model, texts, sequences, recipe, progress) for recipe in recipes]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
-from countdown.errors import UnsupportedModelError
+from countdown.errors import CountdownError, UnsupportedModelError
 from countdown.finite import not_finite
 from countdown.methods import Method
 from countdown.modules import Observer, observed
@@ -117,7 +117,13 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
     device = next(model.parameters()).device
 
     def feed(sequence: Tensor) -> None:
-        decoder(input_ids=sequence[None].to(device), use_cache=False)
+        try:
+            decoder(input_ids=sequence[None].to(device), use_cache=False)
+        except (TypeError, ValueError, AttributeError) as error:  # what models raise for an input that they miss
+            if isinstance(error, CountdownError):
+                raise
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UnsupportedModelError(f"{type(model).__name__} does not run on text alone: {said}") from error
 
     with torch.inference_mode(), observed(model, sites, observe):
         yield feed
