@@ -152,6 +152,22 @@ def test_activations_that_are_not_finite_are_named(llama_model, tokenizer, text)
         calibrate(llama_model, tokenizer, text, method("m-countdown"), tokens=512, progress=False)
 
 
+def test_a_model_that_wants_more_than_text_is_refused(llama_model, tokenizer, text):
+    def wanting(*_):
+        raise ValueError("pixel_values must be given\nin any case")
+
+    config = method("m-countdown")
+    hook = llama_model.model.register_forward_pre_hook(wanting)
+    with pytest.raises(
+        UnsupportedModelError, match=r"^LlamaForCausalLM does not run on text alone: .*given in any case$"
+    ):
+        calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+    hook.remove()
+    llama_model.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM has an encoder"):
+        calibrate(llama_model, tokenizer, text, config, tokens=512, progress=False)
+
+
 def test_bad_input(llama_model, tokenizer, text):
     config = method("m-countdown")
     with pytest.raises(ConfigError, match="at least one window"):

@@ -144,6 +144,15 @@ def test_the_remedy_is_a_dtype_that_holds_more(dtype, remedy):
     assert remedy is None or remedy in said
 
 
+def test_a_model_that_keeps_something_else_than_a_cache_is_refused(sparse, ids):
+    def fail(*_):
+        raise AttributeError("'DynamicCache' object has no attribute 'rnn_state'")
+
+    sparse.model.register_forward_pre_hook(fail)
+    with pytest.raises(UnsupportedModelError, match=r"does not decode with the cache .* no attribute 'rnn_state'"):
+        evaluate(sparse, ids, protocol="decode", progress=False)
+
+
 def test_bad_input(sparse, ids):
     with pytest.raises(ConfigError, match="protocol is 'prefill'"):
         evaluate(sparse, ids, protocol="prefill")

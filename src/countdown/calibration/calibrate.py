@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from countdown.autocast import without_autocast
 from countdown.calibration.passes import PASSES, Assignment, Run
 from countdown.config import CALIBRATION_TOKENS
-from countdown.errors import ConfigError, TextError
+from countdown.errors import ConfigError, TextError, UnsupportedModelError
 from countdown.loading import check_context, check_known, context_of, window_length
 from countdown.methods import Method
 from countdown.modules import check_dense
@@ -87,6 +87,8 @@ def calibrate_all(
     recipes = [Recipe.of(config) for config in configs]
     model = base_model(model)
     check_dense(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} has an encoder, and calibration reads text alone.")
     texts = texts if isinstance(texts, Mapping) else as_texts(texts)
     sequences = calibration_sequences(tokenizer, texts, tokens, window_length(context_of(model.config), window))
     check_context(model, max(len(sequence) for sequence in sequences))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from countdown.config import check_choice
-from countdown.errors import ConfigError, CountdownError, TextError
+from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.finite import not_finite
 from countdown.loading import cache_argument, check_context, check_known
 from countdown.memory import batches, logits_at_once
@@ -128,7 +128,7 @@ def evaluate(
         progress: Show progress on stderr.
 
     Raises:
-        UnsupportedModelError: The model is not sparsified.
+        UnsupportedModelError: The model is not sparsified, or does not decode with a plain cache.
         ConfigError: Unknown protocol, windows too short or longer than the model's context, or tokens that it does not
             know.
         TextError: What is given as windows is none.
@@ -200,7 +200,13 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
     """Yield logits `[1, vocabulary]` after each token of the second half but the last."""
     given = cache_argument(model, DynamicCache(config=model.config))
     with running(model, "dense"):
-        model(window[:, :half], **given, use_cache=True, logits_to_keep=1)
+        try:
+            model(window[:, :half], **given, use_cache=True, logits_to_keep=1)
+        except (AttributeError, TypeError, ValueError) as error:  # what models raise that keep something else
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not decode with the cache that transformers gives most models, which "
+                f"protocol 'decode' needs: {type(error).__name__}: {error}"
+            ) from error
     for position in range(half, window.shape[1] - 1):
         with running(model, mode):
             out = model(window[:, position : position + 1], **given, use_cache=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
-from countdown.errors import UnsupportedModelError
+from countdown.errors import CountdownError, UnsupportedModelError, told
 from countdown.finite import not_finite
 from countdown.memory import batches
 from countdown.methods import Method
@@ -129,7 +129,12 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
         return observe(site, sum_, x, factors)
 
     def feed(batch: Tensor) -> None:
-        decoder(input_ids=batch.to(device), use_cache=False)
+        try:
+            decoder(input_ids=batch.to(device), use_cache=False)
+        except (TypeError, ValueError, AttributeError) as error:  # what models raise for an input that they miss
+            if isinstance(error, CountdownError):
+                raise
+            raise UnsupportedModelError(f"{type(model).__name__} does not run on text alone: {told(error)}") from error
         finite.check()
 
     with torch.inference_mode(), observed(model, sites, checked):
