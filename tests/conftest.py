@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 # Read when OpenMP is loaded: threads that wait for others which do not run, on a busy machine, leave them the core.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# Likewise. Where tests run in several processes, the threads of each would fight for the cores of the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

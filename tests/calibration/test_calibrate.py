@@ -259,9 +259,9 @@ def peak(tokens):
     calibrate(model, tokenizer, text, method("m-countdown", weighting="rms"), tokens=tokens, progress=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-# a and u of 56k more tokens, kept, would take 56k x 4 layers x 2 x 512 x 4 bytes = 900 MB.
+# a and u of 16k more tokens, kept, would take 16k x 4 layers x 2 x 512 x 4 bytes = 270 MB.
 before = peak(8192)
-print(peak(65536) - before)
+print(peak(24576) - before)
 """
 
 
