@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import countdown
+from countdown.benchmark.timing import Bandwidth, Rounds
 from countdown.comparison import compare as module
-from countdown.comparison import quantised, session
+from countdown.comparison import effort, grid, quantised, session
 from countdown.comparison.compare import compare
 from countdown.comparison.comparison import CURVE, Cell, Comparison, Speed
 from countdown.comparison.session import pieces
@@ -32,6 +34,15 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Time little: of a model so small every round would differ and rounds be added; and read no gigabytes."""
+    patch.setattr(session, "bandwidth", lambda _: Bandwidth(1e9, 1e9, 1e9))
+    patch.setattr(session, "CONTEXT", 16)
+    patch.setattr(session, "NEW_TOKENS", 4)
+    patch.setattr(session, "SAMPLE_TOKENS", 8)
+    patch.setattr(module, "USUAL", replace(effort.USUAL, rounds=Rounds(6, 6)))
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory, folder, text) -> Path:
     """A cache that holds the comparison of `ONE` with speed."""
@@ -39,9 +50,7 @@ def warm(tmp_path_factory, folder, text) -> Path:
     (cache / "text.txt").write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COUNTDOWN_CACHE", str(cache))
-        patch.setattr(session, "CONTEXT", 16)
-        patch.setattr(session, "NEW_TOKENS", 4)
-        patch.setattr(session, "SAMPLE_TOKENS", 8)
+        shorten(patch)
         compare(str(folder), **ONE, **FAST, text=str(cache / "text.txt"))
     return cache
 
@@ -52,9 +61,7 @@ def cache(warm, tmp_path, monkeypatch) -> Path:
     copy = tmp_path / "cache"
     shutil.copytree(warm, copy)
     monkeypatch.setenv("COUNTDOWN_CACHE", str(copy))
-    monkeypatch.setattr(session, "CONTEXT", 16)
-    monkeypatch.setattr(session, "NEW_TOKENS", 4)
-    monkeypatch.setattr(session, "SAMPLE_TOKENS", 8)
+    shorten(monkeypatch)
     return copy
 
 
@@ -71,7 +78,8 @@ def run(folder, cache):
 
 
 def measured(said: list[str]) -> list[str]:
-    return [line.removeprefix("measuring ") for line in said if line.startswith("measuring ") and "band" not in line]
+    lines = [line.removeprefix("measuring ") for line in said if line.startswith("measuring ") and "band" not in line]
+    return [line.partition(" (")[0] for line in lines]
 
 
 def test_what_is_measured(run):
@@ -98,6 +106,38 @@ def test_what_is_measured(run):
         assert cell.speed.tokens_per_s > 0
         assert cell.quality.loss_interval[0] <= cell.quality.loss <= cell.quality.loss_interval[1]
     assert set(dense.speed.split_us) == set(half.speed.split_us) == {"ffn", "attention_linears", "head", "rest"}
+
+
+def test_it_says_how_far_along_it_is_and_what_it_found(run):
+    found = []
+    run(sparsities=[0.5, 0.6, 0.7], speed=False, on_cell=found.append)
+    first, last = [line for line in run.said if line.startswith("measuring")]
+    assert first == "measuring m-countdown × rms at 0.6 (1 of 2)"
+    assert last.startswith("measuring m-countdown × rms at 0.7 (2 of 2, about ")
+    # What is found in the cache is nothing new.
+    assert [cell.label for cell in found] == ["m-countdown × rms at 0.6", "m-countdown × rms at 0.7"]
+
+
+def test_speeds_have_intervals_and_a_dense_value_beside(run):
+    dense, *others = run().cells
+    assert dense.speed.interval == (1.0, 1.0)
+    for cell in others:
+        low, high = cell.speed.interval
+        assert 0 < low <= cell.speed.speedup <= high
+        record = cell.record()
+        assert record["dense_tokens_per_s"] * cell.speed.speedup == pytest.approx(cell.speed.tokens_per_s)
+        assert (record["speedup_low"], record["speedup_high"]) == (low, high)
+
+
+def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
+    found = run(quick=True, methods=["cats"], sparsities=None, windows=None, tokens=1024, speed=False, quantised=False)
+    assert [cell.label for cell in found.cells] == ["dense", "cats at 0.5", "cats at 0.7"]
+    assert found.rough
+    assert found.meta["windows"] == 4
+    assert found.meta["caveats"][0].startswith("This comparison is quick, and rough: 4 windows")
+    assert not run(speed=False, quantised=False).rough
+    weighted = {one.label for one in grid.usual_methods(effort.QUICK)}
+    assert weighted < {one.label for one in grid.usual_methods()}
 
 
 def test_layers_show_what_they_do(run):
@@ -264,6 +304,12 @@ def test_without_torchao_the_rest_goes_on(run, monkeypatch):
     found = run()
     assert {cell.kind for cell in found.cells} == {"dense", "sparse"}
     assert any("torchao is missing" in caveat for caveat in found.meta["caveats"])
+
+
+def test_a_speed_up_that_cannot_be_is_a_caveat():
+    impossible = Speed(1500.0, 14.38, 100.0, interval=(13.0, 16.0))
+    (caveat,) = module._doubts([Cell("cats at 0.5", "sparse", {}, 0.5, weights_read=0.8, speed=impossible)])
+    assert caveat.startswith("The speed-up of cats at 0.5 is unreliable, and it is not recommended: 14.38 times dense")
 
 
 def test_where_the_machine_drifts_it_is_said():
