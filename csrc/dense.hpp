@@ -11,28 +11,28 @@ namespace countdown::VARIANT {
 
 template <class W>
 struct ProjectSpace {
-    Operand<W> *tokens;  // [threads, width]
+    Operand<W> *tokens;  // [parts, width]
     int64_t width, bytes;
 
-    ProjectSpace(const countdown_project_call &call, int threads) : width(ceil_to(call.d, PADDING)) {
+    ProjectSpace(const countdown_project_call &call, int parts) : width(ceil_to(call.d, PADDING)) {
         Workspace space(call.workspace);
-        tokens = space.take<Operand<W>>(threads * width);
+        tokens = space.take<Operand<W>>(parts * width);
         bytes = space.bytes();
     }
 };
 
-// Each thread computes a range of the outputs of all linears, taken together.
+// Each part computes a range of the outputs of all linears, taken together.
 template <class W>
 class Projection {
   public:
-    Projection(const countdown_project_call &call, const ProjectSpace<W> &space, const Team &team)
-        : call_(call), space_(space), team_(team), loops_(plain_loops<W>(1)), token_(space.tokens + team.index * space.width) {}
+    Projection(const countdown_project_call &call, const ProjectSpace<W> &space, const Part &part)
+        : call_(call), space_(space), part_(part), loops_(plain_loops<W>(1)), token_(space.tokens + part.index * space.width) {}
 
-    void run() {
+    void run(int) {
         copy_token(static_cast<const W *>(call_.x), call_.d, space_.width, token_);
         int64_t total = 0;
         for (int64_t w = 0; w < call_.count; ++w) total += call_.rows[w];
-        int64_t first = total * team_.index / team_.size, stop = total * (team_.index + 1) / team_.size;
+        int64_t first = total * part_.index / part_.count, stop = total * (part_.index + 1) / part_.count;
         for (int64_t w = 0, before = 0; w < call_.count; before += call_.rows[w++])
             project(w, first > before ? first - before : 0, least(stop - before, call_.rows[w]),
                     static_cast<W *>(call_.y) + before);
@@ -41,7 +41,7 @@ class Projection {
   private:
     const countdown_project_call &call_;
     const ProjectSpace<W> &space_;
-    const Team &team_;
+    const Part &part_;
     const RowLoops loops_;
     Operand<W> *const token_;
 
@@ -61,8 +61,8 @@ class Projection {
     }
 };
 
-// Attention: a thread sees a range of the keys, for every query, and leaves what it finds. The queries are then shared
-// out, and what the threads found about one is joined. The few vectors of a key are loaded once for all queries of its
+// Attention: a part sees a range of the keys, for every query, and leaves what it finds. The queries are then shared
+// out, and what the parts found about one is joined. The few vectors of a key are loaded once for all queries of its
 // group, and their sums stay in registers over all keys, where these hold them.
 struct Seen {
     float largest, total;  // of exp(score - largest)
@@ -70,23 +70,22 @@ struct Seen {
 
 template <class W>
 struct AttendSpace {
-    float *scores;       // [threads, MOST_TOKENS, range]
-    int32_t *keys;       // [threads, range]: those that the mask lets through
-    Operand<W> *queries; // [threads, MOST_TOKENS, width]
-    Seen *seen;          // [threads, heads]
-    float *sums;         // [threads, heads, width]
+    float *scores;       // [parts, MOST_TOKENS, range]
+    int32_t *keys;       // [parts, range]: those that the mask lets through
+    Operand<W> *queries; // [parts, MOST_TOKENS, width]
+    Seen *seen;          // [parts, heads]
+    float *sums;         // [parts, heads, width]
     int64_t range, width, bytes;  // both whole vectors
 
-    AttendSpace(const countdown_attend_call &call, int threads)
-        : range(ceil_to(call.length / threads + 1, 16)), width(ceil_to(call.size, PADDING)) {
+    AttendSpace(const countdown_attend_call &call, int parts)
+        : range(ceil_to(call.length / parts + 1, 16)), width(ceil_to(call.size, PADDING)) {
         Workspace space(call.workspace);
-        // As many for fewer threads or less: a team may come out smaller than the one that room was made for.
-        int64_t most = call.length + 16 * threads;
+        int64_t most = range * parts;
         scores = space.take<float>(most * MOST_TOKENS);
         keys = space.take<int32_t>(most);
-        queries = space.take<Operand<W>>(threads * MOST_TOKENS * width);
-        seen = space.take<Seen>(threads * call.heads);
-        sums = space.take<float>(threads * call.heads * width);
+        queries = space.take<Operand<W>>(parts * MOST_TOKENS * width);
+        seen = space.take<Seen>(parts * call.heads);
+        sums = space.take<float>(parts * call.heads * width);
         bytes = space.bytes();
     }
 };
@@ -94,39 +93,48 @@ struct AttendSpace {
 template <class W>
 class Attention {
   public:
-    Attention(const countdown_attend_call &call, const AttendSpace<W> &space, const Team &team)
-        : call_(call), space_(space), team_(team), keys_(space.keys + team.index * space.range),
-          scores_(space.scores + team.index * space.range * MOST_TOKENS),
-          queries_(space.queries + team.index * MOST_TOKENS * space.width) {}
+    Attention(const countdown_attend_call &call, const AttendSpace<W> &space, const Part &part)
+        : call_(call), space_(space), part_(part), keys_(space.keys + part.index * space.range),
+          scores_(space.scores + part.index * space.range * MOST_TOKENS),
+          queries_(space.queries + part.index * MOST_TOKENS * space.width) {}
 
-    void run() {
+    void run(int phase) {
+        if (phase)
+            join_share();
+        else
+            see_keys();
+    }
+
+  private:
+    const countdown_attend_call &call_;
+    const AttendSpace<W> &space_;
+    const Part &part_;
+    int32_t *const keys_;
+    float *const scores_;
+    Operand<W> *const queries_;
+    int64_t count_ = 0;
+
+    void see_keys() {
         list_keys();
         int64_t each = call_.heads / call_.groups;
         for (int64_t group = 0; group < call_.groups; ++group)
             for (int64_t head = group * each; head < (group + 1) * each; head += MOST_TOKENS)
                 with_count(least(MOST_TOKENS, (group + 1) * each - head),
                            [&](auto queries) { attend<int(queries)>(group, head); });
-        team_.barrier();
-        int64_t stop = call_.heads * (team_.index + 1) / team_.size;
-        for (int64_t head = call_.heads * team_.index / team_.size; head < stop; ++head) join(head);
     }
 
-  private:
-    const countdown_attend_call &call_;
-    const AttendSpace<W> &space_;
-    const Team &team_;
-    int32_t *const keys_;
-    float *const scores_;
-    Operand<W> *const queries_;
-    int64_t count_ = 0;
+    void join_share() {
+        int64_t stop = call_.heads * (part_.index + 1) / part_.count;
+        for (int64_t head = call_.heads * part_.index / part_.count; head < stop; ++head) join(head);
+    }
 
     void list_keys() {
-        int64_t stop = call_.length * (team_.index + 1) / team_.size;
-        for (int64_t key = call_.length * team_.index / team_.size; key < stop; ++key)
+        int64_t stop = call_.length * (part_.index + 1) / part_.count;
+        for (int64_t key = call_.length * part_.index / part_.count; key < stop; ++key)
             if (!call_.mask || call_.mask[key]) keys_[count_++] = int32_t(key);
     }
 
-    // T queries from `head` on, of one group, over this thread's keys.
+    // T queries from `head` on, of one group, over this part's keys.
     template <int T>
     void attend(int64_t group, int64_t head) {
         for (int t = 0; t < T; ++t)
@@ -134,8 +142,8 @@ class Attention {
                        queries_ + t * space_.width);
         score<T>(static_cast<const W *>(call_.keys) + group * call_.keys_group_stride);
         for (int t = 0; t < T; ++t)
-            space_.seen[team_.index * call_.heads + head + t] = weigh(scores_ + t * space_.range);
-        float *sums = space_.sums + (team_.index * call_.heads + head) * space_.width;
+            space_.seen[part_.index * call_.heads + head + t] = weigh(scores_ + t * space_.range);
+        float *sums = space_.sums + (part_.index * call_.heads + head) * space_.width;
         const W *values = static_cast<const W *>(call_.values) + group * call_.values_group_stride;
         int64_t c = 0;
         for (; c + 2 * Vec::width <= call_.size; c += 2 * Vec::width) sum_values<T, 2>(values, c, sums);
@@ -215,26 +223,26 @@ class Attention {
         const Seen *seen = space_.seen + head;
         const float *sums = space_.sums + head * space_.width;
         float largest = -INFINITY, total = 0;
-        for (int member = 0; member < team_.size; ++member) {
-            float some = seen[member * call_.heads].largest;
+        for (int part = 0; part < part_.count; ++part) {
+            float some = seen[part * call_.heads].largest;
             if (!(some <= largest)) largest = some;
         }
-        for (int member = 0; member < team_.size; ++member) total += share(seen, member, largest);
+        for (int part = 0; part < part_.count; ++part) total += share(seen, part, largest);
         W *y = static_cast<W *>(call_.y) + head * call_.size;
         for (int64_t c = 0; c < call_.size; c += Vec::width) {
             Vec value = splat(0);
-            for (int member = 0; member < team_.size; ++member) {
-                float weight = expf(seen[member * call_.heads].largest - largest);
-                if (seen[member * call_.heads].total == 0) continue;
-                value = fma(splat(weight), load(sums + member * call_.heads * space_.width + c), value);
+            for (int part = 0; part < part_.count; ++part) {
+                float weight = expf(seen[part * call_.heads].largest - largest);
+                if (seen[part * call_.heads].total == 0) continue;
+                value = fma(splat(weight), load(sums + part * call_.heads * space_.width + c), value);
             }
             store(y + c, value / splat(total), least(Vec::width, call_.size - c));
         }
     }
 
-    // What a thread's total is in terms of the largest score of all; it may have seen no key.
-    float share(const Seen *seen, int member, float largest) const {
-        const Seen &some = seen[member * call_.heads];
+    // What a part's total is in terms of the largest score of all; it may have seen no key.
+    float share(const Seen *seen, int part, float largest) const {
+        const Seen &some = seen[part * call_.heads];
         return some.total == 0 ? 0 : some.total * expf(some.largest - largest);
     }
 };

@@ -25,32 +25,13 @@ const Variant *&taken() {
     return variant;
 }
 
-// The next steps that one team can run: those of as many threads, and those of one thread, which its first member runs.
-struct Stretch {
-    const countdown_step *steps;
-    int64_t count = 0, threads = 1;
-
-    Stretch(const countdown_step *steps, int64_t most) : steps(steps) {
-        for (; count < most && fits(steps[count].threads); ++count)
-            threads = steps[count].threads > threads ? steps[count].threads : threads;
-    }
-
-    bool fits(int64_t wanted) const { return wanted == 1 || threads == 1 || wanted == threads; }
-
-    bool is_alone(int64_t k) const { return steps[k].threads == 1; }
-
-    void run(const Team &member) const {
-        const Team alone = {0, 1, nullptr};
-        for (int64_t k = 0; k < count; ++k) {
-            if (!is_alone(k))
-                taken()->run(steps[k].kind, steps[k].call, member);
-            else if (member.index == 0)
-                taken()->run(steps[k].kind, steps[k].call, alone);
-            // What a step leaves is there for all members of the next.
-            if (k + 1 < count && !(is_alone(k) && is_alone(k + 1))) member.barrier();
-        }
-    }
-};
+Phases phases_of(const countdown_step &step) {
+    auto work = [](const void *given, int phase, const Part &part) {
+        const countdown_step &step = *static_cast<const countdown_step *>(given);
+        taken()->run(step.kind, step.call, phase, part);
+    };
+    return {taken()->phases(step.kind, step.call), int(step.parts), work, &step};
+}
 
 }  // namespace
 }  // namespace countdown
@@ -60,21 +41,17 @@ using countdown::taken;
 int64_t countdown_abi(void) { return COUNTDOWN_ABI; }
 
 int64_t countdown_workspace(const countdown_step *step) {
-    return taken()->workspace(step->kind, step->call, int(step->threads));
+    return taken()->workspace(step->kind, step->call, int(step->parts));
 }
 
 void countdown_run(const countdown_step *steps, int64_t count) {
-    while (count) {
-        countdown::Stretch stretch(steps, count);
-        countdown::run_team(
-            int(stretch.threads),
-            [](const void *data, const countdown::Team &member) {
-                static_cast<const countdown::Stretch *>(data)->run(member);
-            },
-            &stretch);
-        steps += stretch.count;
-        count -= stretch.count;
-    }
+    for (const countdown_step *step = steps; step < steps + count; ++step)
+        countdown::run_on_openmp(countdown::phases_of(*step));
+}
+
+void countdown_run_apart(const countdown_step *steps, int64_t count) {
+    countdown::Crew crew;
+    for (const countdown_step *step = steps; step < steps + count; ++step) crew.run(countdown::phases_of(*step));
 }
 
 const char *countdown_variant(int place) {

@@ -81,6 +81,9 @@ static void small_row(const countdown_small_call &call, const Entries &to, const
     }
 }
 
+// NaN if either is.
+static float larger(float a, float b) { return a != a || a >= b ? a : b; }
+
 static void small_mean(const countdown_small_call &call, const Entries &to, const Entries &a) {
     float some[BUFFER];
     Vec total = splat(0);
@@ -91,6 +94,22 @@ static void small_mean(const countdown_small_call &call, const Entries &to, cons
         for (int64_t k = 0; k < count; k += Vec::width) total = total + load(some + k);
     }
     some[0] = sum(total) / float(call.sizes[3]);  // in a buffer: a vector is read
+    to.write(0, 1, some);
+}
+
+static void small_largest(const Entries &to, const Entries &a, int64_t size) {
+    float some[BUFFER], largest = -INFINITY;
+    for (int64_t start = 0; start < size; start += PIECE) {
+        int64_t count = least(PIECE, size - start);
+        a.read(start, count, some);
+        float most[Vec::width];
+        for (float &one : most) one = -INFINITY;
+        for (int64_t k = count; k < ceil_to(count, Vec::width); ++k) some[k] = -INFINITY;
+        for (int64_t k = 0; k < count; k += Vec::width)
+            for (int i = 0; i < Vec::width; ++i) most[i] = larger(most[i], some[k + i]);
+        for (float one : most) largest = larger(largest, one);
+    }
+    some[0] = largest;
     to.write(0, 1, some);
 }
 
@@ -122,6 +141,8 @@ static void run_small(const countdown_small_call &call) {
                     integer_row(call, to, a, b);
                 else if (call.operation == COUNTDOWN_MEAN)
                     small_mean(call, Entries(call.result, to), Entries(call.first, a));
+                else if (call.operation == COUNTDOWN_LARGEST)
+                    small_largest(Entries(call.result, to), Entries(call.first, a), call.sizes[3]);
                 else
                     small_row(call, Entries(call.result, to), Entries(call.first, a), Entries(call.second, b));
             }

@@ -1,8 +1,8 @@
 // A sum over active terms: find the active neurons, then read their rows only.
 //
-// Each thread finds the active ones among a range of its own and lists them in order. The lists taken together are then
-// shared out evenly, and each thread adds its share into sums of its own, which all threads add in one order at the
-// end. So the same number of threads gives the same bits.
+// Each part finds the active ones among a range of its own and lists them in order. The lists taken together are then
+// shared out evenly, and each part adds its share into sums of its own, which are added in one order at the end. So the
+// same number of parts gives the same bits, whichever threads do them.
 #pragma once
 
 #include "deciders.hpp"
@@ -12,41 +12,44 @@ namespace countdown::VARIANT {
 
 class Sum {
   public:
-    Sum(const countdown_sum_call &call, const SumSpace &space, const Team &team)
-        : call_(call), space_(space), team_(team), terms_(call, space, team.index),
+    enum { FIND, SUM, REDUCE, PHASES };
+
+    Sum(const countdown_sum_call &call, const SumSpace &space, const Part &part, int phase)
+        : call_(call), space_(space), part_(part), phase_(phase),
+          terms_(call, space, part.index, phase == FIND ? Terms::READ : Terms::WAS_READ),
           decider_(DECIDERS[call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
-          sums_(space.sums + team.index * call.tokens * space.width) {}
+          sums_(space.sums + part.index * call.tokens * space.width) {}
+
+    static int phases(const countdown_sum_call &call) { return call.selected ? 1 : PHASES; }
 
     void run() {
-        find();
-        if (call_.selected) return;
-        memset(sums_, 0, size_t(call_.tokens * space_.width) * sizeof(float));
-        team_.barrier();
-        if (team_.index == 0 && call_.counters) count();
-        sum_active();
-        team_.barrier();
-        reduce();
+        switch (phase_) {
+            case FIND: return find();
+            case SUM: return sum_active();
+            default: return reduce();
+        }
     }
 
   private:
     const countdown_sum_call &call_;
     const SumSpace &space_;
-    const Team &team_;
+    const Part &part_;
+    const int phase_;
     const Terms terms_;
     const Decider &decider_;
     const int64_t rows_at_once_;
     float *const sums_;
 
-    int64_t first_of(int64_t member, int64_t total) const { return total * member / team_.size; }
-    // The first neuron that a member decides on: of a tile.
-    int64_t first_decided(int64_t member) const {
-        return least(TILE * first_of(member, ceil_to(call_.h, TILE) / TILE), call_.h);
+    int64_t first_of(int64_t part, int64_t total) const { return total * part / part_.count; }
+    // The first neuron that a part decides on: of a tile.
+    int64_t first_decided(int64_t part) const {
+        return least(TILE * first_of(part, ceil_to(call_.h, TILE) / TILE), call_.h);
     }
 
     // ---- active sets
 
     void find() {
-        int64_t first = first_decided(team_.index), stop = first_decided(team_.index + 1), place = first;
+        int64_t first = first_decided(part_.index), stop = first_decided(part_.index + 1), place = first;
         int64_t active = 0;
         for (int64_t start = first; start < stop; start += CHUNK) {
             int64_t count = least(CHUNK, stop - start);
@@ -59,15 +62,15 @@ class Sum {
             else
                 place = list(start, count, values, masks, place, &active);
         }
-        space_.found[team_.index].neurons = place - first;
-        space_.found[team_.index].active = active;
+        space_.found[part_.index].neurons = place - first;
+        space_.found[part_.index].active = active;
     }
 
     void decide(int64_t start, int64_t count, float *values, uint8_t *masks) const {
         if (call_.decision.active) return read_given(start, count, masks);
         decider_.score(terms_, start, count, values);
         const float *thresholds = call_.decision.per_term + start;
-        const int whole = terms_.whole, present = terms_.present;
+        const int whole = terms_.seen.whole, present = terms_.seen.present;
         // NaN is active.
         if (call_.tokens == 1) {
             for (int64_t k = 0; k < count; ++k)
@@ -102,7 +105,7 @@ class Sum {
             space_.neurons[place] = int32_t(start + k);
             space_.masks[place] = masks[k];
             memcpy(space_.values + place * call_.tokens, values + k * call_.tokens, size_t(call_.tokens) * sizeof(float));
-            *active += bits(masks[k] & terms_.counted);
+            *active += bits(masks[k] & terms_.seen.counted);
             ++place;
         }
         return place;
@@ -118,7 +121,7 @@ class Sum {
             space_.values[place] = values[k];
             place += masks[k];
         }
-        *active += terms_.counted ? place - before : 0;
+        *active += terms_.seen.counted ? place - before : 0;
         return place;
     }
 
@@ -131,18 +134,22 @@ class Sum {
     // ---- sums over the active neurons
 
     void count() const {
-        call_.counters[0] += bits(terms_.counted);
-        for (int member = 0; member < team_.size; ++member) call_.counters[1] += space_.found[member].active;
+        int64_t active = 0;
+        for (int part = 0; part < part_.count; ++part) active += space_.found[part].active;
+        add_to(&call_.counters[0], bits(terms_.seen.counted));
+        add_to(&call_.counters[1], active);
     }
 
-    // This thread's share of the neurons of all lists, taken together.
+    // This part's share of the neurons of all lists, taken together.
     void sum_active() const {
+        if (part_.index == 0 && call_.counters) count();
+        memset(sums_, 0, size_t(call_.tokens * space_.width) * sizeof(float));
         int64_t total = 0, before = 0;
-        for (int member = 0; member < team_.size; ++member) total += space_.found[member].neurons;
-        int64_t first = first_of(team_.index, total), stop = first_of(team_.index + 1, total);
-        for (int member = 0; member < team_.size; before += space_.found[member++].neurons) {
+        for (int part = 0; part < part_.count; ++part) total += space_.found[part].neurons;
+        int64_t first = first_of(part_.index, total), stop = first_of(part_.index + 1, total);
+        for (int part = 0; part < part_.count; before += space_.found[part++].neurons) {
             int64_t from = first > before ? first - before : 0;
-            sum_list(first_decided(member), from, least(stop - before, space_.found[member].neurons));
+            sum_list(first_decided(part), from, least(stop - before, space_.found[part].neurons));
         }
     }
 
@@ -176,8 +183,8 @@ class Sum {
 
     void reduce() const {
         int64_t vectors = space_.width / Vec::width;
-        int64_t first = first_of(team_.index, vectors) * Vec::width;
-        int64_t stop = least(call_.outputs, first_of(team_.index + 1, vectors) * Vec::width);
+        int64_t first = first_of(part_.index, vectors) * Vec::width;
+        int64_t stop = least(call_.outputs, first_of(part_.index + 1, vectors) * Vec::width);
         for (int64_t t = 0; t < call_.tokens; ++t)
             for (int64_t c = first; c < stop; c += Vec::width) {
                 int64_t count = least(Vec::width, stop - c);
@@ -191,8 +198,8 @@ class Sum {
 
     Vec total_of(int64_t t, int64_t c) const {
         Vec total = splat(0);
-        for (int member = 0; member < team_.size; ++member)
-            total = total + load(space_.sums + (member * call_.tokens + t) * space_.width + c);
+        for (int part = 0; part < part_.count; ++part)
+            total = total + load(space_.sums + (part * call_.tokens + t) * space_.width + c);
         return total;
     }
 };

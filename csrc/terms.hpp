@@ -1,4 +1,4 @@
-// The terms of a sum as one thread sees them: the tokens, and what they make of rows of the weights.
+// The terms of a sum as one part of the work sees them: the tokens, and what they make of rows of the weights.
 #pragma once
 
 #include "formats.hpp"
@@ -10,9 +10,15 @@ namespace countdown::VARIANT {
 // Neurons that are decided on together: what comes between one chunk and the next lets streams of weights run dry.
 constexpr int64_t CHUNK = 256;
 
+// Bit t of each: every neuron is active for token t; some may be; it is counted.
+struct Tokens {
+    uint8_t whole = 0, present = 0, counted = 0;
+};
+
 struct Found {
     int64_t neurons, active;  // neurons that some token needs, and pairs of a counted token and a neuron it needs
-    char padding[48];         // a line of its own for each thread
+    Tokens tokens;            // as the part has read them
+    char padding[45];         // a line of its own for each part
 };
 
 // The dtype in which tokens are multiplied: that of x where products with both matrices take it, else float32.
@@ -22,18 +28,18 @@ static int64_t operand_of(const countdown_sum_call &call) {
 }
 
 struct SumSpace {
-    // By place in a thread's list, which starts where the thread's range does.
+    // By place in a part's list, which starts where the part's range does.
     int32_t *neurons;
     uint8_t *masks;  // bit t: token t needs it
     float *values;   // [T] of a place: what is known of the coefficient
     Found *found;
-    float *sums;     // [threads, T, width]
+    float *sums;     // [parts, T, width]
     int64_t width, tokens_width;
     int64_t entries;  // of a token, as floats, that copies are multiplied with
-    char *own;        // of each thread: tokens, one of them as floats, and its quantised ones
+    char *own;        // of each part: tokens, one of them as floats, and its quantised ones
     int64_t tokens_bytes, own_bytes, bytes;
 
-    SumSpace(const countdown_sum_call &call, int threads) {
+    SumSpace(const countdown_sum_call &call, int parts) {
         Workspace space(call.workspace);
         const countdown_decision &decision = call.decision;
         entries = ceil_to(8 * decision.words, Vec::width);
@@ -42,12 +48,12 @@ struct SumSpace {
         neurons = space.take<int32_t>(call.h);
         masks = space.take<uint8_t>(call.h);
         values = space.take<float>(call.h * call.tokens);
-        found = space.take<Found>(threads);
-        sums = space.take<float>(threads * call.tokens * width);
+        found = space.take<Found>(parts);
+        sums = space.take<float>(parts * call.tokens * width);
         tokens_bytes = ceil_to(call.tokens * tokens_width * (operand_of(call) == COUNTDOWN_FLOAT32 ? 4 : 2), 64);
         own_bytes = tokens_bytes + entries * 4 + call.tokens * Quantised::bytes(decision.words, decision.groups);
-        own_bytes = ceil_to(own_bytes, 64);  // no line is of two threads
-        own = space.take<char>(threads * own_bytes);
+        own_bytes = ceil_to(own_bytes, 64);  // no line is of two parts
+        own = space.take<char>(parts * own_bytes);
         bytes = space.bytes();
     }
 };
@@ -83,14 +89,21 @@ class Terms {
   public:
     const countdown_sum_call &call;
     const Matrix gate, up, down;
-    // Bit t: every neuron is active for token t; some may be; it is counted.
-    uint8_t whole = 0, present = 0, counted = 0;
+    Tokens seen;
 
-    Terms(const countdown_sum_call &call, const SumSpace &space, int member)
+    // The tokens that part `index` reads, or has read in a phase before.
+    enum Reading { READ, WAS_READ };
+
+    Terms(const countdown_sum_call &call, const SumSpace &space, int index, Reading reading)
         : call(call), gate(call.gate, operand_of(call), call.tokens), up(call.up, operand_of(call), call.tokens),
-          down(call.down, operand_of(call), call.tokens), space_(space), tokens_(space.own + member * space.own_bytes) {
+          down(call.down, operand_of(call), call.tokens), space_(space), tokens_(space.own + index * space.own_bytes) {
+        if (reading == WAS_READ) {
+            seen = space.found[index].tokens;
+            return;
+        }
         for (int64_t t = 0; t < call.tokens; ++t) see(t, read_token(t));
         if (call.decision.words) quantise_tokens();
+        space.found[index].tokens = seen;
     }
 
     // What whole vectors of [count, T] hold.
@@ -170,9 +183,9 @@ class Terms {
 
     void see(int64_t t, bool finite) {
         int phase = call.decision.phases ? call.decision.phases[t] : int(COUNTDOWN_GENERATED);
-        whole |= uint8_t((!finite || phase == COUNTDOWN_PROMPT) << t);
-        present |= uint8_t((phase != COUNTDOWN_PADDING) << t);
-        counted |= uint8_t((phase == COUNTDOWN_GENERATED) << t);
+        seen.whole |= uint8_t((!finite || phase == COUNTDOWN_PROMPT) << t);
+        seen.present |= uint8_t((phase != COUNTDOWN_PADDING) << t);
+        seen.counted |= uint8_t((phase == COUNTDOWN_GENERATED) << t);
     }
 
     void quantise_tokens() {

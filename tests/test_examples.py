@@ -10,13 +10,12 @@ import torch
 
 import countdown
 from countdown.phase import GENERATED, PADDING, PROMPT
-from countdown.text import windows
 from tiny import byte_tokenizer, llama
 
 # What an example may name, beside `countdown`.
 EXAMPLES = [
     "load_text", "method", "calibrate", "sparsify_", "status", "evaluate", "phases", "restore_",
-    "Profile.with_settings", "from_pretrained", "export", "choose", "compare",
+    "Profile.with_settings", "from_pretrained", "export", "choose", "compare", "windows",
 ]  # fmt: skip
 
 
@@ -40,7 +39,7 @@ def names(tmp_path, monkeypatch, tokenizer, text):
     profile = countdown.calibrate(model, tokenizer, text, countdown.method("cats"), tokens=1024, progress=False)
     profile.save("my-profile")
     return {
-        "countdown": countdown, "torch": torch, "windows": windows, "model": model, "tokenizer": tokenizer,
+        "countdown": countdown, "torch": torch, "model": model, "tokenizer": tokenizer,
         "text": text, "profile": profile, "ids": torch.tensor([[5, 17, 90, 3]]), "GENERATED": GENERATED,
         "PADDING": PADDING, "PROMPT": PROMPT,
     }  # fmt: skip

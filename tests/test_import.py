@@ -30,6 +30,21 @@ def test_light(code):
     assert not {"torch", "transformers", "matplotlib", "numpy"} & loaded_by(code)
 
 
+def test_a_name_that_no_method_has_is_refused_before_torch_loads():
+    code = """
+import sys
+from countdown.cli import main
+for command in (["calibrate", "m"], ["evaluate", "m"], ["generate", "m", "hi"], ["compare", "m"], ["benchmark", "ffn"],
+                ["benchmark", "decode"]):
+    sys.argv = ["countdown", *command, "--method", "nope"]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code == 2
+"""
+    assert not {"torch", "transformers"} & loaded_by(code)
+
+
 def test_every_public_name_exists():
     assert all(hasattr(countdown, name) for name in countdown.__all__)
     assert set(countdown.__all__) == {*countdown._HOMES, "__version__"}

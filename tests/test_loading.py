@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as bars
 
+from countdown import loading
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import Source, load_model, load_skeleton, load_tokenizer
 
@@ -19,14 +22,14 @@ def test_folder(model_folder):
 
 def test_hub_id():
     source = Source.parse("org/name", revision="main")
-    assert source.arguments() == {"revision": "main"}
+    assert source.arguments() == {"revision": "main", "trust_remote_code": False}
     assert source.label == "org/name"
 
 
 def test_gguf_file(tmp_path):
     (tmp_path / "tiny.Q4.gguf").touch()
     source = Source.parse(str(tmp_path / "tiny.Q4.gguf"))
-    assert source.arguments() == {"gguf_file": "tiny.Q4.gguf"}
+    assert source.arguments() == {"gguf_file": "tiny.Q4.gguf", "trust_remote_code": False}
     assert source.label == "tiny.Q4"
 
 
@@ -59,7 +62,7 @@ def test_bad_dtype_and_device(model_folder):
     source = Source.parse(str(model_folder))
     with pytest.raises(ConfigError, match="dtype is 'bf32'"):
         load_model(source, dtype="bf32")
-    with pytest.raises(ConfigError, match="device 'warp' cannot be used"):
+    with pytest.raises(ConfigError, match="device is 'warp', expected auto, cpu"):
         load_model(source, device="warp")
 
 
@@ -119,3 +122,20 @@ def test_a_folder_without_a_tokenizer_says_so(model_folder, tmp_path):
     shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
     with pytest.raises(ConfigError, match=r"has no tokenizer; write it there with tokenizer\.save_pretrained"):
         load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_of_transformers_are_for_terminals(terminal, model_folder, monkeypatch):
+    seen = []
+
+    def auto_class(source):
+        seen.append((bars.is_progress_bar_enabled(), logging.getLogger("torchao").isEnabledFor(logging.WARNING)))
+        return real(source)
+
+    real = loading._auto_class
+    monkeypatch.setattr(loading, "_auto_class", auto_class)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    load_model(Source.parse(str(model_folder)), device="cpu")
+    assert seen == [(terminal, False)]
+    assert bars.is_progress_bar_enabled()
+    assert logging.getLogger("torchao").level == logging.NOTSET

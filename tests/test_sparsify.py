@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import accelerate
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,7 +14,7 @@ import countdown
 import oracle
 from countdown import modules, sparsify
 from countdown.cost import beside_bytes
-from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, ProfileError, UnsupportedModelError
 from countdown.loading import cache_argument
 from countdown.methods import method, method_class, method_names
 from countdown.modules import SparseModule, sparse_modules
@@ -202,7 +203,7 @@ def test_too_little_memory_to_lay_proxies_out_says_so(error, monkeypatch, tokeni
         raise error
 
     monkeypatch.setattr(symmetric.Symmetric4, "in_rows" if library.missing() else "in_tiles", fail)
-    with pytest.raises(ConfigError, match="memory ran out while making proxies"):
+    with pytest.raises(AccidentError, match="memory ran out while making proxies"):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)
     assert torch.equal(logits(model), expected)
@@ -219,10 +220,10 @@ def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokeniz
     monkeypatch.setattr(symmetric, "quantise", fail)
     size = beside_bytes(find_ffns(model), method("d-proxy"))
     message = f"memory ran out while making proxies, which take {size / 1e9:.2f} GB beside the weights"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(AccidentError, match=message):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(AccidentError, match=message):
         countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
 
 
@@ -479,3 +480,52 @@ def test_a_saved_model_is_laid_out_as_always(laid_out, llama_model, profile, tmp
     assert all(parameter.is_contiguous() for parameter in loaded.parameters())
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, llama_model.state_dict()[name])
+
+
+def test_a_profile_may_be_named_by_its_folder(llama_model, profile, tmp_path):
+    path = profile.save(tmp_path / "p")
+    expected = logits(countdown.sparsify_(llama(), profile, apply_to="all"))
+    for named in (path, str(path)):
+        assert torch.equal(logits(countdown.sparsify_(llama(), named, apply_to="all")), expected)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, method("cats")])
+def test_what_is_no_profile_is_refused(wrong, llama_model):
+    with pytest.raises(ProfileError, match=f"the profile is of type {type(wrong).__name__}, expected what"):
+        countdown.sparsify_(llama_model, wrong)
+
+
+CALLS = {
+    "sparsify_": lambda model, profile, tokenizer: countdown.sparsify_(model, profile),
+    "restore_": lambda model, profile, tokenizer: countdown.restore_(model),
+    "status": lambda model, profile, tokenizer: countdown.status(model),
+    "evaluate": lambda model, profile, tokenizer: countdown.evaluate(model, IDS),
+    "calibrate": lambda model, profile, tokenizer: countdown.calibrate(model, tokenizer, "a" * 999, method("cats")),
+    "choose": lambda model, profile, tokenizer: countdown.choose(model, tokenizer, "a" * 999),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("wrong", [None, "my-model"])
+def test_what_is_no_model_is_refused(wrong, call, profile, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=f"the model is of type {type(wrong).__name__}, expected a causal"):
+        call(wrong, profile, tokenizer)
+
+
+def offloaded(model):
+    accelerate.cpu_offload(model)
+    return model
+
+
+UNFIT = {
+    "linear": (lambda model: torch.nn.Linear(3, 3), "Linear is not a causal language model"),
+    "compiled": (torch.compile, r"give the model itself \(model._orig_mod\)"),
+    "offloaded": (offloaded, "not in memory: they are offloaded"),
+}
+
+
+@pytest.mark.parametrize("make, message", UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("name", ["sparsify_", "calibrate", "choose"])
+def test_a_model_that_is_not_itself_is_refused(name, make, message, llama_model, profile, tokenizer):
+    with pytest.raises(UnsupportedModelError, match=message):
+        CALLS[name](make(llama_model), profile, tokenizer)

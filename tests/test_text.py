@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+import countdown
 from countdown.errors import ConfigError, TextError
-from countdown.text import detokenise, load_text, windows
-from tiny import byte_tokenizer
+from countdown.text import Text, detokenise, load_text, windows
+from tiny import byte_tokenizer, llama
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,40 @@ def test_windows_start_with_bos_where_the_tokenizer_adds_it():
 def test_too_short_a_text_is_said(tokenizer, count):
     with pytest.raises(TextError, match="too few for"):
         windows(tokenizer, "abc", count=count, length=4)
+
+
+def test_windows_of_a_loaded_text_are_those_of_what_it_says(tokenizer):
+    text, other = Text("a", "all", "abcdef"), Text("b", "all", "hij")
+    assert torch.equal(countdown.windows(tokenizer, text, length=3), windows(tokenizer, "abcdef", length=3))
+    assert torch.equal(windows(tokenizer, [text, other], length=3), windows(tokenizer, "abcdef\nhij", length=3))
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        (None, "the text is of type NoneType, expected a string, what countdown.load_text returns"),
+        (Path("mine.txt"), "the text is of type PosixPath"),
+        (["abc", 3], "one of the texts is of type int"),
+        (torch.zeros(2, 3), "one of the texts is of type Tensor"),
+        ([], "there is no text"),
+    ],
+)
+def test_what_is_no_text_is_refused(texts, message, tokenizer):
+    with pytest.raises(TextError, match=message):
+        windows(tokenizer, texts, length=3)
+    with pytest.raises(TextError, match=message):
+        countdown.calibrate(llama(), tokenizer, texts, countdown.method("cats"), progress=False)
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(ConfigError, match="the tokenizer is of type NoneType"):
+        windows(None, "abc", length=3)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
+    assert load_text(tmp_path / "a.txt", "evaluation").content == "abc"
+
+
+def test_a_text_shows_in_one_line():
+    assert repr(Text("a", "all", "abc\n" * 99)) == "Text(source='a', split='all')"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from countdown.comparison.compare import compare
     from countdown.comparison.comparison import Comparison
     from countdown.errors import (
+        AccidentError,
         ConfigError,
         CountdownError,
         ProfileError,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from countdown.profiles.profile import Profile
     from countdown.profiles.recipe import Recipe, RecipeEntry, recipe
     from countdown.sparsify import export, from_pretrained, reset_counters, restore_, sparsify_, status
-    from countdown.text import load_text
+    from countdown.text import load_text, windows
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
@@ -43,6 +44,7 @@ _HOMES = {
     "choose": "countdown.evaluation.choice",
     "load_text": "countdown.text",
     "load_tokenizer": "countdown.loading",
+    "AccidentError": "countdown.errors",
     "ConfigError": "countdown.errors",
     "CountdownError": "countdown.errors",
     "ProfileError": "countdown.errors",
@@ -63,9 +65,11 @@ _HOMES = {
     "restore_": "countdown.sparsify",
     "sparsify_": "countdown.sparsify",
     "status": "countdown.sparsify",
+    "windows": "countdown.text",
 }
 
 __all__ = [
+    "AccidentError",
     "Comparison",
     "ConfigError",
     "CountdownError",
@@ -93,6 +97,7 @@ __all__ = [
     "restore_",
     "sparsify_",
     "status",
+    "windows",
 ]
 
 

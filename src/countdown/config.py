@@ -10,8 +10,6 @@ from countdown.errors import ConfigError
 
 # How many tokens calibration reads unless told otherwise.
 CALIBRATION_TOKENS = 32768
-# Softmax is taken over this many logits at a time, in float32: 256 MB for each copy.
-LOGITS_AT_ONCE = 1 << 26
 
 
 def suggestion(name: str, options: Iterable[str]) -> str:
@@ -33,3 +31,9 @@ def check_fields(what: str, given: Mapping[str, Any], known: Iterable[str]) -> N
     for name in given:
         if name not in known:
             raise ConfigError(f"{what} has no field '{name}'; it has: {', '.join(known)}.{suggestion(name, known)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless torch takes this seed."""
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed is {seed}, expected 0 to {(1 << 63) - 1}.")

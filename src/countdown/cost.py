@@ -9,6 +9,7 @@ from torch import nn
 
 from countdown.methods import Method
 from countdown.sites import Site
+from countdown.sites.decoder import decoder_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
     own = sum(site.nbytes for site in sites)
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    read = [*model.get_decoder().parameters(), *(head.parameters() if head is not None else ())]  # type: ignore[operator]
+    read = [*decoder_of(model)[0].parameters(), *(head.parameters() if head is not None else ())]
     untied = head is not None and head.weight is not embedding
     # A tied head is the embedding itself, and counts once.
     total = sum(parameter.nbytes for parameter in {id(p): p for p in read}.values())

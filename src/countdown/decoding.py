@@ -43,7 +43,7 @@ class DecodeLoop:
 
     Raises:
         ConfigError: On another device, several sequences, or more tokens than the model's context.
-        UnsupportedModelError: The model's step does not compile as one graph, or cannot be recorded.
+        UnsupportedModelError: The model's step does not compile as one graph, or cannot be recorded; or autocast is on.
     """
 
     def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
@@ -55,6 +55,9 @@ class DecodeLoop:
             raise ConfigError(f"the decode loop runs on {' and '.join(DEVICES)}, and the model is on {device.type}.")
         if len(prompt) != 1:
             raise ConfigError(f"the decode loop takes one sequence, and the prompt has {len(prompt)}.")
+        if torch.is_autocast_enabled(device.type):
+            # What it prepares once, caches and recorded steps, has the dtypes of tensors.
+            raise UnsupportedModelError("the decode loop does not run under torch.autocast; load in the dtype wanted.")
         check_context(model, prompt.shape[1] + new_tokens)
         length = prompt.shape[1] + new_tokens + WARM_UP
         self.model, self.left = model, new_tokens

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from countdown.config import check_choice
-from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError, told
+from countdown.memory import ran_out
+from countdown.text import WINDOW
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# How a file begins that git-lfs has not fetched.
+_LFS = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,17 @@ class Source:
     trust_remote_code: bool = False
 
     @classmethod
-    def parse(cls, model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    def parse(
+        cls, model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> Source:
         """Tell a folder, a GGUF file and a hub id apart.
 
         Raises:
             ConfigError: A path that does not exist, or a folder that holds no model.
         """
+        if not isinstance(model, str | os.PathLike):
+            raise ConfigError(f"the model is of type {type(model).__name__}, expected a hub id or a path.")
+        model = os.fspath(model)
         path = Path(os.path.expanduser(model))
         if revision and (path.suffix == ".gguf" or path.is_dir()):
             raise ConfigError(f"--revision belongs to models on the hub, but {model} is local.")
@@ -67,9 +80,8 @@ class Source:
         """Return the keyword arguments that every `from_pretrained` takes."""
         given = {"gguf_file": self.gguf_file, "revision": self.revision}
         arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        if self.trust_remote_code:
-            arguments["trust_remote_code"] = True
-        return arguments
+        # Left out, transformers would ask on the terminal, in the middle of a command.
+        return arguments | {"trust_remote_code": self.trust_remote_code}
 
     @property
     def label(self) -> str:
@@ -88,10 +100,23 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-    return torch.device(device)
+        found = torch.device(device)
+    except RuntimeError as error:  # it lists two dozen types of device, most of which no torch has
+        raise ConfigError(f"device is '{device}', expected auto, cpu, cuda or another that torch has.") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device '{device}' cannot be used: {_gpus()}; take --device cpu (device='cpu').")
+    try:
+        torch.empty(0, device=found, dtype=torch.float32)
+    except Exception as error:
+        raise ConfigError(f"device '{device}' cannot be used: {told(error)}") from error
+    return found
+
+
+def _gpus() -> str:
+    count = torch.cuda.device_count()
+    if count:
+        return f"torch sees {count} GPU{'s' if count > 1 else ''}, cuda:0{f' to cuda:{count - 1}' if count > 1 else ''}"
+    return "torch sees no GPU" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
 
 
 def resolve_dtype(dtype: str, source: Source) -> torch.dtype | str:
@@ -119,14 +144,16 @@ def load_model(source: Source, *, dtype: str = "auto", device: str = "auto") -> 
     arguments = source.arguments() | {"dtype": resolve_dtype(dtype, source), "output_loading_info": True}
     if source.gguf_file:
         arguments |= _dequantise()
-    with explained(source):
-        model, found = _auto_class(source).from_pretrained(source.name, **arguments)
-    if missing := sorted(found["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
-            "copy may be incomplete."
-        )
-    result: nn.Module = model.to(place).eval()
+    with _plain_or_said(source):
+        with explained(source):
+            model, found = _auto_class(source).from_pretrained(source.name, **arguments)
+            model = model.to(place).eval()
+        if missing := sorted(found["missing_keys"]):
+            raise UnsupportedModelError(
+                f"{source.name} lacks {len(missing)} of the model's weights, {missing[0]} among them; the download or "
+                "copy may be incomplete."
+            )
+    result: nn.Module = model
     return result
 
 
@@ -136,12 +163,69 @@ def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     return {name: cache}
 
 
+def context_of(config: Any) -> int | None:
+    """Return the longest sequence that a model of this configuration takes, in tokens; None if it does not say."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if found is not None and found > 0 else None
+
+
 def check_context(model: nn.Module, tokens: int) -> None:
     """Raise ConfigError if a sequence of so many tokens is longer than the model's context."""
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and tokens > context:
         raise ConfigError(f"a sequence of {tokens} tokens is longer than the model's context of {context}.")
+
+
+def check_known(model: nn.Module, sequences: Iterable[Tensor]) -> None:
+    """Raise ConfigError if a sequence of token ids has one that the model does not know."""
+    known = _embeddings(model)
+    largest = max(int(ids.max()) for ids in sequences)
+    if known is not None and largest >= known:
+        raise ConfigError(
+            f"the text has token {largest}, but the model knows {known} tokens, from 0 on: tokenizer and model do not "
+            "belong together, or tokens were added to the tokenizer alone."
+        )
+
+
+def _embeddings(model: nn.Module) -> int | None:
+    """Return how many tokens a model has embeddings for, None if it does not say."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def window_length(context: int | None, window: int | None = None) -> int:
+    """Return how many tokens windows of text have: as many as asked for, else 512 or what the context holds.
+
+    Args:
+        context: See `context_of`.
+        window: What is asked for, if anything.
+
+    Raises:
+        ConfigError: A window of fewer than 2 tokens, or longer than the context.
+    """
+    if window is None:
+        return min(WINDOW, context or WINDOW)
+    if window < 2:
+        raise ConfigError(f"window is {window}, expected at least 2 tokens.")
+    if context is not None and window > context:
+        raise ConfigError(f"window is {window}, longer than the model's context of {context} tokens.")
+    return window
+
+
+def load_context(source: Source) -> int | None:
+    """Return the model's context in tokens without loading it; None if it does not say, or is a GGUF file.
+
+    Raises:
+        ConfigError: Nothing loadable under this name.
+    """
+    from transformers import AutoConfig
+
+    if source.gguf_file:  # going through its header takes seconds
+        return None
+    with explained(source):
+        return context_of(AutoConfig.from_pretrained(source.name, **source.arguments()))
 
 
 def load_skeleton(source: Source) -> nn.Module:
@@ -149,11 +233,14 @@ def load_skeleton(source: Source) -> nn.Module:
 
     Raises:
         ConfigError: Nothing loadable under this name.
+        UnsupportedModelError: Its weights are quantised: in bytes they are not what its structure says.
     """
     from transformers import AutoConfig
 
     with explained(source):
         config = AutoConfig.from_pretrained(source.name, **source.arguments())
+        if how := _quantised_by(config):
+            raise _quantised(source, how)
         with torch.device("meta"):
             auto = _auto_class(source)
             # A GGUF file's config has no dtype: it is counted as what it is loaded as.
@@ -162,7 +249,45 @@ def load_skeleton(source: Source) -> nn.Module:
     return model.eval()
 
 
-def load_tokenizer(source: Source | str) -> Any:
+@contextmanager
+def _plain_or_said(source: Source) -> Iterator[None]:
+    """Within the context a model loads: where it cannot and is quantised, that is why, whatever transformers says."""
+    try:
+        yield
+    except (ConfigError, UnsupportedModelError) as error:
+        from transformers import AutoConfig
+
+        try:
+            how = _quantised_by(AutoConfig.from_pretrained(source.name, **source.arguments()))
+        except Exception:  # the config is what cannot be read
+            how = None
+        if how is None:
+            raise
+        raise _quantised(source, how) from error
+
+
+def _quantised(source: Source, how: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{source.label} is quantised ({how}), and countdown computes with plain weights: take the checkpoint that it "
+        "was made from, or a GGUF file, which is dequantised as it loads."
+    )
+
+
+def _quantised_by(config: Any) -> str | None:
+    """Return how a checkpoint's weights are quantised, as its configuration says (`gptq, 4 bits`), or None."""
+    parts = [config, config.get_text_config()]
+    names = ("quantization_config", "compression_config")
+    found = next((given for part in parts for name in names if (given := getattr(part, name, None))), None)
+    if found is None:
+        return None
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "a method it does not name"
+    in_bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    bits = settings.get("bits") or next((n for name, n in in_bits.items() if settings.get(name)), None)
+    return f"{method}, {bits} bits" if bits else str(method)
+
+
+def load_tokenizer(source: Source | str | os.PathLike[str]) -> Any:
     """Return the tokenizer of a hub id, folder or GGUF file.
 
     Raises:
@@ -170,8 +295,7 @@ def load_tokenizer(source: Source | str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    source = Source.parse(source) if isinstance(source, str) else source
-
+    source = source if isinstance(source, Source) else Source.parse(source)
     try:
         with explained(source):
             tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments())
@@ -232,28 +356,102 @@ def _dequantise() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-class explained:  # noqa: N801
-    """Within the context, turn what from_pretrained raises for a user's mistake into one line."""
+@contextmanager
+def explained(source: Source) -> Iterator[None]:
+    """Within the context transformers reads the model's files: whatever it raises is told in one line.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    Raises:
+        ConfigError: A file is not there, not whole, or no model's; or a package is missing.
+        AccidentError: It does not fit into memory.
+        UnsupportedModelError: Anything else.
+    """
+    try:
+        with _quietly():
+            yield
+    except CountdownError:
+        raise
+    except Exception as error:  # its parsing raises whatever it stumbles over
+        raise _explained(source, error) from error
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, ImportError):
-            raise ConfigError(
-                f"{self.source.label} needs a package that is missing: {_first_line(error)} "
-                "For GGUF: pip install 'countdown-llm[gguf]'."
-            ) from error
-        named = self.source.gguf_file or self.source.name
-        if isinstance(error, Exception) and _is_damaged(self.source):
-            raise ConfigError(f"{named} cannot be loaded: it is cut short or damaged; get it again.") from error
-        if isinstance(error, OSError):
-            raise ConfigError(f"{named} cannot be loaded: {_first_line(error)}") from error
-        if isinstance(error, ValueError | RuntimeError | SafetensorError):
-            raise UnsupportedModelError(f"{named} cannot be loaded: {_first_line(error)}") from error
+@contextmanager
+def foreign(what: str, remedy: str) -> Iterator[None]:
+    """Within the context runs code of others on what a user gave: what it stumbles over is told in one line.
+
+    Args:
+        what: What failed then, such as "the tokenizer's chat template fails".
+        remedy: A sentence that says what to do.
+
+    Raises:
+        UnsupportedModelError: Something failed. What says nothing about the model passes as it is: memory that runs
+            out, and errors of files and pipes.
+    """
+    try:
+        yield
+    except (CountdownError, OSError):
+        raise
+    except Exception as error:
+        if ran_out(error):
+            raise
+        raise UnsupportedModelError(f"{what}: {told(error).rstrip('.')}. {remedy}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Within the context transformers shows its bars in a terminal alone, and nothing of what torchao misses, which it
+    imports where it is installed."""
+    from transformers.utils import logging as bars
+
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    hidden = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        if hidden:
+            bars.disable_progress_bar()
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if hidden:
+            bars.enable_progress_bar()
+
+
+def _explained(source: Source, error: Exception) -> CountdownError:
+    """Return what is known of why transformers could not load a model, and what to do."""
+    named = source.gguf_file or source.name
+    if isinstance(error, ImportError):
+        gguf = " For GGUF: pip install 'countdown-llm[gguf]'." if source.gguf_file else ""
+        return ConfigError(f"{source.label} needs a package that is missing: {told(error)}{gguf}")
+    if "trust_remote_code" in str(error) and not source.trust_remote_code:
+        return ConfigError(
+            f"{named} needs code that its repository ships, which runs only if you say so: read it, then give "
+            "--trust-remote-code (trust_remote_code=True)."
+        )
+    if ran_out(error):
+        return AccidentError(f"{named} does not fit into memory: {told(error)}")
+    if (pointer := _pointer(source)) is not None:
+        return ConfigError(f"{named} cannot be loaded: {pointer} is a pointer of git-lfs to a file; run: git lfs pull")
+    if _is_damaged(source):
+        return ConfigError(f"{named} cannot be loaded: it is cut short or damaged; get it again.")
+    if isinstance(error, OSError):
+        return ConfigError(f"{named} cannot be loaded: {told(error)}")
+    return UnsupportedModelError(
+        f"{named} cannot be loaded: {told(error).rstrip('.')}. A file of it is damaged, or not for "
+        f"transformers {version('transformers')}."
+    )
+
+
+def _pointer(source: Source) -> str | None:
+    """Return the name of a file that git-lfs has not fetched, None if there is none."""
+    folder = Path(source.name)
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(len(_LFS)) == _LFS:
+                return path.name
+    return None
 
 
 def _is_damaged(source: Source) -> bool:
@@ -271,8 +469,3 @@ def _is_damaged(source: Source) -> bool:
     except Exception:  # It raises whatever its parsing stumbles over.
         return True
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

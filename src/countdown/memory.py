@@ -1,13 +1,62 @@
-"""Running out of memory, said in one line."""
+"""What passes over a text hold at once, and running out of memory, said in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from countdown.errors import ConfigError
+from countdown.errors import AccidentError
+
+
+def ran_out(error: Exception) -> bool:
+    """Return whether an exception says that memory ran out."""
+    # Of a CPU torch raises a RuntimeError that says so.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+# Bytes that a batch of a pass over a text may take beside the weights; see `batches`.
+BATCH_BYTES = 2 << 30
+# On a CPU the products of one usual window fill all cores, and larger batches only leave its caches.
+CPU_TOKENS = 512
+# Bytes of a term and token while a site is masked: factors, the indicator in float32, its bin, the active set.
+TERM_BYTES = 32
+# A softmax is taken in float32 over so many logits at a time: what a CPU's caches hold, elsewhere 256 MB for each copy.
+CPU_LOGITS = 1 << 21
+LOGITS = 1 << 26
+
+
+def batches(sequences: Sequence[Tensor], device: torch.device, *, terms: int, logits: int = 0) -> list[Tensor]:
+    """Return sequences in batches that run in one call, in their order.
+
+    Neighbours of equal length share a batch as far as it takes no more than `BATCH_BYTES`, on a CPU no more than
+    `CPU_TOKENS` tokens. A batch has at least one sequence.
+
+    Args:
+        sequences: Token ids, each int64 `[length]`.
+        device: Where they will run.
+        terms: How many terms the largest site has.
+        logits: Bytes of the logits that are kept of a token.
+
+    Returns:
+        Token ids, each int64 `[sequences, length]`.
+    """
+    most = CPU_TOKENS if device.type == "cpu" else BATCH_BYTES // (logits + TERM_BYTES * terms)
+    found: list[list[Tensor]] = []
+    for sequence in sequences:
+        length, last = len(sequence), found[-1] if found else []
+        if last and len(last[0]) == length and (len(last) + 1) * length <= most:
+            last.append(sequence)
+        else:
+            found.append([sequence])
+    return [torch.stack(batch) for batch in found]
+
+
+def logits_at_once(logits: Tensor) -> int:
+    """Return over how many rows of logits `[..., vocabulary]` a softmax in float32 is taken at a time."""
+    return max(1, (CPU_LOGITS if logits.is_cpu else LOGITS) // logits.shape[-1])
 
 
 @contextmanager
@@ -15,16 +64,14 @@ def memory_for(total: int) -> Iterator[None]:
     """Within the context proxies are made, of so many bytes in all.
 
     Raises:
-        ConfigError: Memory runs out.
+        AccidentError: Memory runs out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # Of a CPU torch raises a RuntimeError that says so.
-        out = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not total or not out:
+        if not total or not ran_out(error):
             raise
-        raise ConfigError(
+        raise AccidentError(
             f"memory ran out while making proxies, which take {total / 1e9:.2f} GB beside the weights: free some, or "
             "take a method without a proxy."
         ) from error

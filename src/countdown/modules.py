@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import Artifacts
+from countdown.autocast import without_autocast
 from countdown.errors import ProfileError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.ops import backends
@@ -17,10 +18,12 @@ from countdown.ops.backends import Chosen
 from countdown.phase import GENERATED, PADDING, PROMPT, Phases
 from countdown.selectors import Selector
 from countdown.sites import Site
+from countdown.sites.decoder import decoder_of
 from countdown.sites.holders import holder_of
 from countdown.sums import Sum
 from countdown.sums._base import product_of
 from countdown.weights import Weight
+from countdown.wrappers import base_model, check_model
 
 APPLY_TO = ("decode", "all")
 
@@ -191,7 +194,7 @@ class SparseModule(nn.Module):
 
     def make_parts(self) -> None:
         """Make the selector's parts from the weights as they are now."""
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), without_autocast():
             self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
 
     def lay_out(self) -> None:
@@ -199,7 +202,7 @@ class SparseModule(nn.Module):
 
         What is unpickled on another device is not: call `model.to(device)`, which does.
         """
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast():
             parts = [part.to(self.per_term.device) for part in self.parts]
             sum_ = self.site.sum
             weights, laid_out = self._chosen(laid_out=False).lay_out(sum_, parts)
@@ -264,6 +267,8 @@ class ObservedSite(nn.Module):
         super().__init__()
         self._site = site
         self._observe = observe
+        # The model's parameters are there meanwhile, under their names.
+        self._modules, self._parameters = site.module._modules, site.module._parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum over the active terms that the observer names."""
@@ -294,15 +299,30 @@ def observed(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
 
 
 def check_dense(model: nn.Module) -> None:
-    """Raise UnsupportedModelError if `model` is sparsified or in training mode."""
+    """Raise UnsupportedModelError unless `model` is a causal language model, dense, whole and in eval mode."""
     if sparse_modules(model):
         raise UnsupportedModelError("the model is sparsified already; undo it with countdown.restore_(model).")
+    if "_orig_mod" in model._modules:
+        raise UnsupportedModelError(
+            "the model is compiled; give the model itself (model._orig_mod), and compile after sparsify_."
+        )
+    decoder_of(base_model(model))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "weights of the model are not in memory: they are offloaded, or were never loaded. Load it whole, on one "
+            "device."
+        )
     if model.training:
         raise UnsupportedModelError("the model is in training mode; call model.eval() first.")
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseModule]:
-    """Return the sparse modules of `model` by name; empty for a model that is not sparsified."""
+    """Return the sparse modules of `model` by name; empty for a model that is not sparsified.
+
+    Raises:
+        UnsupportedModelError: It is no model at all.
+    """
+    check_model(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
 
 

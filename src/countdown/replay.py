@@ -25,6 +25,10 @@ from countdown.ops.cpu.small import small_calls
 _aten = torch.ops.aten
 # What is done next may depend on the value that these give Python.
 _READING = (_aten._local_scalar_dense, _aten.is_nonzero, _aten.equal)
+# These read few entries of what they are given.
+_PICKING = (_aten.embedding, _aten.index_select)
+# Entries from which on torch uses several threads.
+_GRAIN = 32768
 _COPYING = (_aten._to_copy, _aten.clone)
 
 
@@ -78,6 +82,12 @@ class _Done:
     def new(self) -> list[Tensor]:
         """The tensors it made that are no part of what it was given."""
         return [tensor for tensor in _tensors(self.made) if _storage(tensor) not in self.read]
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether torch may do it on several threads."""
+        read = () if self.op.overloadpacket in _PICKING else _tensors((self.args, self.kwargs))
+        return any(tensor.numel() >= _GRAIN for tensor in (*read, *_tensors(self.made)))
 
     @property
     def calls(self) -> list[Ran]:
@@ -146,9 +156,11 @@ def _kernels_watched() -> AbstractContextManager[list[Ran]]:
 
 def _calls(done: Sequence[_Done]) -> Iterator[Callable[[], object]]:
     """Yield what must be called: for what our library does in a row one call of that."""
-    for ours, row in groupby(((one, one.calls) for one in done), key=lambda pair: bool(pair[1])):
+    known = [(one, one.calls) for one in done]
+    apart = not any(one.is_parallel for one, calls in known if not calls)
+    for ours, row in groupby(known, key=lambda pair: bool(pair[1])):
         if ours:
-            yield library().again([ran for _, calls in row for ran in calls])
+            yield library().again([ran for _, calls in row for ran in calls], apart=apart)
         else:
             yield from (one.again() for one, _ in row)
 

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from countdown.errors import ConfigError
+from countdown.files import write_text
 
 
 def meta(command: str | None = None, **more: Any) -> dict[str, Any]:
@@ -67,33 +67,25 @@ def versions() -> dict[str, str]:
 
 
 def write(target: str | Path, document: Any) -> None:
-    """Write JSON to a file, or to stdout for `-`. A file is written whole or not at all.
+    """Write JSON to a file, see `files.write_text`, or to stdout for `-`, with null for what is not finite.
 
     Raises:
-        ConfigError: The file cannot be written.
+        AccidentError: The file cannot be written.
     """
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if str(target) == "-":
         sys.stdout.write(text)
         return
     write_text(Path(target), text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all, making its folder if need be.
-
-    Raises:
-        ConfigError: The file cannot be written.
-    """
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise ConfigError(f"{path} cannot be written: {error}.") from error
+def _finite(value: Any) -> Any:
+    """Return a document with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _cpu_name() -> str:

@@ -16,8 +16,8 @@ from torch import nn
 
 from countdown.config import check_choice
 from countdown.cost import beside_bytes, weights_read
-from countdown.errors import ConfigError, UnsupportedModelError
-from countdown.folders import unwritable, whole_folder
+from countdown.errors import AccidentError, ConfigError, UnsupportedModelError
+from countdown.files import reason, unwritable, whole_folder
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.memory import memory_for
 from countdown.modules import APPLY_TO, SparseModule, check_dense, sparse_modules
@@ -37,7 +37,9 @@ _LOG = logging.getLogger("countdown")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", sparsity: float | None = None) -> ModelT:
+def sparsify_(
+    model: ModelT, profile: Profile | str | Path, *, apply_to: str = "decode", sparsity: float | None = None
+) -> ModelT:
     """Replace the model's FFNs or linears, in place, by ones that skip the terms a token does not need.
 
     `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
@@ -48,7 +50,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     Args:
         model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters
             leave the replaced modules alone (whose own `save_pretrained` writes the adapter only).
-        profile: What `calibrate` made for this model.
+        profile: What `calibrate` made for this model, or the folder where it is saved.
         apply_to: `decode`: prompts are dense, generated tokens sparse. `all`: every token is sparse, as
             evaluation needs it.
         sparsity: Another target than the profile's, 0 ≤ sparsity < 1.
@@ -61,6 +63,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
             replaced. The model is then unchanged.
         ProfileError: The profile belongs to another model.
         ConfigError: A setting is out of range.
+        AccidentError: Memory runs out.
 
     Example:
         countdown.sparsify_(model, profile, sparsity=0.6)
@@ -69,6 +72,7 @@ def sparsify_(model: ModelT, profile: Profile, *, apply_to: str = "decode", spar
     check_choice("apply_to", apply_to, APPLY_TO)
     requested()  # a name that does not exist is refused before anything is done
     check_dense(model)
+    profile = Profile.of(profile)
     if sparsity is not None:
         profile = profile.with_settings(sparsity=sparsity)
     _sparsify(model, profile, find_sites(base_model(model), profile.kinds), apply_to)
@@ -118,7 +122,7 @@ def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
         model, profile: See `sparsify_`.
 
     Raises:
-        UnsupportedModelError, ProfileError, ConfigError: See `sparsify_`.
+        UnsupportedModelError, ProfileError, ConfigError, AccidentError: See `sparsify_`.
     """
     check_dense(model)
     sites = find_sites(base_model(model), profile.kinds)
@@ -163,10 +167,7 @@ def from_pretrained(
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    if isinstance(profile, str | Path):
-        profile = Profile.load(profile)
-    elif profile is None:
-        profile = own_profile(source)
+    profile = own_profile(source) if profile is None else Profile.of(profile)
     if profile is None and sparsity is not None:
         raise ConfigError(f"sparsity needs a profile, and {source.label} has none of its own.")
     loaded = load_model(source, dtype=dtype, device=device)
@@ -197,8 +198,9 @@ def export(
         include_proxy: Store proxies, made of these weights, as well: loading is quicker, the folder larger.
 
     Raises:
-        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken, or there is
-            no proxy to include.
+        ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken or nothing
+            can be written there, or there is no proxy to include.
+        AccidentError: Writing failed: no space is left, for example.
 
     Example:
         countdown.export("my-model", "my-profile", "my-sparse-model")
@@ -209,12 +211,17 @@ def export(
     if problem := unwritable(path):
         raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+    profile = Profile.of(profile)
     if include_proxy and not profile.has_proxy:
         raise ConfigError("include_proxy: no method of this profile has a proxy to store.")
     profile = replace(profile, proxies=None)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{source.label} has adapters beside its weights; merge them (PEFT's merge_and_unload), and export the "
+            "merged model."
+        )
     sites = find_sites(loaded, profile.kinds)
     profile.check(loaded, sites)
     profile.settings(sites)
@@ -224,7 +231,7 @@ def export(
             loaded.save_pretrained(new)
             tokenizer.save_pretrained(new)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be written: {error}.") from error
+        raise AccidentError(f"{path} cannot be written: {reason(error)}.") from error
     return path
 
 

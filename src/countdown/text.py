@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from countdown.config import check_choice, suggestion
-from countdown.errors import TextError
+from countdown.errors import ConfigError, TextError
 
 BUILT_IN = ("wikitext2", "python-docs")
 SPLITS = ("calibration", "evaluation")
@@ -37,7 +37,7 @@ class Text:
 
     source: str
     split: str
-    content: str
+    content: str = field(repr=False)
 
     @property
     def sha256(self) -> str:
@@ -49,7 +49,7 @@ class Text:
         return {**{k: v for k, v in asdict(self).items() if k != "content"}, "sha256": self.sha256}
 
 
-def load_text(source: str, split: str, *, text_dir: str | Path | None = None) -> Text:
+def load_text(source: str | os.PathLike[str], split: str, *, text_dir: str | Path | None = None) -> Text:
     """Load a text.
 
     Args:
@@ -64,6 +64,9 @@ def load_text(source: str, split: str, *, text_dir: str | Path | None = None) ->
         text = countdown.load_text("python-docs", "calibration")
     """
     check_choice("split", split, SPLITS)
+    if not isinstance(source, str | os.PathLike):
+        raise TextError(f"the source is of type {type(source).__name__}, expected the name of a text, or a path.")
+    source = os.fspath(source)
     if source == "wikitext2":
         return Text(source, split, detokenise(_wikitext2(split, text_dir)))
     if text_dir is not None:
@@ -75,7 +78,7 @@ def load_text(source: str, split: str, *, text_dir: str | Path | None = None) ->
         raise TextError(
             f"text '{source}' is neither a file nor one of: {', '.join(BUILT_IN)}.{suggestion(source, BUILT_IN)}"
         )
-    return Text(path.name, "all", _read(path))
+    return Text(path.name, "all", read_text(path, "text file"))
 
 
 def _is_file(path: Path) -> bool:
@@ -85,11 +88,31 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path, what: str) -> str:
+    """Return the text in a UTF-8 file, without the byte-order mark that some editors put first.
+
+    Args:
+        path: The file.
+        what: What it is, as the message says it.
+
+    Raises:
+        TextError: It cannot be read, or not as UTF-8.
+    """
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError) as error:
-        raise TextError(f"text file {path} cannot be read as UTF-8: {error}") from error
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TextError(f"{what} {path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{what} {path} cannot be read as UTF-8: {error}.") from error
+
+
+def is_text(text: str) -> bool:
+    """Return whether this can be written in UTF-8: JSON escapes and file names can hold half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def detokenise(text: str) -> str:
@@ -112,7 +135,7 @@ def _wikitext2(split: str, text_dir: str | Path | None) -> str:
         path = Path(os.path.expanduser(text_dir)) / f"{name}.txt"
         if not path.is_file():
             raise TextError(f"--text-dir {text_dir} has no {name}.txt; it needs WikiText-2's valid.txt and test.txt.")
-        return _read(path)
+        return read_text(path, "text file")
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -159,8 +182,10 @@ def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if ids is None or not len(ids):
         raise TextError("the batch has no input_ids; give what a tokenizer returns, or text.")
-    rows = [torch.as_tensor(row) for row in ids]
-    kept = [torch.ones_like(row) for row in rows] if mask is None else [torch.as_tensor(row) for row in mask]
+    rows = [_integers(row) for row in ids]
+    if any(row.numel() and row.is_floating_point() for row in rows):
+        raise TextError(f"input_ids are {rows[0].dtype}, expected integers.")
+    kept = [torch.ones_like(row) for row in rows] if mask is None else [_integers(row) for row in mask]
     shapes = [[tuple(row.shape) for row in some] for some in (rows, kept)]
     if shapes[0] != shapes[1] or any(len(shape) != 1 for shape in shapes[0]):
         raise TextError("input_ids and attention_mask do not fit together; expected [n, length] of both.")
@@ -170,8 +195,37 @@ def unpadded(batch: Mapping[str, Any]) -> list[Tensor]:
     return sequences
 
 
+def _integers(row: Any) -> Tensor:
+    if isinstance(row, Tensor):
+        return row
+    return torch.as_tensor(row, dtype=None if len(row) else torch.int64, device="cpu")
+
+
+def as_texts(texts: str | Text | Iterable[str | Text]) -> list[str | Text]:
+    """Return a text, or several, as a list.
+
+    Raises:
+        TextError: One of them is no text, or there is none.
+    """
+    expected = "expected a string, what countdown.load_text returns, or a list of these"
+    if not isinstance(texts, Iterable | Text):
+        raise TextError(f"the text is of type {type(texts).__name__}, {expected}.")
+    given = [texts] if isinstance(texts, str | Text) else list(texts)
+    if not given:
+        raise TextError("there is no text; give some.")
+    for one in given:
+        if not isinstance(one, str | Text):
+            raise TextError(f"one of the texts is of type {type(one).__name__}, {expected}.")
+    return given
+
+
 def windows(
-    tokenizer: Any, texts: str | Sequence[str], *, count: int | None = None, at_least: int = 1, length: int = WINDOW
+    tokenizer: Any,
+    texts: str | Text | Iterable[str | Text],
+    *,
+    count: int | None = None,
+    at_least: int = 1,
+    length: int = WINDOW,
 ) -> Tensor:
     """Return the first `count` non-overlapping windows of a text, int64 `[count, length]`.
 
@@ -180,15 +234,29 @@ def windows(
 
     Args:
         tokenizer: A transformers tokenizer.
-        texts: The text, or several.
+        texts: The text, or several: strings, or what `load_text` returns.
         count: How many windows; all when omitted, which must then be `at_least` so many.
         length: Tokens in a window, at least 2.
 
     Raises:
-        TextError: The text is too short for one window, or for `count`.
+        TextError: The text is too short for one window, or for `count`; or it is no text.
+        ConfigError: What is given as tokenizer is none, or windows of fewer than 2 tokens are asked for.
+
+    Example:
+        text = countdown.load_text("python-docs", "evaluation")
+        ids = countdown.windows(tokenizer, text, count=2)
     """
-    text = texts if isinstance(texts, str) else "\n".join(texts)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    if not callable(tokenizer):
+        raise ConfigError(
+            f"the tokenizer is of type {type(tokenizer).__name__}, expected one of transformers; "
+            "countdown.load_tokenizer loads one."
+        )
+    if length < 2:
+        raise ConfigError(f"windows have {length} tokens, expected at least 2.")
+    text = "\n".join(one.content if isinstance(one, Text) else one for one in as_texts(texts))
+    ids = torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+    )
     available = len(ids) // length
     needed = at_least if count is None else count
     if available < needed:
@@ -200,5 +268,5 @@ def windows(
     rows = ids[: wanted * length].view(wanted, length)
     bos = tokenizer.bos_token_id
     if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
-        rows = torch.cat([torch.full((wanted, 1), bos), rows[:, :-1]], dim=1)
+        rows = torch.cat([torch.full((wanted, 1), bos, dtype=torch.int64, device="cpu"), rows[:, :-1]], dim=1)
     return rows

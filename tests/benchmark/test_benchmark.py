@@ -13,6 +13,7 @@ import countdown.benchmark.arm as arm
 import countdown.benchmark.decode as decode
 import countdown.benchmark.ffn as ffn
 import countdown.benchmark.timing as timing
+import countdown.replay as replay
 from countdown.benchmark.ffn import FFNBenchmark
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, in_turn, relative_error
@@ -207,6 +208,15 @@ def test_arms_are_timed_until_each_is_told_from_the_first():
     assert len(times["one"][arm.TOKEN]) == 8
     times, _ = arm.measure({"dense": steady, "one": quiet, "other": Fake(5, 9, 14, 6, 11)}, rounds=Rounds(8, 40))
     assert {len(found[arm.TOKEN]) for found in times.values()} == {40}
+
+
+def test_parts_are_timed_without_the_library(monkeypatch):
+    for where in (library, replay):
+        monkeypatch.setattr(where, "missing", lambda: "no compiler")
+    one = decode.Arm(llama(), torch.tensor([[5, 17, 90]]), 16, split=True)
+    assert next(one.model.parameters()).requires_grad  # as models are loaded
+    times, _ = arm.measure({"dense": one}, rounds=Rounds(6, 6))
+    assert set(times["dense"]) == {arm.TOKEN, "ffn", "attention_linears", "head"}
 
 
 def test_tokens_a_second_and_speed_up_agree():

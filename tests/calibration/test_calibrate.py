@@ -139,7 +139,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("countdown.calibration.passes.sketches.check_finite", interrupt)
+    monkeypatch.setattr("countdown.calibration.passes.sketches.MagnitudeSketch.add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
     assert llama_model.model.layers[1].mlp is original
@@ -148,7 +148,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
 def test_activations_that_are_not_finite_are_named(llama_model, tokenizer, text):
     with torch.no_grad():
         llama_model.model.layers[2].mlp.up_proj.weight[5, 0] = torch.inf
-    with pytest.raises(CountdownError, match=r"model\.layers\.2\.mlp are not finite in torch\.float32"):
+    with pytest.raises(CountdownError, match=r"model\.layers\.2\.mlp are not finite: model\.layers\.2\.mlp\.up_proj"):
         calibrate(llama_model, tokenizer, text, method("m-countdown"), tokens=512, progress=False)
 
 
@@ -159,8 +159,9 @@ def test_bad_input(llama_model, tokenizer, text):
     for short in ("short", ""):
         with pytest.raises(TextError, match="too few for"):
             calibrate(llama_model, tokenizer, short, config, progress=False)
+    batch = {"input_ids": torch.zeros(1, 65, dtype=torch.int64)}
     with pytest.raises(ConfigError, match="longer than the model's context of 64"):
-        calibrate(llama(max_position_embeddings=64), tokenizer, text, config, progress=False)
+        calibrate(llama(max_position_embeddings=64), tokenizer, batch, config, progress=False)
     with pytest.raises(UnsupportedModelError, match=r"model\.eval\(\)"):
         calibrate(llama_model.train(), tokenizer, text, config)
 
@@ -171,7 +172,7 @@ def test_every_level_and_round_reads_every_text(monkeypatch, llama_model, tokeni
     decoder = llama_model.get_decoder()
     now = {}
     monkeypatch.setattr(
-        _SparsePass, "levels", property(lambda _: now, lambda _, value: now.update(value)), raising=False
+        _SparsePass, "levels", property(lambda _: [now], lambda _, some: now.update(*some)), raising=False
     )
 
     def watch(_, __, given):
@@ -182,6 +183,29 @@ def test_every_level_and_round_reads_every_text(monkeypatch, llama_model, tokeni
     hook.remove()
     assert set(read) == {0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9}
     assert all(seen == {"a", "b"} for seen in read.values())
+
+
+@pytest.mark.parametrize("config", ["m-countdown", "cats"])
+def test_sequences_that_run_together_are_calibrated_as_one_by_one(config, monkeypatch, llama_model, tokenizer, text):
+    config = method(config, sparsity=0.6, weighting="rms", allocation="global")
+    ids = windows(tokenizer, text, count=9, length=32)
+
+    def calibrated():
+        shapes = []
+        hook = llama_model.model.layers[2].register_forward_pre_hook(lambda _, given: shapes.append(given[0].shape[:2]))
+        profile = calibrate(llama_model, tokenizer, {"input_ids": ids}, config, progress=False)
+        hook.remove()
+        return profile.entries[0].sites, set(map(tuple, shapes))
+
+    monkeypatch.setattr("countdown.memory.CPU_TOKENS", 32)
+    alone, shapes = calibrated()
+    assert shapes == {(1, 32)}
+    monkeypatch.setattr("countdown.memory.CPU_TOKENS", 5 * 32)
+    together, shapes = calibrated()
+    assert (5, 32) in shapes
+    for name, artifacts in alone.items():
+        for artifact, value in artifacts.items():
+            torch.testing.assert_close(together[name][artifact], value, rtol=2e-3, atol=1e-6)
 
 
 def test_texts_and_strings_do_not_mix(llama_model, tokenizer, text):
@@ -244,3 +268,16 @@ def test_the_importance_is_the_mean_square_of_the_dense_inputs(llama_model, toke
     hook.remove()
     expected = torch.cat(inputs).square().mean(dim=0).float()
     torch.testing.assert_close(profile.entries[0].sites[ffn.name]["importance"], expected)
+
+
+@pytest.mark.parametrize("context, window, expected", [(96, None, 96), (96, 40, 40), (2048, None, 512)])
+def test_windows_fit_the_models_context(context, window, expected, tokenizer, text):
+    model = llama(max_position_embeddings=context)
+    profile = calibrate(model, tokenizer, text, method("cats"), tokens=1024, window=window, progress=False)
+    assert profile.calibration["window"] == expected
+    assert profile.calibration["tokens"] == 1024 // expected * expected
+
+
+def test_a_window_that_does_not_fit_is_said(tokenizer, text):
+    with pytest.raises(ConfigError, match="window is 100, longer than the model's context of 96"):
+        calibrate(llama(max_position_embeddings=96), tokenizer, text, method("cats"), window=100, progress=False)

@@ -40,7 +40,7 @@ def test_it_writes_over_a_file_only_when_told(compared, tmp_path):
 def test_it_refuses_to_write_where_a_folder_is(compared, tmp_path):
     done = run("report", "compared", "-o", ".", "--overwrite", cwd=tmp_path)
     assert done.returncode == 2
-    assert "is a folder; give --output the name of a file." in done.stderr
+    assert "is a folder; give the name of a file." in done.stderr
 
 
 def test_what_cannot_be_read_leaves_nothing_behind(compared, tmp_path):

@@ -76,3 +76,10 @@ def test_the_picked_cell_is_covered_as_often_as_stated(cells, monkeypatch):
         naive += low <= loss <= high
     assert covered / trials > 0.9
     assert naive / trials < 0.85
+
+
+def test_a_useless_cell_has_a_wide_interval_and_does_not_stop_the_others():
+    useless, good = [1.0, 600.0, 2.0, 500.0], [0.01, 0.02, 0.03, 0.02]
+    (_, high), (low, _) = prediction_intervals([useless, good], 4)
+    assert high == math.inf
+    assert low < math.expm1(0.02)

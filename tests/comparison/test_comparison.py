@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,7 +91,8 @@ def test_what_is_cut_off_or_missing_is_refused(comparison, tmp_path):
         Comparison.load(tmp_path)
     file = comparison.save(tmp_path) / "comparison.json"
     file.write_text(file.read_text(encoding="utf-8")[:200], encoding="utf-8")
-    with pytest.raises(ConfigError, match="cannot be read as a comparison: JSONDecodeError"):
+    again = f"countdown compare MODEL -o {re.escape(str(tmp_path))} --overwrite"
+    with pytest.raises(ConfigError, match=rf"is damaged, .*JSONDecodeError.*; make it again, .*: {again}$"):
         Comparison.load(tmp_path)
 
 

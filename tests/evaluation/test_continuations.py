@@ -81,6 +81,13 @@ def test_a_layer_that_stays_dense_is_noticed(sparse, tokenizer):
         compared(sparse, tokenizer)
 
 
+def test_weights_that_are_not_finite_are_named(sparse, tokenizer):
+    with torch.no_grad():
+        sparse.lm_head.weight[3] = torch.nan
+    with pytest.raises(CountdownError, match=r"logits of the dense model are not finite: lm_head\.weight"):
+        compared(sparse, tokenizer)
+
+
 def test_records_are_flat(sparse, tokenizer):
     first, *rest = compared(sparse, tokenizer).records()
     assert (first["scope"], first["prompts"], first["apply_to"]) == ("all prompts", 4, "decode")
@@ -106,6 +113,15 @@ def test_files_of_prompts(tmp_path):
     assert load_prompts(objects) == ["two\nlines", "é"]
 
 
+def test_lines_of_prompts_end_at_newlines_alone(tmp_path):
+    lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    odd = "one\u2028two\x85three\x0bfour"
+    objects.write_bytes(f'\ufeff{{"prompt": "{odd.replace(chr(11), "")}"}}\r\n{{"prompt": "b"}}'.encode())
+    assert load_prompts(objects) == [odd.replace("\x0b", ""), "b"]
+    lines.write_bytes(f"\ufeff{odd}\r\nb".encode())
+    assert load_prompts(lines) == [odd, "b"]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -114,6 +130,8 @@ def test_files_of_prompts(tmp_path):
         ("p.jsonl", "not json\n", "line 1: expected an object"),
         ("p.jsonl", '["prompt"]\n', "line 1: expected an object"),
         ("p.jsonl", '{"prompt": 3}\n', "the prompt is 3, expected text"),
+        ("p.jsonl", '{"prompt": "half \\ud83d"}\n', "line 1: the prompt is 'half .ud83d', expected text"),
+        ("p.jsonl", "[" * 100_000, "line 1: expected an object"),
         ("nope.txt", None, "nope.txt cannot be read: No such file or directory"),
     ],
 )

@@ -12,8 +12,10 @@ import countdown
 import oracle
 from calls import DISPATCHED, arguments
 from countdown.benchmark.timing import floor_rate
+from countdown.calibration.sketch import MagnitudeSketch
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
+from countdown.weights.symmetric import quantise, token_steps
 from tiny import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -115,6 +117,29 @@ def test_calibration_and_evaluation_are_those_of_the_cpu(protocol, tokenizer, te
     assert results[0].realised_sparsity == pytest.approx(results[1].realised_sparsity, abs=1e-3)
     assert results[0].perplexity == pytest.approx(results[1].perplexity, rel=1e-2)
     assert results[0].kl == pytest.approx(results[1].kl, rel=2e-2)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("shape", [(37, 91), (1536, 8960)], ids=str)
+def test_products_of_a_copy_are_exact(bits, shape):
+    d, h = shape
+    matrix = quantise(torch.randn(h, d), torch.ones(d), bits).to(torch.device("cuda"))
+    steps, size = token_steps(torch.randn(2, 40, d, device="cuda"))
+    bias = torch.randn(h, device="cuda")
+    expected = (steps * size).double() @ matrix.values().double().T + bias
+    found = matrix.product_of_steps(steps, size, bias)
+    assert found.dtype == torch.float32
+    assert oracle.relative_error(found.cpu(), expected.cpu()) <= 1e-5
+
+
+def test_sketches_are_those_of_the_cpu():
+    values = torch.randn(3, 5000)
+    on_cpu, on_gpu_ = MagnitudeSketch(), MagnitudeSketch("cuda")
+    on_cpu.add(values, values.square())
+    on_gpu_.add(values.cuda(), values.cuda().square())
+    assert torch.equal(on_gpu_.counts.cpu(), on_cpu.counts)
+    torch.testing.assert_close(on_gpu_.losses.cpu(), on_cpu.losses)
+    torch.testing.assert_close(on_gpu_.quantile(0.7).cpu(), on_cpu.quantiles(torch.tensor([0.7])))
 
 
 def test_what_is_timed_keeps_its_memory():

@@ -218,6 +218,14 @@ def test_a_layer_that_stays_dense_is_noticed(task, sparse, speaker, folder):
         scored(sparse, speaker, load_tasks([task], folder)[0])
 
 
+def test_logits_that_are_not_finite_are_no_answer(sparse, speaker, folder):
+    (task,) = load_tasks(["choice"], folder)
+    with torch.no_grad():
+        sparse.lm_head.weight[3] = torch.nan
+    with pytest.raises(CountdownError, match=r"model run dense are not finite: lm_head\.weight holds NaN"):
+        scored(sparse, speaker, task)
+
+
 def test_who_drives_lm_eval_from_python(sparse, speaker, folder):
     (task,) = load_tasks(["choice"], folder)
     results = simple_evaluate(CountdownLM(sparse, speaker, progress=False), tasks=[task], limit=3, bootstrap_iters=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,6 +20,7 @@ from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.selectors import UP
 from countdown.sums.gated import Gated
 from countdown.weights import Plain
+from crossing import crossed
 
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
@@ -35,10 +38,12 @@ def test_the_portable_variant_is_always_there(variant):
     assert library.library().variants[-1] == "portable"
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 33), (577, 301)], ids=str)
-@pytest.mark.parametrize("indicator", ["up", "gate", "coefficient"])
+@crossed(
+    indicator=["up", "gate", "coefficient"],
+    shape=[(1, 1), (3, 7), (65, 33), (577, 301)],
+    dtype=cases.TOLERANCE,
+    tokens=[1, 2, 5, 8],
+)
 def test_against_float64(indicator, shape, dtype, tokens):
     how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": CPU}
     cases.check_sparse(tokens, *shape, dtype, "cpu", **how)
@@ -211,10 +216,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize(("dtypes", "dtype", "bias_dtype"), MIXED, ids=str)
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_dtypes_of_weights_biases_and_tokens_are_independent(tokens, by, dtypes, dtype, bias_dtype):
+@crossed(tokens=[1, 3, 8], by=["up", "gate", "coefficient", "proxy-4"], mixed=MIXED)
+def test_dtypes_of_weights_biases_and_tokens_are_independent(tokens, by, mixed):
+    dtypes, dtype, bias_dtype = mixed
     weights, biases = cases.ffn(197, 91, F32, "cpu", bias=True, seed=tokens)
     weights = [weight.to(own) for weight, own in zip(weights, dtypes, strict=True)]
     biases = [bias.to(bias_dtype) for bias in biases]
@@ -245,10 +249,7 @@ def phased(tokens: int) -> torch.Tensor:
     return torch.tensor([PROMPT, PADDING, GENERATED, PADDING, GENERATED, PROMPT, GENERATED, PADDING][:tokens]).byte()
 
 
-@pytest.mark.parametrize("by", ["up", "gate", "coefficient", "proxy-4"])
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("tokens", range(1, 9))
+@crossed(tokens=range(1, 9), bias=[False, True], dtype=cases.TOLERANCE, by=["up", "gate", "coefficient", "proxy-4"])
 def test_phases(tokens, bias, dtype, by, threads):
     weights, biases = cases.ffn(37, 91, dtype, "cpu", bias=bias, seed=tokens)
     x, phases = cases.inputs(tokens, 37, dtype, "cpu", 1), phased(tokens)
@@ -431,8 +432,9 @@ def test_compiled_code_runs_the_same_kernel():
     assert torch.equal(expected, 2 * CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW))
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["on its own threads", "on torch's"])
 @pytest.mark.parametrize("order", [[1, 2, 1, 3, 2, 2, 1], [3, 1, 1, 2], [1, 1]], ids=str)
-def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
+def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order, apart):
     d, h, before = 576, 301, torch.get_num_threads()
     weights, biases = cases.ffn(d, h, torch.float32, "cpu", bias=True, seed=3, form="split")
     square = cases.inputs(d, d, torch.float32, "cpu", 5) / d
@@ -451,9 +453,9 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
                 outputs += [y, z, a, x]
     finally:
         torch.set_num_threads(before)
-    assert {ran.threads for ran in row} == set(order)
+    assert {ran.parts for ran in row} == set(order)
     expected = [y.clone() for y in outputs]
-    again = library.library().again(row)
+    again = library.library().again(row, apart=apart)
     for _ in range(20):
         for y in outputs:
             y.fill_(torch.nan)
@@ -461,3 +463,52 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order):
         for y, alone in zip(outputs, expected, strict=True):
             assert torch.equal(y, alone)
             assert y.isfinite().all()
+
+
+@pytest.fixture
+def row_of_threads():
+    """Return a function that does a call of three parts, into `y`: that, its value, and what does it again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+
+    def one(seed: int):
+        x, weight = cases.inputs(1, 640, torch.float32, "cpu", seed), cases.inputs(600, 640, torch.float32, "cpu", 1)
+        with library.library().watched() as row:
+            y = dense_ops.project_one(x, [weight], [None])
+        assert row[0].parts == 3
+        return y, y.clone(), library.library().again(row)
+
+    yield one
+    torch.set_num_threads(before)
+
+
+def many_times(y, expected, again) -> bool:
+    for _ in range(200):
+        y.fill_(torch.nan)
+        again()
+        if not torch.equal(y, expected):
+            return False
+    return True
+
+
+def test_rows_of_calls_in_several_threads_at_once(row_of_threads):
+    rows = [row_of_threads(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda row: many_times(*row), rows))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own(row_of_threads):
+    row = row_of_threads(0)
+    assert many_times(*row)
+    child = os.fork()
+    if not child:
+        # Never returns into pytest, whatever happens.
+        signal.alarm(60)
+        try:
+            os._exit(0 if many_times(*row) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert many_times(*row)

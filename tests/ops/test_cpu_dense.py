@@ -9,6 +9,7 @@ import kernel_cases as cases
 import oracle
 from countdown.ops import dense
 from countdown.ops.cpu import dense_ops, library
+from crossing import crossed
 
 if library.missing():
     pytest.skip(f"no CPU kernels: {library.missing()}", allow_module_level=True)
@@ -16,10 +17,7 @@ if library.missing():
 pytestmark = pytest.mark.usefixtures("variant")
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [(), (0, 2)], ids=str)
-@pytest.mark.parametrize("heights", [(1,), (64, 16), (37, 5, 41)], ids=str)
-@pytest.mark.parametrize("d", [1, 37, 2048])
+@crossed(d=[1, 37, 2048], heights=[(1,), (64, 16), (37, 5, 41)], bias=[(), (0, 2)], dtype=cases.TOLERANCE)
 def test_project_one(d, heights, bias, dtype, threads):
     weights = [cases.inputs(h, d, dtype, "cpu", h) for h in heights]
     biases = [cases.inputs(1, h, dtype, "cpu", 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
@@ -33,12 +31,13 @@ def test_project_one(d, heights, bias, dtype, threads):
     assert oracle.relative_error(y[0], torch.cat(expected)) <= cases.TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("mask", ["none", "some", "first", "last"])
-@pytest.mark.parametrize(
-    ("heads", "groups", "length", "size"), [(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 2000, 64), (24, 1, 130, 40)], ids=str
+@crossed(
+    shape=[(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 2000, 64), (24, 1, 130, 40)],
+    mask=["none", "some", "first", "last"],
+    dtype=cases.TOLERANCE,
 )
-def test_attend_one(heads, groups, length, size, mask, dtype, threads):
+def test_attend_one(shape, mask, dtype, threads):
+    heads, groups, length, size = shape
     q = cases.inputs(heads, size, dtype, "cpu", 1).view(1, heads, 1, size)
     keys, values = (cases.inputs(groups * length, size, dtype, "cpu", s).view(1, groups, length, size) for s in (2, 3))
     seen = None

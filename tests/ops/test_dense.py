@@ -11,14 +11,17 @@ import kernel_cases as cases
 import oracle
 from countdown.ops import dense
 from countdown.ops.triton import dense_ops
+from crossing import crossed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("bias", [(), (1,), (0, 2)], ids=str)
-@pytest.mark.parametrize("heights", [(1,), (91,), (64, 16), (37, 5, 41)], ids=str)
-@pytest.mark.parametrize("d", [1, 37, 4096])
+@crossed(
+    d=[1, 37, 4096],
+    heights=[(1,), (91,), (64, 16), (37, 5, 41)],
+    bias=[(), (1,), (0, 2)],
+    dtype=cases.TOLERANCE,
+)
 def test_project_one(d, heights, bias, dtype):
     weights = [cases.inputs(h, d, dtype, DEVICE, h) for h in heights]
     biases = [cases.inputs(1, h, dtype, DEVICE, 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
@@ -32,12 +35,13 @@ def test_project_one(d, heights, bias, dtype):
     assert oracle.relative_error(y[0].cpu(), torch.cat(expected).cpu()) <= cases.tolerance(dtype)
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("mask", ["none", "some", "first", "last"])
-@pytest.mark.parametrize(
-    ("heads", "groups", "length", "size"), [(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 200, 64), (24, 1, 130, 40)], ids=str
+@crossed(
+    shape=[(1, 1, 1, 1), (4, 4, 70, 16), (12, 2, 200, 64), (24, 1, 130, 40)],
+    mask=["none", "some", "first", "last"],
+    dtype=cases.TOLERANCE,
 )
-def test_attend_one(heads, groups, length, size, mask, dtype):
+def test_attend_one(shape, mask, dtype):
+    heads, groups, length, size = shape
     q = cases.inputs(heads, size, dtype, DEVICE, 1).view(1, heads, 1, size)
     keys, values = (cases.inputs(groups * length, size, dtype, DEVICE, s).view(1, groups, length, size) for s in (2, 3))
     seen = None

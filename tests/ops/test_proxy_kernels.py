@@ -13,33 +13,30 @@ from calls import REFERENCE, TRITON
 from countdown.errors import ConfigError
 from countdown.ops.triton.backend import Triton
 from countdown.weights import Plain
+from crossing import crossed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOW = {"decision": "threshold", "drop": 0, "indicator": "proxy-4", "activation": "silu"}
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("activation", Triton.activations)
+@crossed(activation=Triton.activations, share=[0.0, 0.5, 0.95], tokens=[1, 2, 3])
 def test_against_float64(activation, share, tokens):
     cases.check_proxy(tokens, 37, 91, torch.float32, DEVICE, activation=activation, share=share)
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("d", "h", "form"),
-    [(1, 1, "split"), (16, 8, "interleaved"), (64, 256, "fused"), (129, 67, "split"), (100, 33, "interleaved")],
+@crossed(
+    tokens=[1, 2],
+    stored=[(1, 1, "split"), (16, 8, "interleaved"), (64, 256, "fused"), (129, 67, "split"), (100, 33, "interleaved")],
+    dtype=cases.TOLERANCE,
 )
-@pytest.mark.parametrize("tokens", [1, 2])
-def test_shapes_dtypes_and_forms(tokens, d, h, form, dtype):
+def test_shapes_dtypes_and_forms(tokens, stored, dtype):
+    d, h, form = stored
     cases.check_proxy(
         tokens, d, h, dtype, DEVICE, activation="silu", share=0.6, bias=form != "fused", form=form, seed=d + h
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("activation", ["silu", "relu"])
+@crossed(activation=["silu", "relu"], bad=[torch.nan, torch.inf], tokens=[1, 2, 3])
 def test_a_token_that_is_not_finite_is_dense_and_alone(activation, bad, tokens):
     weights, biases = cases.ffn(40, 29, torch.float32, DEVICE, bias=True)
     proxy, x = cases.proxy_of(weights), cases.inputs(tokens, 40, torch.float32, DEVICE, 1)

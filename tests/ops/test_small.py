@@ -68,6 +68,16 @@ def test_activations_and_means(variant, dtype):
         torch.testing.assert_close(made.double(), exact, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 7, 512, 1031])
+def test_the_largest_of_each_row(variant, size, dtype):
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    x[1, -1], x[2, size // 2], x[3], x[4] = torch.inf, torch.nan, -torch.inf, -x[4].abs()
+    for one in (x, x.t().contiguous().t()):
+        same(done("aten::amax", (one, [-1]), x[:, 0]), x.amax(-1))
+    assert not small_calls("aten::amax", (x, [0]), {}, x.amax(0))
+
+
 @pytest.mark.parametrize("source", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_are_changed(variant, dtype, source):

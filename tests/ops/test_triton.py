@@ -19,22 +19,22 @@ from countdown.errors import ConfigError
 from countdown.ops.triton import ffn, launch
 from countdown.ops.triton.backend import Triton
 from countdown.phase import GENERATED, PADDING, PROMPT
+from crossing import crossed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8])
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
-@pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", Triton.activations)
+@crossed(activation=Triton.activations, indicator=["up", "gate"], share=[0.0, 0.5, 0.95], tokens=[1, 2, 3, 8])
 def test_against_float64(activation, indicator, share, tokens):
     cases.check_sparse(tokens, 37, 91, torch.float32, DEVICE, indicator=indicator, activation=activation, share=share)
 
 
-@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (16, 8), (64, 256), (129, 67), (40, 33)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("form", ["split", "fused", "interleaved"])
+@crossed(
+    form=["split", "fused", "interleaved"],
+    tokens=[1, 2],
+    shape=[(1, 1), (16, 8), (64, 256), (129, 67), (40, 33)],
+    dtype=cases.TOLERANCE,
+)
 def test_shapes_dtypes_and_forms(form, tokens, shape, dtype):
     cases.check_sparse(
         tokens, *shape, dtype, DEVICE, indicator="up", activation="silu", share=0.6,
@@ -64,10 +64,7 @@ def test_none_and_one_active(tokens):
     assert oracle.relative_error(one.cpu(), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("indicator", ["up", "gate"])
-@pytest.mark.parametrize("activation", Triton.activations)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@crossed(tokens=[1, 2, 3], bad=[torch.nan, torch.inf], activation=Triton.activations, indicator=["up", "gate"])
 def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, indicator):
     weights, biases = cases.ffn(13, 29, torch.float32, DEVICE)
     x = cases.inputs(tokens, 13, torch.float32, DEVICE, 1)
@@ -128,9 +125,7 @@ PHASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("phases", PHASES, ids=str)
-@pytest.mark.parametrize("by", Triton.selectors)
+@crossed(by=Triton.selectors, phases=PHASES, bias=[False, True])
 def test_phases(by, phases, bias):
     cases.check_phases(phases, 37, 91, torch.float32, DEVICE, by=by, bias=bias)
 
@@ -163,11 +158,9 @@ MIXED = [(x, [w] * 3) for x in FLOATS for w in FLOATS if x != w]
 MIXED += [(x, [torch.bfloat16, torch.float32, torch.float16]) for x in FLOATS]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize(("dtype", "dtypes"), MIXED, ids=str)
-@pytest.mark.parametrize("by", Triton.selectors)
-def test_tokens_and_weights_of_different_dtypes(by, dtype, dtypes, tokens):
-    cases.check_mixed(tokens, 40, 67, dtype, dtypes, DEVICE, by=by, seed=tokens)
+@crossed(by=Triton.selectors, mixed=MIXED, tokens=[1, 2, 3])
+def test_tokens_and_weights_of_different_dtypes(by, mixed, tokens):
+    cases.check_mixed(tokens, 40, 67, *mixed, DEVICE, by=by, seed=tokens)
 
 
 def test_the_tables_are_what_the_backend_says_it_takes():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import countdown
 from countdown.calibration.calibrate import calibrate
-from countdown.errors import ConfigError, ProfileError, ProfileWarning
+from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.methods import method
 from countdown.profiles.profile import Profile, check_free
 from countdown.sites.ffn import find_ffns
@@ -72,7 +72,7 @@ def test_a_failed_save_leaves_the_old_profile(profile, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("countdown.profiles.profile.save_tensors", full)
-    with pytest.raises(ProfileError, match="No space left"):
+    with pytest.raises(AccidentError, match="No space left"):
         profile.save(tmp_path / "p", overwrite=True)
     assert (tmp_path / "p" / "profile.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
@@ -91,10 +91,20 @@ def test_an_overwrite_that_stops_half_way_leaves_the_old_profile(failure, profil
         replace(*arguments)
 
     monkeypatch.setattr("os.replace", second_fails)
-    with pytest.raises((ProfileError, KeyboardInterrupt)):
+    with pytest.raises((AccidentError, KeyboardInterrupt)):
         profile.with_settings(sparsity=0.1).save(path, overwrite=True)
     assert (path / "profile.json").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
+
+
+def test_a_linked_profile_is_overwritten_where_it_is(profile, tmp_path):
+    path = profile.save(tmp_path / "deep" / "p")
+    (path / "profile.json").chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    profile.with_settings(sparsity=0.1).save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").readlink() == path
+    assert Profile.load(path).entries[0].method.sparsity == 0.1
+    assert (path / "profile.json").stat().st_mode & 0o777 == 0o640
 
 
 def test_overwriting_spares_what_is_not_the_profiles(profile, tmp_path):
@@ -323,3 +333,15 @@ def test_a_threshold_that_was_not_calibrated_is_refused(profile, llama_model):
         del site["thresholds"]
     with pytest.raises(ProfileError, match="has no thresholds"):
         countdown.sparsify_(llama_model, profile)
+
+
+def test_a_profile_shows_in_one_line(profile):
+    named = profile.with_name("my-model")
+    assert repr(named) == "<Profile of my-model: m-countdown × column-norm, threshold at 0.6; 3 modules>"
+    assert len(repr(named.entries)) < 200
+
+
+def test_a_profile_edited_where_files_begin_with_a_mark(profile, tmp_path):
+    header = profile.save(tmp_path / "p") / "profile.json"
+    header.write_bytes(b"\xef\xbb\xbf" + header.read_bytes())
+    assert Profile.load(tmp_path / "p").structure == profile.structure

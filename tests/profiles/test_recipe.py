@@ -35,6 +35,9 @@ def test_yaml_and_json_mean_the_same(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(entries))
     assert Recipe.load(tmp_path / "r.yaml") == MEANT
     assert Recipe.load(tmp_path / "r.json") == MEANT
+    for name in ("r.yaml", "r.json"):  # as some editors write them
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+        assert Recipe.load(tmp_path / name) == MEANT
 
 
 def test_settings_reach_every_entry():
@@ -55,7 +58,12 @@ def test_settings_reach_every_entry():
         ("method: cats", "is not a list of entries"),
         ("[]", "is not a list of entries"),
         ("- cats", "is not a list of entries"),
-        ("- method: [", "cannot be read"),
+        ("- method: cats\n  sparsity: [", "is not YAML, near line 2; expected a list of entries such as: - {pattern"),
+        ("- method: cats\n\tsparsity: 0.5", "is not YAML, near line 2;"),
+        ("- !!python/object:os.system {}", "is not YAML, near line 1;"),
+        ("- method: cats\n---\n- method: teal", "is not YAML, near line 2;"),
+        ("- 2024-13-45", "is not YAML; expected"),
+        ("\0", "is not YAML; expected"),
     ],
 )
 def test_mistakes_are_named(content, message, tmp_path):
@@ -63,6 +71,18 @@ def test_mistakes_are_named(content, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
         Recipe.load(tmp_path / "r.yaml")
     assert "\n" not in str(error.value)
+    assert not any(word in str(error.value) for word in ("unicode string", "node", "token", "stream", "tag:"))
+
+
+def test_mistakes_in_json_and_in_bytes_are_named(tmp_path):
+    (tmp_path / "r.json").write_text('[\n{"method": "cats",}]')
+    with pytest.raises(ConfigError, match=r'r\.json is not JSON, near line 2; expected .*: \[\{"pattern": "\*\.mlp", '):
+        Recipe.load(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('\ufeff[{"method": "cats"}]', encoding="utf-8")
+    assert len(Recipe.load(tmp_path / "r.json").entries) == 1
+    (tmp_path / "r.json").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"r\.json is not text in UTF-8\.$"):
+        Recipe.load(tmp_path / "r.json")
 
 
 def test_settings_of_a_named_recipe_are_its_own():
@@ -96,7 +116,7 @@ def test_records_name_what_was_calibrated():
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"r\.yaml cannot be read: No such file or directory\.$"):
         Recipe.load(tmp_path / "r.yaml")
 
 

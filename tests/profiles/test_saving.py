@@ -91,6 +91,17 @@ def test_pushing_would_lose_the_profile_and_is_refused(llama_model, profile, tmp
     with pytest.raises(ConfigError, match="hf upload"):
         llama_model.save_pretrained(tmp_path / "m", True, torch.save, True)
     assert not (tmp_path / "m").exists()
+    for model in (llama_model, copy.deepcopy(llama_model)):
+        with pytest.raises(ConfigError, match="hf upload") as caught:
+            model.push_to_hub("me/mine", private=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_restored_model_can_be_pushed(llama_model, profile, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(type(llama_model), "push_to_hub", lambda model, name: pushed.append((model, name)))
+    countdown.restore_(countdown.sparsify_(llama_model, profile)).push_to_hub("me/mine")
+    assert pushed == [(llama_model, "me/mine")]
 
 
 def test_only_the_main_process_writes_the_profile(llama_model, profile, tmp_path):

@@ -59,6 +59,25 @@ def test_it_loads_without_a_word_or_a_request(browser, tmp_path, make, width, sc
 
 
 @pytest.mark.slow
+def test_a_table_that_does_not_fit_shows_that_it_scrolls(browser, tmp_path):
+    """By a shadow at its right edge, under a cover that is there only at the end of the table."""
+    path = tmp_path / "report.html"
+    write_report(sample(), path)
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(path.as_uri())
+    table = page.locator("#all .scroll")
+    assert table.evaluate("element => element.scrollWidth > element.clientWidth")
+    style = table.evaluate("element => { const s = getComputedStyle(element); return s.backgroundAttachment }")
+    assert style == "local, scroll"
+    box = table.bounding_box()
+    edge = {"x": box["x"] + box["width"] - 12, "y": box["y"], "width": 12, "height": box["height"] - 1}
+    more = page.screenshot(clip=edge, full_page=True)
+    table.evaluate("element => element.style.background = 'none'")
+    assert page.screenshot(clip=edge, full_page=True) != more
+    page.close()
+
+
+@pytest.mark.slow
 def test_it_is_light_or_dark_as_the_reader_is(browser, tmp_path):
     path = tmp_path / "report.html"
     write_report(sample(), path)

@@ -71,8 +71,9 @@ def test_an_interval_may_be_missing():
 
 def test_a_loss_below_dense_can_be_drawn():
     figures = all_figures(changed(sample(), "int8", loss=-0.03, loss_interval=(-0.04, -0.02)))
-    assert "int8: 1.12×, perplexity −3.0%" in tips(figures["speed"].svg)
-    assert "−2%" in figures["speed"].svg
+    assert "int8: 1.12×, perplexity -3.0%" in tips(figures["speed"].svg)
+    assert "-2%" in figures["speed"].svg
+    assert "\N{MINUS SIGN}" not in "".join(figure.svg or "" for figure in figures.values())
 
 
 def test_perplexity_has_lines_by_method_and_levels_without_sparsity(figures):

@@ -53,6 +53,11 @@ def html():
     return render(sample())
 
 
+def test_every_table_can_scroll(html):
+    assert html.count("<table>") > 2
+    assert html.count('<div class="scroll" tabindex="0"><table>') == html.count("<table>")
+
+
 def figure(html: str, name: str) -> str:
     return re.search(rf'<figure id="{name}">.*?</figure>', html, re.DOTALL)[0]
 

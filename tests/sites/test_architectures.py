@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.activations import ACT2CLS, ACT2FN
 
+import countdown
 from calls import sparse_module
+from countdown.cost import token_bytes
 from countdown.errors import UnsupportedModelError
 from countdown.methods import method
 from countdown.modules import SparseModule
@@ -170,6 +172,18 @@ def test_greedy_generation_runs_sparse(architecture, ids):
     assert torch.equal(sparse, dense)
     # The first new token comes from the prompt.
     assert counted(modules) == {2 * 3}
+
+
+def test_a_model_whose_head_is_called_decoder_is_calibrated_and_evaluated(ids):
+    """`get_decoder` of transformers finds a linear of the head there."""
+    model = causal_lm("modernbert-decoder", **TOKENS)
+    sites = find_ffns(model)
+    assert token_bytes(model, sites).other > 0
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    profile = countdown.calibrate(model, None, batch, method("m-countdown", allocation="global"), progress=False)
+    found = countdown.evaluate(countdown.sparsify_(model, profile), ids, protocol="decode", progress=False)
+    assert found.tokens == 2 * 2
+    assert 0 < found.realised_sparsity < 1
 
 
 # --- activations -----------------------------------------------------------------------------------------------

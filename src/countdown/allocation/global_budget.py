@@ -36,7 +36,11 @@ class GlobalBudget(Allocation):
             raise ProfileError("the profile was not calibrated for allocation 'global'; calibrate again with it.")
         import torch
 
-        shares = allocate(torch.stack(known), torch.tensor(list(problem.sizes.values())), problem.sparsity)
+        shares = allocate(
+            torch.stack(known),
+            torch.tensor(list(problem.sizes.values()), dtype=torch.int64, device="cpu"),
+            problem.sparsity,
+        )
         return dict(zip(problem.sizes, shares.tolist(), strict=True))
 
 
@@ -61,7 +65,7 @@ def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
     n = errors.shape[1]
     errors = errors.double()
     share = sizes.double() / sizes.double().sum()
-    grid = torch.arange(n, dtype=torch.float64) / n
+    grid = torch.arange(n, dtype=torch.float64, device="cpu") / n
     grid, errors = grid[grid <= at_most], errors[:, : int((grid <= at_most).sum())]
 
     def chosen(price: float) -> Tensor:

@@ -135,6 +135,7 @@ class Arm:
         return run
 
 
+@torch.no_grad()
 def measure(
     arms: Mapping[str, Timed],
     rate: Callable[[], float] | None = None,

@@ -127,9 +127,9 @@ def run(
     check_context(model, benchmark.context + tokens_of(benchmark.new_tokens))
     vocabulary = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator)
+    ids = torch.randint(0, vocabulary, (1, benchmark.context), generator=generator, dtype=torch.int64, device="cpu")
     ids = (ids if benchmark.prompt is None else benchmark.prompt).to(device)
-    some = torch.randint(0, vocabulary, CALIBRATION, generator=generator)
+    some = torch.randint(0, vocabulary, CALIBRATION, generator=generator, dtype=torch.int64, device="cpu")
     common = _common(model, benchmark) | {"vocab": vocabulary}
     profiles = [one if isinstance(one, Profile) else _calibrated(model, one, some) for one in arms]
     by_name = {str(profile.recipe): profile for profile in profiles}

@@ -229,7 +229,7 @@ class _Layers:
     def parts(self, selector: Selector) -> list[Sequence[Weight]]:
         """The selector's own weights of every layer, made for inputs that are all as large."""
         if selector not in self._parts:
-            even = {one.name: torch.ones(self.d, device=self.device) for one in selector.artifacts}
+            even = {one.name: torch.ones(self.d, device=self.device, dtype=torch.float32) for one in selector.artifacts}
             self._parts[selector] = [self._laid_out(self.sum(layer), selector, even) for layer in range(self.count)]
         return self._parts[selector]
 
@@ -240,8 +240,8 @@ class _Layers:
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:
         """Return x `[tokens, d]`, correlated so far that active sets overlap as the benchmark wants."""
-        own = torch.randn(tokens, self.d, device=self.device, generator=self.generator)
-        shared = torch.randn(1, self.d, device=self.device, generator=self.generator)
+        own = torch.randn(tokens, self.d, device=self.device, generator=self.generator, dtype=torch.float32)
+        shared = torch.randn(1, self.d, device=self.device, generator=self.generator, dtype=torch.float32)
         wanted = (self.benchmark.union or {}).get((tokens, sparsity))
         if tokens == 1 or wanted is None:
             return own.to(self.dtype)
@@ -256,7 +256,9 @@ class _Layers:
 
     def dense(self, tokens: int, *, compiled: bool) -> dict[str, Callable[[], None]]:
         """Return steps through the dense FFNs of all layers, by what computes them."""
-        x = torch.randn(tokens, self.d, device=self.device, generator=self.generator).to(self.dtype)
+        x = torch.randn(tokens, self.d, device=self.device, generator=self.generator, dtype=torch.float32).to(
+            self.dtype
+        )
         act, h = ACTIVATIONS[self.benchmark.activation], self.h
 
         def fused(both: Tensor, down: Tensor) -> Tensor:
@@ -314,7 +316,9 @@ class _Deciding:
 
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
         if sparsity in (0, 1):
-            return torch.full((self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device)
+            return torch.full(
+                (self.layers.h,), -1.0 if sparsity == 0 else torch.inf, device=self.x.device, dtype=torch.float32
+            )
         value = self._value(layer)
         distinct = value.unique()
         place = torch.searchsorted(distinct, value.kthvalue(max(1, int(sparsity * len(value)))).values)
@@ -386,7 +390,12 @@ class _Given:
     def _exactly(self, mask: Tensor, keep: int) -> Tensor:
         # Others of the same number: random places, so that no layer's set is another's.
         fresh = torch.zeros_like(mask)
-        fresh[0, torch.randperm(self.layers.h, device=mask.device, generator=self.layers.generator)[:keep]] = True
+        fresh[
+            0,
+            torch.randperm(self.layers.h, device=mask.device, generator=self.layers.generator, dtype=torch.int64)[
+                :keep
+            ],
+        ] = True
         return fresh
 
     def run(self, layer: int) -> Tensor:

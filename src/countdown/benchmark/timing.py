@@ -183,7 +183,7 @@ def floor_rate(device: torch.device) -> Callable[[], float]:
 def _rates(device: torch.device) -> dict[str, Callable[[], float]]:
     if device.type not in _FLOOR:
         raise ConfigError(f"benchmarks run on {' and '.join(_FLOOR)}, and the device is {device.type}.")
-    source = torch.ones(2**28, device=device)
+    source = torch.ones(2**28, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
     # Not copy_: in a graph that is a transfer by the copy engine, which is slower.
     copy, read = timed(lambda: torch.add(source, 1, out=target), device), timed(source.sum, device)

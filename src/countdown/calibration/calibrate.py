@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from countdown.autocast import without_autocast
 from countdown.calibration.passes import PASSES, Assignment, Run
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, TextError
-from countdown.loading import check_context
+from countdown.loading import check_context, check_known, context_of, window_length
 from countdown.methods import Method
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, match
 from countdown.sites import Site, check_untouched, find_sites
 from countdown.sites.fingerprint import structure, weight_sample
-from countdown.text import WINDOW, Text, unpadded, windows
+from countdown.text import WINDOW, Text, as_texts, unpadded, windows
 from countdown.wrappers import base_model
 
-Texts = str | Text | Sequence[str] | Sequence[Text] | Mapping[str, Any]
+Texts = str | Text | Iterable[str | Text] | Mapping[str, Any]
 
 
 def calibrate(
@@ -34,11 +35,13 @@ def calibrate(
     config: Method | Recipe,
     *,
     tokens: int = CALIBRATION_TOKENS,
+    window: int | None = None,
     progress: bool = True,
 ) -> Profile:
     """Estimate what a method needs and return it as a profile.
 
-    Activations are streamed and not kept: memory does not grow with `tokens`.
+    Activations are streamed and not kept: memory does not grow with `tokens`. Under `torch.autocast` it computes as
+    outside of it.
 
     Args:
         model: A dense causal language model of transformers, in eval mode. It is left as it was.
@@ -48,7 +51,8 @@ def calibrate(
             batch as tokenizers return it, `input_ids` and `attention_mask` `[n, length]`: then every sequence is
             read, without its padding.
         config: The method, e.g. `countdown.method("m-countdown", sparsity=0.7)`, or a recipe of several.
-        tokens: How many tokens of text to read, rounded down to windows of 512; at least one window.
+        tokens: How many tokens of text to read, rounded down to whole windows; at least one.
+        window: Tokens in a window. [512, or the model's context where that is shorter]
         progress: Show progress on stderr.
 
     Returns:
@@ -57,17 +61,18 @@ def calibrate(
 
     Raises:
         UnsupportedModelError: The model has no gated FFNs, is sparsified already, or is in training mode.
-        ConfigError: Too few tokens asked for, or a recipe that does not fit the model.
-        TextError: The text is too short.
+        ConfigError: Too few tokens asked for, or a recipe, window or tokenizer that does not fit the model.
+        TextError: The text is too short, or no text.
         CountdownError: Activations are not finite.
 
     Example:
         text = countdown.load_text("python-docs", "calibration")
         profile = countdown.calibrate(model, tokenizer, text, countdown.method("m-countdown", weighting="rms"))
     """
-    return calibrate_all(model, tokenizer, texts, [config], tokens=tokens, progress=progress)[0]
+    return calibrate_all(model, tokenizer, texts, [config], tokens=tokens, window=window, progress=progress)[0]
 
 
+@without_autocast()
 def calibrate_all(
     model: nn.Module,
     tokenizer: Any,
@@ -75,18 +80,21 @@ def calibrate_all(
     configs: Sequence[Method | Recipe],
     *,
     tokens: int = CALIBRATION_TOKENS,
+    window: int | None = None,
     progress: bool = True,
 ) -> list[Profile]:
     """Calibrate several methods or recipes. As `calibrate`, a profile for each."""
     recipes = [Recipe.of(config) for config in configs]
-    sequences = calibration_sequences(tokenizer, texts, tokens)
     model = base_model(model)
     check_dense(model)
+    texts = texts if isinstance(texts, Mapping) else as_texts(texts)
+    sequences = calibration_sequences(tokenizer, texts, tokens, window_length(context_of(model.config), window))
     check_context(model, max(len(sequence) for sequence in sequences))
+    check_known(model, sequences)
     return [_calibrate(model, texts, sequences, recipe, progress) for recipe in recipes]
 
 
-def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
+def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:
     """Return the sequences that `calibrate` reads, each int64 `[length]`, or raise its errors about text.
 
     Windows of a text are spread evenly over it: it may be of many kinds from its beginning to its end.
@@ -94,26 +102,26 @@ def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Ten
     if isinstance(texts, Mapping):
         return unpadded(texts)
     loaded = _loaded(texts)
-    count = tokens // (WINDOW * max(len(loaded), 1))
+    count = tokens // (window * max(len(loaded), 1))
     if count < 1:
-        raise ConfigError(f"tokens is {tokens}, expected at least one window of {WINDOW} for each text.")
+        raise ConfigError(f"tokens is {tokens}, expected at least one window of {window} for each text.")
     if not loaded:
-        return _spread(windows(tokenizer, texts, at_least=count), count)  # type: ignore[arg-type]
-    by_text = [_spread(windows(tokenizer, text.content, at_least=count), count) for text in loaded]
+        return _spread(windows(tokenizer, texts, at_least=count, length=window), count)
+    by_text = [_spread(windows(tokenizer, text, at_least=count, length=window), count) for text in loaded]
     # Two at a time, because the sparse pass runs every other sequence at the target.
     pairs = [rows[start : start + 2] for start in range(0, count, 2) for rows in by_text]
     return [row for pair in pairs for row in pair]
 
 
 def _spread(rows: Tensor, count: int) -> list[Tensor]:
-    return list(rows[torch.arange(count) * len(rows) // count])
+    return list(rows[torch.arange(count, dtype=torch.int64, device="cpu") * len(rows) // count])
 
 
 def _loaded(texts: Texts) -> list[Text]:
     """Return the texts that say where they come from; none for strings."""
-    if isinstance(texts, str | Mapping):
+    if isinstance(texts, Mapping):
         return []
-    given = [texts] if isinstance(texts, Text) else list(texts)
+    given = as_texts(texts)
     found = [text for text in given if isinstance(text, Text)]
     if found and len(found) < len(given):
         raise TextError("texts mixes strings with texts of load_text; give one kind.")
@@ -145,7 +153,7 @@ def _shuffled(sequences: list[Tensor], texts: list[Text]) -> list[Tensor]:
     """Return the sequences of several texts in another order, so that a stride takes some of each."""
     if len(texts) < 2:
         return sequences
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
     return [sequences[index] for index in order.tolist()]
 
 

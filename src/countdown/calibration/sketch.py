@@ -34,9 +34,9 @@ class MagnitudeSketch:
         """
         patterns = values.float().abs().contiguous().view(torch.int32)
         bins = (patterns >> _SHIFT).flatten()
-        self.counts += torch.bincount(bins, minlength=_BINS)
+        self.counts += _sums(bins, None)
         if losses is not None:
-            added = torch.bincount(bins, losses.double().flatten(), minlength=_BINS)
+            added = _sums(bins, losses.double().flatten())
             self.losses = added if self.losses is None else self.losses + added
 
     def quantiles(self, q: Tensor) -> Tensor:
@@ -51,6 +51,18 @@ class MagnitudeSketch:
         Raises:
             ValueError: The sketch is empty, or a share is outside (0, 1).
         """
+        self._check(q)
+        return self._quantiles(q)
+
+    def quantile(self, share: float) -> Tensor:
+        """Return one quantile, float64 `[1]`, where the counts are, without reading them back.
+
+        Args:
+            share: 0 < share < 1. The sketch must not be empty.
+        """
+        return self._quantiles(torch.full((1,), share, dtype=torch.float32, device=self.counts.device))
+
+    def _quantiles(self, q: Tensor) -> Tensor:
         index, inside = self._place(q)
         low, high = _edges(index), _edges(index + 1)
         return low + (high - low) * inside
@@ -62,21 +74,34 @@ class MagnitudeSketch:
         """
         if self.losses is None:
             raise ValueError("the sketch has no losses")
+        self._check(q)
         index, inside = self._place(q)
         losses = self.losses.to(q.device)
         return losses.cumsum(0)[index] - losses[index] * (1 - inside)
 
-    def _place(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return in which bin each quantile lies and how far inside, 0 to 1."""
+    def _check(self, q: Tensor) -> None:
         if not bool(((q > 0) & (q < 1)).all()):
             raise ValueError("a quantile is outside (0, 1)")
+        if not bool(self.counts.any()):
+            raise ValueError("the sketch is empty")
+
+    def _place(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return in which bin each quantile lies and how far inside, 0 to 1."""
         counts = self.counts.to(q.device).double()
         cumulative = counts.cumsum(0)
-        if cumulative[-1] == 0:
-            raise ValueError("the sketch is empty")
         rank = q.double() * cumulative[-1]
         index = torch.searchsorted(cumulative, rank)
         return index, (rank - (cumulative[index] - counts[index])) / counts[index]
+
+
+def _sums(bins: Tensor, weights: Tensor | None) -> Tensor:
+    """Return how many values are in each bin, int64, or the sum of their weights, float64."""
+    if bins.is_cpu:
+        return torch.bincount(bins, weights, minlength=_BINS)
+    # `bincount` reads back the largest of them.
+    dtype = torch.int64 if weights is None else torch.float64
+    added = torch.ones((), dtype=dtype, device=bins.device).expand_as(bins) if weights is None else weights
+    return torch.zeros(_BINS, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), added)
 
 
 def _edges(index: Tensor) -> Tensor:

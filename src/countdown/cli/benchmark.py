@@ -13,6 +13,7 @@ import typer
 from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.errors import ConfigError
+from countdown.files import streams
 from countdown.methods import DEFAULT_METHOD, method
 
 if TYPE_CHECKING:
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed on this machine.")
 
 Shape = Annotated[list[str] | None, typer.Option("--shape", help="d x h of an FFN, e.g. 4096x14336; may be repeated.")]
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Method, or given; may be repeated.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", callback=o.known_methods, help="Method, or given; may be repeated."),
+]
 Sparsities = Annotated[list[float] | None, typer.Option("--sparsity", help="Share to skip; may be repeated.")]
 Counts = Annotated[list[int] | None, typer.Option("--tokens", help="Tokens in a call, 1 to 8; may be repeated.")]
 Union = Annotated[
-    Path | None, typer.Option(help="Results file that says how active sets of several tokens overlap in a model.")
+    Path | None, o.path(help="Results file that says how active sets of several tokens overlap in a model.")
 ]
 Compiled = Annotated[bool, typer.Option("--compiled", help="Measure torch.compile of the dense FFN, too.")]
 Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for the results file.")]
@@ -97,7 +101,8 @@ def decode(
     shape: Annotated[str | None, typer.Option(help="Random weights of this shape: llama-3.1-8b, qwen2.5-1.5b.")] = None,
     profile: o.ProfileDir = None,
     methods: Annotated[
-        list[str] | None, typer.Option("--method", help="Method, with --shape; may be repeated.")
+        list[str] | None,
+        typer.Option("--method", callback=o.known_methods, help="Method, with --shape; may be repeated."),
     ] = None,
     sparsity: o.Sparsity = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
@@ -149,13 +154,14 @@ def decode(
 
 
 def _written(json: str | None, header: dict[str, Any], records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records; a file has, at any time, all that were measured."""
+    """Return the records; a file has, at any time, all that were measured. What is written through is written once."""
     kept = []
+    once = json == "-" or (json is not None and streams(Path(json)))
     for record in records:
         kept.append(record)
-        if json and json != "-":
+        if not once:
             printing.emit(json, {"meta": header, "records": kept})
-    if json == "-":
+    if once:
         printing.emit(json, {"meta": header, "records": kept})
     return kept
 
@@ -165,7 +171,7 @@ def _prompt(source: Source, length: int) -> Tensor:
     from countdown.loading import load_tokenizer
     from countdown.text import load_text, windows
 
-    return windows(load_tokenizer(source), load_text("python-docs", "evaluation").content, count=1, length=length)
+    return windows(load_tokenizer(source), load_text("python-docs", "evaluation"), count=1, length=length)
 
 
 def _profile(source: Source, path: Path | None, sparsity: float | None) -> Profile:
@@ -193,7 +199,7 @@ def _union(path: Path | None) -> dict[tuple[int, float], float] | None:
     if path is None:
         return None
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        records = json.loads(path.read_text(encoding="utf-8-sig"))["records"]
         return {(int(r["tokens"]), float(r["sparsity"])): float(r["union"]) for r in records}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--union {path} is not a results file of unions: {error}") from error

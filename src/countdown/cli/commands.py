@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,8 +15,10 @@ import typer
 from countdown.cli import benchmark, printing
 from countdown.cli import options as o
 from countdown.cli.compare import compare
+from countdown.cli.options import AUTO
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.files import streams, unwritable_file
 from countdown.methods import method, method_names
 
 if TYPE_CHECKING:
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
     from countdown.profiles.recipe import Recipe
     from countdown.sites import Site
     from countdown.text import Text
-
-AUTO = "auto"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,8 +112,10 @@ def inspect(
 @app.command()
 def calibrate(
     model: o.Model,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
-    method_name: Annotated[str, typer.Option("--method", help=f"{o.METHOD_HELP} auto: try them and pick.")] = AUTO,
+    output: Annotated[Path | None, o.path("-o", "--output", help="Profile to make. [NAME-METHOD]")] = None,
+    method_name: Annotated[
+        str, typer.Option("--method", callback=o.known_methods, help=f"{o.METHOD_HELP} auto: try them and pick.")
+    ] = AUTO,
     sparsity: o.Sparsity = None,
     max_loss: Annotated[float | None, typer.Option(help="Instead of --sparsity: let perplexity rise so far.")] = None,
     decision: o.Decision = None,
@@ -122,6 +125,7 @@ def calibrate(
     text: Annotated[list[str] | None, typer.Option("--text", help=o.TEXTS_HELP)] = None,
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
+    window: o.Window = None,
     include_proxy: o.IncludeProxy = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
@@ -137,7 +141,7 @@ def calibrate(
     from countdown.calibration.calibrate import calibration_sequences
     from countdown.cost import beside_bytes
     from countdown.evaluation.choice import trial_sequences
-    from countdown.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_context, load_tokenizer, window_length
     from countdown.profiles.profile import check_free
     from countdown.sites import find_sites
 
@@ -152,12 +156,13 @@ def calibrate(
     texts = _texts(text or ["python-docs"], text_dir)
     tokenizer = load_tokenizer(source)
     # What is wrong with it shows before the model loads.
-    (trial_sequences if config is None else calibration_sequences)(tokenizer, texts, tokens)
+    read = trial_sequences if config is None else calibration_sequences
+    read(tokenizer, texts, tokens, window_length(load_context(source), window))
     loaded = _load(source, dtype, device, seed)
     if config is None:
-        profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, source)
+        profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, window, source)
     else:
-        profile = _calibrate(loaded, tokenizer, texts, config, tokens, source)
+        profile = _calibrate(loaded, tokenizer, texts, config, tokens, window, source)
     if include_proxy and profile.has_proxy:
         profile = profile.with_proxies(loaded)
     elif include_proxy:
@@ -166,7 +171,8 @@ def calibrate(
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
         printing.say(f"when it runs, proxies take {extra / 1e6:.1f} MB beside the weights")
-    printing.say(f"profile of {profile.recipe} written; run: countdown generate {model} --profile {path} 'Hello'")
+    again = shlex.join(["countdown", "generate", model, "--profile", str(path), "Hello"])
+    printing.say(f"profile of {profile.recipe} written; run: {again}")
     typer.echo(str(path))
 
 
@@ -182,12 +188,13 @@ def evaluate(
     bits: o.Bits = None,
     text: Annotated[str | None, typer.Option("--text", help=f"{o.TEXT_HELP} [python-docs]")] = None,
     text_dir: o.TextDir = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of 512 tokens to score. [16]")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows of text to score. [16]")] = None,
+    window: o.Window = None,
     tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
-    tasks_dir: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    tasks_dir: Annotated[Path | None, o.path(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a task in a call. [1]")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Instead of text: a file of prompts to continue.")] = None,
+    prompts: Annotated[Path | None, o.path(help="Instead of text: a file of prompts to continue.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a continuation. [64]")] = None,
     protocol: Annotated[
         str | None, typer.Option(help="all: every token sparse. decode: dense prompt. [all; decode for --prompts]")
@@ -205,12 +212,12 @@ def evaluate(
 ) -> None:
     """Measure what sparsity costs against the same model run dense: on a text, on tasks, or on its own answers."""
     from countdown.cli.evaluation import subject
-    from countdown.loading import Source, load_tokenizer
+    from countdown.loading import Source, load_context, load_tokenizer
     from countdown.results import meta
     from countdown.sparsify import sparsify_
 
     what = subject(
-        text=text, text_dir=text_dir, windows=windows,
+        text=text, text_dir=text_dir, windows=windows, window=window,
         tasks=tasks, tasks_dir=tasks_dir, limit=limit, batch_size=batch_size,
         prompts=prompts, max_new_tokens=max_new_tokens,
         protocol=protocol, details=json is not None,
@@ -222,9 +229,10 @@ def evaluate(
     calibration_text = _calibration_text(chosen, text or "python-docs", text_dir)
     tokenizer = load_tokenizer(source)
     # What is wrong with it shows before the model loads.
-    what.prepare(tokenizer, chosen)
+    what.prepare(tokenizer, chosen, load_context(source))
     loaded = _load(source, dtype, device, seed)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source)
+    what.check(loaded, tokenizer)
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, window, source)
     sparsify_(loaded, made)
     records = what.run(loaded, tokenizer, made.recipe, printing.table_console(json))
     about = {"model": source.label, **made.recipe.record()}
@@ -265,7 +273,7 @@ def generate(
 ) -> None:
     """Generate greedily, streaming; without a profile or method the model stays dense."""
     from countdown.config import check_choice
-    from countdown.evaluation.generation import encode_prompt
+    from countdown.evaluation.generation import check_fits, encode_prompt
     from countdown.evaluation.generation import generate as run
     from countdown.loading import Source, load_tokenizer
     from countdown.modules import APPLY_TO
@@ -279,9 +287,10 @@ def generate(
         raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")
     calibration_text = _calibration_text(chosen, "python-docs", None) if chosen else None
     tokenizer = load_tokenizer(source)
-    ids = encode_prompt(tokenizer, sys.stdin.read() if prompt == "-" else prompt, raw=raw)
+    ids = encode_prompt(tokenizer, _read_stdin() if prompt == "-" else prompt, raw=raw)
     loaded = _load(source, dtype, device, seed)
-    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, source) if chosen else None
+    check_fits(loaded, ids, max_new_tokens)  # before anything is calibrated
+    made = _as_profile(chosen, loaded, tokenizer, calibration_text, tokens, None, source) if chosen else None
     runs: dict[str, Generation] = {}
     for name in (["dense"] if compare or made is None else []) + (["sparse"] if made else []):
         if name == "sparse" and made is not None:
@@ -305,8 +314,8 @@ def generate(
 @app.command()
 def export(
     model: o.Model,
-    profile: Annotated[Path, typer.Option("--profile", help="A profile made by calibrate.", show_default=False)],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.", show_default=False)],
+    profile: Annotated[Path, o.path("--profile", help="A profile made by calibrate.", show_default=False)],
+    output: Annotated[Path, o.path("-o", "--output", help="Folder to make.", show_default=False)],
     include_proxy: o.IncludeProxy = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
@@ -322,14 +331,14 @@ def export(
         model, profile, output,
         dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_proxy=include_proxy,
     )  # fmt: skip
-    printing.say(f"written; run: countdown generate {path} 'Hello'")
+    printing.say(f"written; run: {shlex.join(['countdown', 'generate', str(path), 'Hello'])}")
     typer.echo(str(path))
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that compare wrote.", show_default=False)],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to make. [FOLDER/report.html]")] = None,
+    folder: Annotated[Path, typer.Argument(callback=o.home, help="Folder that compare wrote.", show_default=False)],
+    output: Annotated[Path | None, o.path("-o", "--output", help="File to make. [FOLDER/report.html]")] = None,
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -348,7 +357,7 @@ def report(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the comparison and its report.")] = Path(
+    output: Annotated[Path, o.path("-o", "--output", help="Folder for the comparison and its report.")] = Path(
         "countdown-demo"
     ),
     overwrite: o.Overwrite = False,
@@ -377,11 +386,20 @@ def demo(
 
 
 def _check_file_free(path: Path, *, overwrite: bool) -> None:
-    """Refuse to write over a file, or where a folder is."""
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give --output the name of a file.")
-    if path.exists() and not overwrite:
+    """Refuse to write over a file, or where none can be written."""
+    if problem := unwritable_file(path):
+        raise ConfigError(problem)
+    if path.exists() and not streams(path) and not overwrite:
         raise ConfigError(f"{path} exists already; give another --output or --overwrite.")
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise ConfigError("the prompt is - but stdin is closed; give a prompt, or pipe one in.")
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt from stdin is not text in {sys.stdin.encoding}.") from error
 
 
 def _given(
@@ -424,11 +442,13 @@ def _picked(
     settings: dict[str, Any],
     max_loss: float | None,
     tokens: int,
+    window: int | None,
     source: Source,
 ) -> Profile:
     from countdown.evaluation.choice import choose
 
-    choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, tokens=tokens, progress=o.show_progress())
+    reading: Any = {"tokens": tokens, "window": window, "progress": o.show_progress()}
+    choice = choose(model, tokenizer, texts, **settings, max_loss=max_loss, **reading)
     printing.say(choice.reason)
     return choice.profile.with_name(source.label)
 
@@ -474,22 +494,34 @@ def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None
 
 
 def _as_profile(
-    chosen: Profile | Recipe, model: nn.Module, tokenizer: Any, texts: list[Text] | None, tokens: int, source: Source
+    chosen: Profile | Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Text] | None,
+    tokens: int,
+    window: int | None,
+    source: Source,
 ) -> Profile:
     from countdown.profiles.profile import Profile
 
     if isinstance(chosen, Profile):
         return chosen
     assert texts is not None
-    return _calibrate(model, tokenizer, texts, chosen, tokens, source)
+    return _calibrate(model, tokenizer, texts, chosen, tokens, window, source)
 
 
 def _calibrate(
-    model: nn.Module, tokenizer: Any, texts: list[Text], config: Recipe, tokens: int, source: Source
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[Text],
+    config: Recipe,
+    tokens: int,
+    window: int | None,
+    source: Source,
 ) -> Profile:
     from countdown.calibration.calibrate import calibrate
 
-    made = calibrate(model, tokenizer, texts, config, tokens=tokens, progress=o.show_progress())
+    made = calibrate(model, tokenizer, texts, config, tokens=tokens, window=window, progress=o.show_progress())
     return made.with_name(source.label)
 
 

@@ -14,6 +14,7 @@ Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
+        callback=o.known_methods,
         help="Method, with settings as NAME:weighting=rms, or a recipe file; may be repeated. [the usual ones]",
     ),
 ]
@@ -26,9 +27,7 @@ Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for t
 
 def compare(
     model: o.Model,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to make or extend. [NAME-comparison]")
-    ] = None,
+    output: Annotated[Path | None, o.path("-o", "--output", help="Folder to make or extend. [NAME-comparison]")] = None,
     methods: Methods = None,
     sparsity: Sparsities = None,
     max_loss: MaxLoss = None,

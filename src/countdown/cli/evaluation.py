@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DIAGNOSED_WINDOWS = 2
 # Which options belong to which subject, named by the option that chooses it.
 OPTIONS = {
-    "text": ("text", "text_dir", "windows"),
+    "text": ("text", "text_dir", "windows", "window"),
     "tasks": ("tasks", "tasks_dir", "limit", "batch_size"),
     "prompts": ("prompts", "max_new_tokens"),
 }
@@ -35,8 +35,11 @@ OPTIONS = {
 class Subject(Protocol):
     """What a sparse model is compared with itself run dense on."""
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        """Read what is needed, before the model loads."""
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        """Read what is needed, before the model of this context loads; see `loading.context_of`."""
+
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        """Raise if the model cannot take what was read, before anything is calibrated or measured."""
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         """Measure a sparsified model, print what was found, and return it as records."""
@@ -90,15 +93,22 @@ class OnText:
     text: str = "python-docs"
     text_dir: Path | None = None
     windows: int = 16
+    window: int | None = None
     _text: Text = field(init=False)
     _ids: Tensor = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        from countdown.loading import window_length
         from countdown.text import load_text, windows
 
         self._text = load_text(self.text, "evaluation", text_dir=self.text_dir)
         _check_unseen(chosen, self._text)
-        self._ids = windows(tokenizer, self._text.content, count=self.windows)
+        self._ids = windows(tokenizer, self._text, count=self.windows, length=window_length(context, self.window))
+
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        from countdown.loading import check_context
+
+        check_context(model, self._ids.shape[1])
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         from countdown.evaluation.evaluate import evaluate
@@ -106,7 +116,8 @@ class OnText:
         result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
         printing.print_evaluation(out, recipe, result, self._text.source)
         judged = _diagnosed(model, self._ids) if self.details else {}
-        return [{"text": self._text.source, "windows": self.windows, **result.record(), **judged}]
+        sizes = {"windows": self.windows, "window_tokens": self._ids.shape[1]}
+        return [{"text": self._text.source, **sizes, **result.record(), **judged}]
 
     def meta(self) -> dict[str, Any]:
         return {"text": self._text.describe()}
@@ -123,7 +134,7 @@ class OnTasks:
     batch_size: int = 1
     _tasks: list[Any] = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
         from countdown.integrations.lm_eval import check_protocol, load_tasks
 
         if not o.verbose():
@@ -131,6 +142,9 @@ class OnTasks:
             logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._tasks = load_tasks(self.names, self.tasks_dir)
         check_protocol(self._tasks, self.protocol)
+
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        pass  # lm-eval cuts what is too long
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         from countdown.integrations.lm_eval import evaluate_tasks
@@ -161,21 +175,28 @@ class OnPrompts:
     path: Path
     max_new_tokens: int | None = None
     _prompts: list[str] = field(init=False)
+    _new_tokens: int = field(init=False)
 
-    def prepare(self, tokenizer: Any, chosen: Profile | Recipe) -> None:
-        from countdown.evaluation.continuations import load_prompts
+    def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        from countdown.evaluation.continuations import MAX_NEW_TOKENS, load_prompts
 
         self._prompts = load_prompts(self.path)
+        self._new_tokens = self.max_new_tokens or MAX_NEW_TOKENS
+
+    def check(self, model: nn.Module, tokenizer: Any) -> None:
+        from countdown.evaluation.continuations import encode_prompts
+
+        encode_prompts(model, tokenizer, self._prompts, max_new_tokens=self._new_tokens)
 
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
-        from countdown.evaluation.continuations import MAX_NEW_TOKENS, compare_continuations
+        from countdown.evaluation.continuations import compare_continuations
 
         result = compare_continuations(
             model,
             tokenizer,
             self._prompts,
             apply_to=self.protocol,
-            max_new_tokens=self.max_new_tokens or MAX_NEW_TOKENS,
+            max_new_tokens=self._new_tokens,
             progress=o.show_progress(),
         )
         printing.print_continuations(out, recipe, result)

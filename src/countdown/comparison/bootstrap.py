@@ -39,9 +39,11 @@ def loss_interval(differences: Sequence[float], *, seed: int = 0) -> tuple[float
         differences: By window, mean negative log-likelihood less that of the dense model.
         seed: Of the resampling.
     """
-    d = torch.tensor(differences, dtype=torch.float64)
-    picks = torch.randint(len(d), (RESAMPLES, len(d)), generator=torch.Generator().manual_seed(seed))
-    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    d = torch.tensor(differences, dtype=torch.float64, device="cpu")
+    picks = torch.randint(
+        len(d), (RESAMPLES, len(d)), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    )
+    tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64, device="cpu")
     low, high = d[picks].mean(dim=1).quantile(tails).tolist()
     return math.expm1(low), math.expm1(high)
 
@@ -57,10 +59,18 @@ def prediction_intervals(
         others: How many windows that no decision saw.
         seed: Of the resampling.
     """
-    d = torch.tensor(differences, dtype=torch.float64)
+    d = torch.tensor(differences, dtype=torch.float64, device="cpu")
     reach = _factor(d, others, seed) * _standard_error(d, others)
     pairs = zip((d.mean(dim=1) - reach).tolist(), (d.mean(dim=1) + reach).tolist(), strict=True)
-    return [(math.expm1(low), math.expm1(high)) for low, high in pairs]
+    return [(_rise(low), _rise(high)) for low, high in pairs]
+
+
+def _rise(nats: float) -> float:
+    """Return the rise of perplexity, as a share; infinite where the spread of a useless cell is that wide."""
+    try:
+        return math.expm1(nats)
+    except OverflowError:
+        return math.inf
 
 
 def _standard_error(d: Tensor, others: int) -> Tensor:
@@ -77,10 +87,18 @@ def _factor(d: Tensor, others: int, seed: int) -> float:
     found = []
     for _ in range(RESAMPLES // AT_ONCE):
         means = [
-            d[:, torch.randint(windows, (AT_ONCE, size), generator=generator)].mean(dim=2) for size in (windows, others)
+            d[:, torch.randint(windows, (AT_ONCE, size), generator=generator, dtype=torch.int64, device="cpu")].mean(
+                dim=2
+            )
+            for size in (windows, others)
         ]
         # A cell that does not differ from dense has neither difference nor error.
         t = ((means[1] - means[0]) / error).nan_to_num(nan=0.0)
-        spread = torch.randn(AT_ONCE, windows - 1, generator=generator).square().mean(dim=1).sqrt()
+        spread = (
+            torch.randn(AT_ONCE, windows - 1, generator=generator, dtype=torch.float32, device="cpu")
+            .square()
+            .mean(dim=1)
+            .sqrt()
+        )
         found.append(t.abs().amax(dim=0) / spread)
     return float(torch.cat(found).quantile(LEVEL))

@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from countdown.errors import ConfigError, ProfileError
-from countdown.folders import unwritable
+from countdown.files import unwritable, write_text
 from countdown.profiles.profile import Profile
-from countdown.results import write_text
 
 VARIABLE = "COUNTDOWN_CACHE"
 # Of what is stored under a key: another countdown may measure other things by the same name.
@@ -31,7 +29,7 @@ def default_folder() -> Path:
     from platformdirs import user_cache_path
 
     given = os.environ.get(VARIABLE)
-    return Path(given).expanduser() if given else user_cache_path("countdown-llm", appauthor=False)
+    return Path(os.path.expanduser(given)) if given else user_cache_path("countdown-llm", appauthor=False)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,11 @@ class Cache:
             return None  # measured again, and written over
 
     def put(self, key: Key, value: Any) -> None:
-        """Store a value, as JSON can hold it, under a key."""
+        """Store a value, as JSON can hold it, under a key.
+
+        Raises:
+            AccidentError: It cannot be written.
+        """
         write_text(self._path(key), json.dumps({"key": _plain(key), "value": value}, indent=1) + "\n")
 
     def get_profile(self, key: Key) -> Profile | None:
@@ -75,9 +77,12 @@ class Cache:
             return None
 
     def put_profile(self, key: Key, profile: Profile) -> None:
-        """Store a profile under a key."""
-        shutil.rmtree(self._folder(key), ignore_errors=True)
-        profile.save(self._folder(key))
+        """Store a profile under a key.
+
+        Raises:
+            AccidentError: It cannot be written.
+        """
+        profile.put(self._folder(key))
 
     def _path(self, key: Key) -> Path:
         return self.folder / "cells" / f"{_hash(key)}.json"

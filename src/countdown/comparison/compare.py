@@ -17,7 +17,7 @@ from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Outcome, Protocol, Session
 from countdown.errors import ConfigError, CountdownError
-from countdown.folders import unwritable
+from countdown.files import unwritable_file
 from countdown.loading import Source
 from countdown.methods import Method
 from countdown.profiles.profile import check_free
@@ -138,18 +138,25 @@ def _earlier(folder: Path | None, overwrite: bool, session: Session) -> Comparis
     """Return the comparison to extend, or raise if the folder has something else."""
     if folder is None:
         return None
-    if problem := unwritable(folder / FILE):
-        raise ConfigError(problem)
-    if overwrite or not (folder / FILE).exists():
-        taken = [] if overwrite else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
-        if taken:
-            raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
-        if (folder / PROFILE).exists():
-            check_free(folder / PROFILE, overwrite=overwrite)
+    extends = not overwrite and (folder / FILE).exists()
+    _check_output(folder, replaces=overwrite or extends)
+    if not extends:
         return None
     earlier = Comparison.load(folder)
     check_same(earlier, session.identity, folder)
     return earlier
+
+
+def _check_output(folder: Path, *, replaces: bool) -> None:
+    """Raise unless a comparison can be written to a folder, in place of what is there or where nothing is."""
+    for name in (FILE, TABLE):
+        if problem := unwritable_file(folder / name):
+            raise ConfigError(problem)
+    taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
+    if taken:
+        raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
+    if (folder / PROFILE).exists():
+        check_free(folder / PROFILE, overwrite=True)
 
 
 def check_same(earlier: Comparison, identity: Mapping[str, Any], where: Path) -> None:
@@ -220,7 +227,7 @@ def _caveats(
 
 def _drift(cells: Sequence[Cell]) -> list[str]:
     """Return a caveat where dense ran at another speed beside some cells."""
-    speeds = [cell.speed for cell in cells if cell.speed is not None]
+    speeds = [cell.speed for cell in cells if cell.speed is not None and cell.doubt is None]
     dense = [speed.dense_beside for speed in speeds]
     if not dense or max(dense) <= (1 + SAME_SPEED) * min(dense):
         return []
@@ -239,8 +246,12 @@ def _rough(protocol: Protocol) -> str:
 
 def _doubts(cells: Sequence[Cell]) -> list[str]:
     """Return a caveat for each speed-up that is not to be relied on."""
-    doubted = [cell for cell in cells if cell.doubt]
-    return [f"The speed-up of {one.label} is unreliable, and it is not recommended: {one.doubt}." for one in doubted]
+    return [
+        f"The speed-up of {cell.label} is unreliable, and it is not recommended: {cell.doubt}. The same comparison "
+        "measures it again, best when less runs on the machine."
+        for cell in cells
+        if cell.doubt
+    ]
 
 
 def _about(session: Session, wish: Wish, dense: Mapping[str, Outcome], caveats: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from countdown.benchmark.speedup import Speedup
 from countdown.config import check_fields
 from countdown.errors import ConfigError
-from countdown.results import write, write_text
+from countdown.files import reason, write_text
+from countdown.results import write
 
 FORMAT = "countdown-comparison"
 VERSION = 3
@@ -286,7 +288,7 @@ class Comparison:
         """Write `comparison.json` and `comparison.csv` into a folder, over those that are there; return the folder.
 
         Raises:
-            ConfigError: They cannot be written.
+            AccidentError: They cannot be written.
         """
         write(Path(folder) / FILE, self.document())
         write_text(Path(folder) / TABLE, self.table())
@@ -310,12 +312,19 @@ class Comparison:
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         try:
-            return cls._parse(json.loads(file.read_text(encoding="utf-8")))
+            return cls._parse(json.loads(file.read_text(encoding="utf-8-sig")))
         except FileNotFoundError as error:
             raise ConfigError(f"{file} does not exist; make it with: countdown compare MODEL -o FOLDER") from error
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-            raise ConfigError(f"{file} cannot be read as a comparison: {reason}") from error
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {reason(error)}.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{file} cannot be read as a comparison: {error}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            again = shlex.join(["-o", str(file.parent), "--overwrite"])
+            raise ConfigError(
+                f"{file} is damaged, or no comparison ({type(error).__name__}: {error}); make it again, which measures "
+                f"nothing twice: countdown compare MODEL {again}"
+            ) from error
 
     @classmethod
     def _parse(cls, found: dict[str, Any]) -> Comparison:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from countdown.comparison.bootstrap import loss_interval
 from countdown.comparison.comparison import CURVE, Layer, Quality
-from countdown.errors import CountdownError
 from countdown.evaluation.diagnostics import SelectorQuality, diagnose
-from countdown.evaluation.evaluate import Sums, check_sparse, overall, perplexity
+from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
 from countdown.modules import running, sparse_modules
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
@@ -53,7 +52,7 @@ def score(model: nn.Module, dense: DenseLogits, *, label: str, progress: bool) -
     """Return what the predictions in each window sum up to, every token sparse where the model is.
 
     Raises:
-        CountdownError: Logits are not finite.
+        CountdownError: Logits are not finite, or find a window all but impossible.
     """
     found = []
     for place in track(range(len(dense.windows)), f"evaluating {label}", show=progress):
@@ -62,9 +61,8 @@ def score(model: nn.Module, dense: DenseLogits, *, label: str, progress: bool) -
             logits = _logits(model, window)
         sums = Sums()
         sums.add(reference[:-1], logits[:-1], window[1:].to(logits.device))
+        check_scored(model, sums, label)
         found.append(sums)
-    if not all(math.isfinite(sums.nll) and math.isfinite(sums.kl) for sums in found):
-        raise CountdownError(f"the logits of {label} are not finite.")
     return found
 
 
@@ -126,6 +124,6 @@ def _layer(site: SiteStatus, found: SelectorQuality | None) -> Layer:
 
 def _curve(activity: Sequence[float]) -> list[float]:
     """Return `CURVE` points of the shares, sorted, largest first."""
-    falling = torch.tensor(activity).sort(descending=True).values
-    places = torch.linspace(0, len(falling) - 1, CURVE).round().long()
+    falling = torch.tensor(activity, dtype=torch.float32, device="cpu").sort(descending=True).values
+    places = torch.linspace(0, len(falling) - 1, CURVE, dtype=torch.float32, device="cpu").round().long()
     return [round(share, 5) for share in falling[places].tolist()]

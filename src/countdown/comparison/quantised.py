@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
+from countdown.memory import ran_out
 from countdown.sites.linear import find_linears
 
 Linears = Mapping[str, Any]
@@ -74,6 +75,8 @@ def quantise(model: nn.Module, scheme: str) -> Quantised:
     try:
         stored = _MAKERS[device.type](made, linears, scheme)
     except (RuntimeError, ImportError, AssertionError, NotImplementedError) as error:
+        if ran_out(error):
+            raise
         raise UnsupportedModelError(f"torchao cannot compute {scheme} here: {str(error).splitlines()[0]}") from error
     return Quantised(made, {name: dense[name] - bytes_ for name, bytes_ in stored.items()})
 

@@ -16,15 +16,16 @@ from countdown.benchmark.arm import Arm, Times, free, measure
 from countdown.benchmark.timing import Rounds, bandwidth
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.comparison.bootstrap import FEWEST_WINDOWS
-from countdown.comparison.cache import Cache
+from countdown.comparison.cache import Cache, Key
 from countdown.comparison.comparison import Cell, Quality, Sample, Speed
 from countdown.comparison.effort import USUAL
 from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
 from countdown.comparison.quantised import quantise
+from countdown.config import check_seed
 from countdown.cost import token_bytes
-from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
 from countdown.modules import sparse_modules
@@ -78,6 +79,7 @@ class Protocol:
             raise ConfigError(f"windows is {self.windows}, expected at least {FEWEST_WINDOWS} to estimate a spread.")
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty.")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,9 @@ class Session:
     def _windows(self) -> tuple[Tensor, Tensor]:
         """The windows to evaluate on, and the others, dealt at random."""
         every = windows(self._tokenizer, self.text.content, at_least=self.protocol.windows)
-        order = torch.randperm(len(every), generator=torch.Generator().manual_seed(self.protocol.seed))
+        order = torch.randperm(
+            len(every), generator=torch.Generator().manual_seed(self.protocol.seed), dtype=torch.int64, device="cpu"
+        )
         count = self.protocol.windows
         return every[order[:count]], every[order[count : 2 * count]]
 
@@ -280,7 +284,7 @@ class Session:
         if found is None:
             dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
             found = {"dtype": dtype, "others": len(self._windows[1])}
-            self.cache.put(key, found)
+            self._keep(self.cache.put, key, found)
         return found
 
     def cells(self, plan: Sequence[Configuration]) -> Iterator[Measured]:
@@ -310,7 +314,7 @@ class Session:
             profile = self.cache.get_profile(key)
             if profile is None:
                 profile = self._calibrated(recipe)
-                self.cache.put_profile(key, profile)
+                self._keep(self.cache.put_profile, key, profile)
             self._profiles[recipe] = profile
         return self._profiles[recipe].with_settings(sparsity=configuration.sparsity)
 
@@ -327,7 +331,7 @@ class Session:
             with self._applied(configuration) as applied:
                 dense = DenseLogits(self._model, self._windows[1])
                 found = differences(score(applied.model, dense, label=configuration.label, progress=self.progress))
-            self.cache.put(key, found)
+            self._keep(self.cache.put, key, found)
         return found
 
     # How it is measured
@@ -336,6 +340,13 @@ class Session:
         tokens, progress = self.protocol.tokens, self.progress
         made = calibrate(self._model, self._tokenizer, self.calibration, recipe, tokens=tokens, progress=progress)
         return made.with_name(self.source.label)
+
+    def _keep(self, put: Callable[[Key, Any], None], key: Key, found: Any) -> None:
+        """Put something into the cache. What cannot be kept is good for this comparison all the same."""
+        try:
+            put(key, found)
+        except AccidentError as error:
+            self.say(f"not kept for another run: {error}")
 
     def _stored(self, part: str, configuration: Configuration) -> Outcome | None:
         return self.cache.get(self._key(part, configuration), lambda value: _checked(part, Outcome(**value)))
@@ -355,9 +366,11 @@ class Session:
         failed = _attempt(measure_all)
         free()
         found |= {part: failed for part in parts if part not in found}
+        doubted = self._cell(configuration, found).doubt is not None
         for part, outcome in found.items():
-            if outcome.problem is None or outcome.refused:
-                self.cache.put(self._key(part, configuration), asdict(outcome))
+            # The machine may be quieter next time.
+            if (outcome.problem is None or outcome.refused) and not (part == "speed" and doubted):
+                self._keep(self.cache.put, self._key(part, configuration), asdict(outcome))
         return found
 
     @contextmanager
@@ -478,7 +491,7 @@ def _attempt(measure: Callable[[], dict[str, Any]]) -> Outcome:
     try:
         return Outcome(measure())
     except CountdownError as error:
-        return Outcome(problem=_line(str(error)), refused=True)
+        return Outcome(problem=_line(str(error)), refused=not isinstance(error, AccidentError))
     except Exception as error:
         return Outcome(problem=_line(f"{type(error).__name__}: {error}"))
 

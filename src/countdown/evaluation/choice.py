@@ -14,11 +14,14 @@ from countdown.config import CALIBRATION_TOKENS
 from countdown.cost import weights_read
 from countdown.errors import ConfigError
 from countdown.evaluation.evaluate import evaluate
+from countdown.loading import context_of, window_length
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
+from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.progress import Steps, say
 from countdown.sites import SITES, Site, find_sites
 from countdown.sparsify import restore_, sparsify_
+from countdown.text import WINDOW, as_texts
 from countdown.wrappers import base_model
 
 # Tokens of a trial, of which every third sequence judges and the others calibrate.
@@ -90,6 +93,7 @@ def choose(
     sparsity: float | None = None,
     max_loss: float | None = None,
     tokens: int = CALIBRATION_TOKENS,
+    window: int | None = None,
     progress: bool = True,
 ) -> Choice:
     """Pick method, weighting and allocation, and calibrate them.
@@ -99,7 +103,7 @@ def choose(
     most `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
 
     Args:
-        model, tokenizer, texts, tokens, progress: As for `calibrate`.
+        model, tokenizer, texts, tokens, window, progress: As for `calibrate`.
         sparsity: Wanted share of inactive neurons. [that of methods]
         max_loss: Instead, the largest wanted rise of perplexity, 0.02 for 2%.
 
@@ -112,7 +116,10 @@ def choose(
         print(choice.reason)
     """
     check_wishes(sparsity, max_loss)
-    sequences = trial_sequences(tokenizer, texts, tokens)
+    check_dense(base_model(model))
+    texts = texts if isinstance(texts, Mapping) else as_texts(texts)
+    window = window_length(context_of(base_model(model).config), window)
+    sequences = trial_sequences(tokenizer, texts, tokens, window)
     held_out = _batch(sequences[::JUDGING])
     seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
     sites = find_sites(base_model(model), [_kind()])
@@ -144,7 +151,7 @@ def choose(
             best = trials[-1]
     if progress:
         say(f"calibrating {best.config.label} on all of the text ({steps})")
-    profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, progress=progress)
+    profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, window=window, progress=progress)
     return Choice(profile, best, [other for other in trials if other is not best])
 
 
@@ -159,21 +166,21 @@ def _changes(best: Method) -> list[dict[str, str]]:
     return [*others, {"allocation": "global"}]
 
 
-def trial_sequences(tokenizer: Any, texts: Texts, tokens: int) -> list[Tensor]:
+def trial_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:
     """Return the sequences that trials read, each int64 `[length]`.
 
     Raises:
         ConfigError, TextError: Too little text for trials, or for the calibration of so many tokens that follows.
     """
-    calibration_sequences(tokenizer, texts, tokens)
-    sequences = calibration_sequences(tokenizer, texts, min(tokens, TRIAL_TOKENS))
+    calibration_sequences(tokenizer, texts, tokens, window)
+    sequences = calibration_sequences(tokenizer, texts, min(tokens, TRIAL_TOKENS), window)
     if len(sequences) < JUDGING:
         raise ConfigError(
             f"picking a method takes {JUDGING} sequences of text or more, and there are {len(sequences)}: give more "
             "tokens, or name a method."
         )
     # Several texts take turns: in another order, some of each is held out.
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
     return [sequences[place] for place in order.tolist()]
 
 

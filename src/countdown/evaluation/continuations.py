@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from countdown.config import check_choice
 from countdown.errors import ConfigError, TextError
-from countdown.evaluation.evaluate import check_sparse, overall, perplexity
+from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
 from countdown.evaluation.generation import encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
+from countdown.loading import check_context
 from countdown.modules import APPLY_TO, running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
+from countdown.text import is_text, read_text
 
 MAX_NEW_TOKENS = 64
 
@@ -102,12 +104,8 @@ def load_prompts(path: str | Path) -> list[str]:
         TextError: The file cannot be read, has no prompt, or a line that is not what it should be.
     """
     path = Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise TextError(f"file of prompts {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise TextError(f"file of prompts {path} cannot be read as UTF-8: {error}") from error
+    # Not splitlines: a string in JSON may hold U+2028 and other characters that it would part lines at.
+    lines = read_text(path, "file of prompts").split("\n")
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not kept:
         raise TextError(f"file of prompts {path} has no prompt; put one on each line.")
@@ -119,11 +117,28 @@ def load_prompts(path: str | Path) -> list[str]:
 def _prompt_of(path: Path, number: int, line: str) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise TextError(f'{path}, line {number}: expected an object such as {{"prompt": "..."}}.') from error
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or not is_text(prompt):
         raise TextError(f"{path}, line {number}: the prompt is {prompt!r}, expected text.")
     return prompt
+
+
+def encode_prompts(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, raw: bool = False
+) -> list[Tensor]:
+    """Return the tokens `[1, n]` of each prompt, see `encode_prompt`, all of which the model can continue.
+
+    Raises:
+        ConfigError: One is empty, or longer with its new tokens than the model's context.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    for place, ids in enumerate(encoded, start=1):
+        try:
+            check_context(model, ids.shape[1] + max_new_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"prompt {place} with {max_new_tokens} new tokens: {error}") from error
+    return encoded
 
 
 def compare_continuations(
@@ -150,14 +165,14 @@ def compare_continuations(
     Raises:
         UnsupportedModelError: The model is not sparsified.
         ConfigError: No or an empty prompt, too few new tokens, or more tokens than the model's context.
-        CountdownError: Some token was not computed sparsely in some layer.
+        CountdownError: Some token was not computed sparsely in some layer, or logits are not finite.
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     if max_new_tokens < 2:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 2: the first is the dense prompt's.")
     if not prompts:
         raise ConfigError("there are no prompts to continue.")
-    encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
+    encoded = encode_prompts(model, tokenizer, prompts, max_new_tokens=max_new_tokens, raw=raw)
     reset_counters(model)
     found, fed = [], 0
     for prompt, ids in track(list(zip(prompts, encoded, strict=True)), "continuing prompts", show=progress):
@@ -208,11 +223,12 @@ def _geometric(values: Sequence[float]) -> Interval:
 def _perplexity(model: nn.Module, prompt: Tensor, tokens: Sequence[int]) -> float:
     """Return the perplexity of new tokens after a prompt `[1, n]`, in one call, as the model now runs."""
     device = next(model.parameters()).device
-    new = torch.tensor(tokens, device=device)
+    new = torch.tensor(tokens, device=device, dtype=torch.int64)
     ids = torch.cat([prompt[0].to(device), new])[None]
     # The logits that predict the new tokens: from the prompt's last to the last but one.
     logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
     nll = F.cross_entropy(logits.float(), new, reduction="sum").item()
+    check_scored(model, Sums(nll=nll, dense_nll=nll, tokens=len(tokens)), "the model")
     return perplexity(nll, len(tokens))
 
 

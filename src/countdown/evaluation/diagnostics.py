@@ -58,7 +58,7 @@ class _Sums:
             recall=self.both / self.exact if self.exact else 1.0,
             precision=self.both / self.active if self.active else 1.0,
             lost=1 - self.kept / self.mass if self.mass else 0.0,
-            activity=[] if self.active_by_term is None else (self.active_by_term / self.tokens).tolist(),
+            activity=[] if self.active_by_term is None else (self.active_by_term.double() / self.tokens).tolist(),
         )
 
 

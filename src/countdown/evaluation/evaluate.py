@@ -12,15 +12,19 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from countdown.config import LOGITS_AT_ONCE, check_choice
-from countdown.errors import ConfigError, CountdownError
-from countdown.loading import cache_argument, check_context
-from countdown.modules import running
+from countdown.config import check_choice
+from countdown.errors import ConfigError, CountdownError, TextError
+from countdown.finite import not_finite
+from countdown.loading import cache_argument, check_context, check_known
+from countdown.memory import batches, logits_at_once
+from countdown.modules import running, sparse_modules
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
 from countdown.text import unpadded
 
 PROTOCOLS = ("all", "decode")
+# Of a mean negative log-likelihood: beyond, exp overflows.
+MOST_NATS = 700.0
 # Windows that leave one token to score: one predicts the next; under decode half of them are prompt.
 _SHORTEST = {"all": 2, "decode": 3}
 
@@ -88,14 +92,27 @@ class Sums:
 
     def add(self, dense: Tensor, sparse: Tensor, targets: Tensor) -> None:
         """Add scored positions: logits `[n, vocabulary]` and the tokens that followed, `[n]`."""
-        step = max(1, LOGITS_AT_ONCE // dense.shape[-1])
-        for p, q, t in zip(dense.split(step), sparse.split(step), targets.split(step), strict=True):
-            log_p, log_q = F.log_softmax(p.float(), dim=-1), F.log_softmax(q.float(), dim=-1)
-            self.nll += F.nll_loss(log_q, t, reduction="sum").item()
-            self.dense_nll += F.nll_loss(log_p, t, reduction="sum").item()
-            self.kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-            self.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            self.tokens += len(t)
+        step = logits_at_once(dense)
+        parts = zip(dense.split(step), sparse.split(step), targets.split(step), strict=True)
+        # Read back once: each time, a GPU would wait.
+        nll, dense_nll, kl, agree = torch.stack([_scores(*part) for part in parts]).sum(dim=0).tolist()
+        self.nll += nll
+        self.dense_nll += dense_nll
+        self.kl += kl
+        self.agree += int(agree)
+        self.tokens += len(targets)
+
+
+def _scores(dense: Tensor, sparse: Tensor, targets: Tensor) -> Tensor:
+    """Return what these positions add to the first four of `Sums`, float64 `[4]`."""
+    log_p, log_q = F.log_softmax(dense.float(), dim=-1), F.log_softmax(sparse.float(), dim=-1)
+    found = (
+        F.nll_loss(log_q, targets, reduction="sum"),
+        F.nll_loss(log_p, targets, reduction="sum"),
+        F.kl_div(log_q, log_p, reduction="sum", log_target=True),
+        (log_p.argmax(-1) == log_q.argmax(-1)).sum(),
+    )
+    return torch.stack([one.double() for one in found])
 
 
 def evaluate(
@@ -105,22 +122,29 @@ def evaluate(
 
     Args:
         model: A sparsified model; its `apply_to` does not matter here and is left as it was.
-        windows: Token ids, int64 `[n, length]`, from `countdown.text.windows`. Or a padded batch as tokenizers
+        windows: Token ids, int64 `[n, length]`, from `countdown.windows`. Or a padded batch as tokenizers
             return it, `input_ids` and `attention_mask`: each sequence is run without its padding.
         protocol: `all` or `decode`; see `Evaluation`.
         progress: Show progress on stderr.
 
     Raises:
         UnsupportedModelError: The model is not sparsified.
-        ConfigError: Unknown protocol, or windows too short or longer than the model's context.
-        CountdownError: Some scored token was not computed sparsely in some layer.
+        ConfigError: Unknown protocol, windows too short or longer than the model's context, or tokens that it does not
+            know.
+        TextError: What is given as windows is none.
+        CountdownError: Some scored token was not computed sparsely in some layer, or logits are not finite.
 
     Example:
-        ids = windows(tokenizer, countdown.load_text("python-docs", "evaluation").content, count=2)
+        ids = countdown.windows(tokenizer, countdown.load_text("python-docs", "evaluation"), count=2)
         found = countdown.evaluate(model, ids)
         print(found.perplexity, found.dense_perplexity, found.realised_sparsity)
     """
     check_choice("protocol", protocol, PROTOCOLS)
+    reset_counters(model)
+    if not isinstance(windows, Tensor | Mapping):
+        raise TextError(
+            f"windows are of type {type(windows).__name__}, expected token ids: countdown.windows(tokenizer, text)."
+        )
     sequences = unpadded({"input_ids": windows} if isinstance(windows, Tensor) else windows)
     lengths = [len(sequence) for sequence in sequences]
     if min(lengths) < _SHORTEST[protocol]:
@@ -128,24 +152,37 @@ def evaluate(
             f"windows have {min(lengths)} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}."
         )
     check_context(model, max(lengths))
-    reset_counters(model)
+    check_known(model, sequences)
     device = next(model.parameters()).device
     score = _score_all if protocol == "all" else _score_decode
     sums, sparse_tokens = Sums(), 0
     with torch.inference_mode():
-        for sequence in track(sequences, f"evaluating ({protocol})", show=progress):
-            sparse_tokens += score(model, sequence[None].to(device), sums)
+        for batch in track(_batches(model, sequences, protocol), f"evaluating ({protocol})", show=progress):
+            sparse_tokens += score(model, batch.to(device), sums)
+    check_scored(model, sums, "the sparse model")
     return _result(model, protocol, sums, sparse_tokens)
 
 
-def _score_all(model: nn.Module, window: Tensor, sums: Sums) -> int:
-    """Score every next-token prediction within a window; return how many tokens were fed sparsely."""
+def _batches(model: nn.Module, sequences: Sequence[Tensor], protocol: str) -> list[Tensor]:
+    """Return the sequences as they run, int64 `[sequences, length]`."""
+    if protocol == "decode":  # as a model decodes one sequence, with the kernels for that
+        return [sequence[None] for sequence in sequences]
+    weight = next(model.parameters())
+    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    terms = max(module.terms for module in sparse_modules(model).values())
+    # Dense and sparse.
+    return batches(sequences, weight.device, terms=terms, logits=2 * vocabulary * weight.element_size())
+
+
+def _score_all(model: nn.Module, batch: Tensor, sums: Sums) -> int:
+    """Score every next-token prediction within windows `[n, length]`; return how many tokens were fed sparsely."""
     with running(model, "dense"):
-        dense = model(window, use_cache=False).logits
+        dense = model(batch, use_cache=False).logits
     with running(model, "all"):
-        sparse = model(window, use_cache=False).logits
-    sums.add(dense[0, :-1], sparse[0, :-1], window[0, 1:])
-    return window.numel()
+        sparse = model(batch, use_cache=False).logits
+    for p, q, window in zip(dense, sparse, batch, strict=True):
+        sums.add(p[:-1], q[:-1], window[1:])
+    return batch.numel()
 
 
 def _score_decode(model: nn.Module, window: Tensor, sums: Sums) -> int:
@@ -171,11 +208,28 @@ def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """Return exp of the mean negative log-likelihood."""
-    try:
-        return math.exp(nll / tokens)
-    except OverflowError:
-        return math.inf
+    """Return exp of the mean negative log-likelihood, which `check_scored` has seen."""
+    return math.exp(nll / tokens)
+
+
+def check_scored(model: nn.Module, sums: Sums, who: str) -> None:
+    """Raise CountdownError unless quality can be told of what was scored.
+
+    Args:
+        model: What computed it.
+        sums: Of a whole text or a part of it.
+        who: What the model is called where it is not run dense.
+    """
+    for name, nll in (("the dense model", sums.dense_nll), (who, sums.nll)):
+        if not math.isfinite(nll):
+            raise not_finite(f"the logits of {name} are", model)
+        if nll / sums.tokens > MOST_NATS:
+            raise CountdownError(
+                f"the perplexity of {name} is beyond what a number holds, e^{nll / sums.tokens:.0f}: it finds the text "
+                "all but impossible."
+            )
+    if not math.isfinite(sums.kl):
+        raise not_finite(f"the logits of the dense model or of {who} are", model)
 
 
 def check_sparse(sites: Sequence[SiteStatus], tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +14,17 @@ from transformers.generation.streamers import BaseStreamer
 
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError, UnsupportedModelError
-from countdown.loading import check_context
+from countdown.loading import check_known, context_of, foreign
+from countdown.text import is_text
 
 # Settings of a checkpoint that change nothing of what greedy decoding writes, or that it heeds.
 _GREEDY = {
     "bos_token_id", "cache_implementation", "do_sample", "eos_token_id", "max_length", "pad_token_id", "temperature",
     "top_k", "top_p", "transformers_version", "use_cache", "_from_model_config",
 }  # fmt: skip
+
+# Of threads that generate; one that is called while it writes may.
+_TURNS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,46 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> torch.Te
     """Return the prompt's tokens `[1, n]`, in the tokenizer's chat template unless `raw` or it has none.
 
     Raises:
-        ConfigError: The prompt is empty.
+        ConfigError: The prompt is empty, no text, or nothing is left of it.
+        UnsupportedModelError: The chat template fails.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty.")
+    if not is_text(prompt):
+        raise ConfigError("the prompt is not text in UTF-8.")
     if raw or not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
     else:
         messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return torch.tensor([ids])
+        with foreign("the tokenizer's chat template fails", "Leave it out (--raw), or mend it."):
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if not ids:
+        template = "" if raw else ", or its chat template (--raw leaves it out),"
+        raise ConfigError(f"the tokenizer{template} makes nothing of the prompt.")
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
+
+
+def check_fits(model: nn.Module, prompt: torch.Tensor, max_new_tokens: int) -> None:
+    """Check that a model can read a prompt and answer it.
+
+    Args:
+        model: Dense or sparsified.
+        prompt: Token ids `[1, n]`.
+        max_new_tokens: At most so many.
+
+    Raises:
+        ConfigError: Prompt and new tokens exceed the model's context, or it does not know a token.
+    """
+    check_known(model, prompt)
+    context, length = context_of(model.config), prompt.shape[1]
+    if context is None or length + max_new_tokens <= context:
+        return
+    fits = f"shorten it to {context - max_new_tokens}" if max_new_tokens < context else ""
+    fewer = f"ask for {context - length} new ones (max_new_tokens)" if length < context else ""
+    raise ConfigError(
+        f"the prompt has {length} tokens, which with {max_new_tokens} new ones is longer than the model's context of "
+        f"{context}: {' or '.join(filter(None, [fits, fewer]))}."
+    )
 
 
 def generate(
@@ -102,6 +137,8 @@ def generate(
 ) -> Generation:
     """Generate greedily: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
 
+    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it.
+
     Args:
         model: Dense or sparsified.
         tokenizer: Its tokenizer.
@@ -110,15 +147,25 @@ def generate(
         write: Called with each piece of text as it comes.
 
     Raises:
-        ConfigError: `max_new_tokens` is below 1, or prompt and new tokens exceed the model's context.
+        ConfigError: `max_new_tokens` is below 1, or see `check_fits`.
+        UnsupportedModelError: The model's own `generate` fails.
     """
+    with _TURNS:
+        return _generated(model, tokenizer, prompt, max_new_tokens, write)
+
+
+def _generated(
+    model: nn.Module, tokenizer: Any, prompt: torch.Tensor, max_new_tokens: int, write: Callable[[str], None]
+) -> Generation:
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-    check_context(model, prompt.shape[1] + max_new_tokens)
+    check_fits(model, prompt, max_new_tokens)
     stream = _Stream(tokenizer, write)
     loop = _decode_loop(model, prompt, max_new_tokens)
     if loop is None:
-        _generate(model, tokenizer, prompt, max_new_tokens, stream)
+        remedy = "If a setting in generation_config.json asks for that, remove it."
+        with foreign(f"{type(model).__name__}.generate fails", remedy):
+            _generate(model, tokenizer, prompt, max_new_tokens, stream)
     else:
         _decode(loop, _ends(model), stream)
     steps = len(stream.times) - 1
@@ -163,11 +210,14 @@ def _generate(model: nn.Module, tokenizer: Any, prompt: torch.Tensor, new_tokens
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
-        # Checkpoints may ship sampling defaults, which greedy decoding would warn about.
+        # Checkpoints may ship defaults for sampling, which greedy decoding would warn about, and for beams.
+        num_beams=1,
+        num_return_sequences=1,
         temperature=None,
         top_p=None,
         top_k=None,
         streamer=stream,
+        tokenizer=tokenizer,  # for a checkpoint's `stop_strings`
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from countdown.config import check_choice, suggestion
 from countdown.errors import ConfigError, CountdownError
 from countdown.evaluation.evaluate import PROTOCOLS, check_sparse, overall
 from countdown.evaluation.intervals import mean_interval
+from countdown.finite import not_finite
 from countdown.modules import running, sparse_modules
 from countdown.sparsify import reset_counters, status
 
@@ -105,6 +107,8 @@ class CountdownLM(HFLM):  # type: ignore[misc]
         self.fed += inps.numel()
         with running(self.model, self.mode):
             logits: Tensor = super()._model_call(inps, *args, **kwargs)
+        if not bool((logits < torch.inf).all()):  # an answer would be picked all the same
+            raise not_finite(f"the logits of the model run {self.mode} are", self.model)
         return logits
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from countdown.autocast import DEVICES, without_autocast
 from countdown.errors import ConfigError
 from countdown.ops import dense, reference
 from countdown.ops.base import MOST_TOKENS, Backend
@@ -123,6 +124,14 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
     return backend.run(call)
 
 
+def _under_autocast(op: str, device: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute an op as autocast would a linear, from x in its dtype; weights and thresholds keep their own."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    with without_autocast():
+        result: Tensor = getattr(torch.ops.countdown, op)(x.to(dtype), *args, **kwargs)
+    return result
+
+
 def _fake(op: str) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: Call.of(op, *args, **kwargs).empty()
 
@@ -132,6 +141,8 @@ def _register_all() -> None:
         LIBRARY.define(op + schema)
         torch.library.register_fake(f"countdown::{op}", _fake(op), lib=LIBRARY)
         LIBRARY.impl(op, adapted(None, op), "CompositeExplicitAutograd")
+        for device, key in DEVICES.items():
+            LIBRARY.impl(op, partial(_under_autocast, op, device), key)
     for name, (schema, fake, function) in dense.OPS.items():
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"countdown::{name}", fake, lib=LIBRARY)  # type: ignore[arg-type]

@@ -6,12 +6,17 @@ the dense module's bits, because it rounds where that rounds.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
 from countdown.ops.call import Call
 from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.sums._base import product_of
+
+# Adding up is reading and writing, and other threads may run the same module.
+_COUNTING = threading.Lock()
 
 
 def drop_smallest(scores: Tensor, drop: int) -> Tensor:
@@ -61,12 +66,11 @@ def _decided(call: Call, factors: tuple[Tensor, ...]) -> Tensor:
 
 
 def _count(call: Call, active: Tensor) -> None:
-    counters = call.counters
-    assert counters is not None
-    if call.phases is None:
-        counters[0] += call.tokens
-        counters[1] += active.sum()
-        return
-    generated = call.phases.view(call.x.shape[:-1]) == GENERATED
-    counters[0] += generated.sum()
-    counters[1] += (active & generated[..., None]).sum()
+    assert call.counters is not None
+    tokens: int | Tensor = call.tokens
+    if call.phases is not None:
+        generated = call.phases.view(call.x.shape[:-1]) == GENERATED
+        tokens, active = generated.sum(), active & generated[..., None]
+    with _COUNTING:
+        call.counters[0] += tokens
+        call.counters[1] += active.sum()

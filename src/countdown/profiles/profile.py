@@ -24,8 +24,8 @@ from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
 from countdown.config import check_fields
 from countdown.cost import beside_bytes
-from countdown.errors import ConfigError, ProfileError, ProfileWarning
-from countdown.folders import unwritable, whole_folder
+from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
+from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
 from countdown.profiles import stored
@@ -77,10 +77,10 @@ class Entry:
 
     pattern: str
     method: Method
-    sites: dict[str, Artifacts]
+    sites: dict[str, Artifacts] = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What calibration made.
 
@@ -98,13 +98,21 @@ class Profile:
     samples: dict[str, Tensor]
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
-    proxies: StoredParts | None = field(default=None, repr=False)
+    proxies: StoredParts | None = None
+
+    def __repr__(self) -> str:
+        """Return one line: its tensors would fill pages."""
+        sites = len({name for entry in self.entries for name in entry.sites})
+        stored = ", with proxies" if self.proxies else ""
+        name = self.base_model.get("name", "an unnamed model")
+        return f"<Profile of {name}: {self.recipe}; {sites} modules{stored}>"
 
     def with_proxies(self, model: nn.Module) -> Profile:
         """Return a profile that holds the proxies of this model, and stores them when it is saved.
 
         Raises:
-            ConfigError: No method has a proxy, or memory runs out.
+            ConfigError: No method has a proxy.
+            AccidentError: Memory runs out.
             ProfileError: The profile belongs to another model.
             UnsupportedModelError: The model has none of the profile's modules.
         """
@@ -229,10 +237,20 @@ class Profile:
             The folder.
 
         Raises:
-            ProfileError: The path is taken or cannot be written.
+            ProfileError: The path is taken, or nothing can be written there.
+            AccidentError: Writing failed: no space is left, for example.
         """
         path = Path(path)
         check_free(path, overwrite=overwrite)
+        self.put(path)
+        return path
+
+    def put(self, path: Path) -> None:
+        """Write the profile to a folder in the place of whatever is there: whole, or not at all.
+
+        Raises:
+            AccidentError: It cannot be written.
+        """
         try:
             with whole_folder(path) as new:
                 header = json.dumps(self._header(), indent=2, ensure_ascii=False)
@@ -241,8 +259,23 @@ class Profile:
                 if self.proxies:
                     self.proxies.save(new / PROXIES)
         except (OSError, SafetensorError) as error:
-            raise ProfileError(f"profile {path} cannot be written: {error}.") from error
-        return path
+            raise AccidentError(f"profile {path} cannot be written: {reason(error)}.") from error
+
+    @classmethod
+    def of(cls, profile: Profile | str | Path) -> Profile:
+        """Return a profile as it is, or the one in a folder.
+
+        Raises:
+            ProfileError, ConfigError: It is neither, or see `load`.
+        """
+        if isinstance(profile, str | Path):
+            return cls.load(profile)
+        if not isinstance(profile, Profile):
+            raise ProfileError(
+                f"the profile is of type {type(profile).__name__}, expected what countdown.calibrate returns, or the "
+                "folder of one."
+            )
+        return profile
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -256,7 +289,7 @@ class Profile:
         if not (path / _JSON).is_file():
             raise ProfileError(f"{path} is not a profile: it has no {_JSON}. Make one with: countdown calibrate MODEL")
         try:
-            header = json.loads((path / _JSON).read_text(encoding="utf-8"))
+            header = json.loads((path / _JSON).read_text(encoding="utf-8-sig"))
             tensors = load_file(path / _TENSORS)
             proxies = StoredParts.load(path / PROXIES) if (path / PROXIES).is_file() else None
             return replace(cls._parse(header, tensors), proxies=proxies)
@@ -414,7 +447,7 @@ def _require(holds: bool, message: str) -> None:
 
 def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor:
     multipliers = found.get(MULTIPLIERS.name)
-    multipliers = torch.ones(terms) if multipliers is None else multipliers
+    multipliers = torch.ones(terms, dtype=torch.float32, device="cpu") if multipliers is None else multipliers
     if method.decision == "topk":
         return multipliers
     if THRESHOLDS.name not in found:

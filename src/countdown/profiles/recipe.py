@@ -15,6 +15,7 @@ the FFN around it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
@@ -23,9 +24,11 @@ from typing import Any
 
 from countdown.config import check_fields
 from countdown.errors import ConfigError
+from countdown.files import reason
 from countdown.methods import Method, NamedRecipe, method, method_class, named, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
+_EXAMPLES = {"YAML": "- {pattern: '*.mlp', method: cats}", "JSON": '[{"pattern": "*.mlp", "method": "cats"}]'}
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,9 @@ class Recipe:
             ConfigError: The file cannot be read, is not a list of entries, or an entry has an unknown field, an
                 unknown method or a value out of range.
         """
-        content = _read(Path(path))
+        content = _read(Path(os.path.expanduser(path)))
         if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
-            raise ConfigError(f"recipe {path} is not a list of entries such as: - {{pattern: '*.mlp', method: cats}}")
+            raise ConfigError(f"recipe {path} is not a list of entries such as: {_EXAMPLES['YAML']}")
         entries = [_entry(f"entry {index + 1} of {path}", entry) for index, entry in enumerate(content)]
         return cls(tuple(entry for some in entries for entry in some))
 
@@ -208,10 +211,26 @@ def _read(path: Path) -> Any:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {reason(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not text in UTF-8.") from error
+    language, parse = ("JSON", json.loads) if path.suffix == ".json" else ("YAML", yaml.safe_load)
+    try:
+        return parse(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"recipe {path} is not {language}{_near(error)}; expected a list of entries such as: {_EXAMPLES[language]}"
+        ) from error
+
+
+def _near(error: Exception) -> str:
+    """Return where a parser stumbled, as far as it says: what it says else is about its own workings."""
+    if isinstance(error, json.JSONDecodeError):
+        return f", near line {error.lineno}"
+    mark = getattr(error, "problem_mark", None)  # of YAML, counted from 0
+    return "" if mark is None else f", near line {mark.line + 1}"
 
 
 def _free(found: NamedRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -20,15 +20,16 @@ _PROFILE = "_countdown_profile"
 
 
 def keep_profile(model: nn.Module, profile: Profile) -> None:
-    """Make `model.save_pretrained` write the profile as well."""
+    """Make `model.save_pretrained` write the profile as well, and `model.push_to_hub`, which would not, refuse."""
     vars(model)[_PROFILE] = profile
     # On the instance, as a partial: a deepcopy of the model then saves the copy.
     vars(model)["save_pretrained"] = partial(_save_pretrained, model)
+    vars(model)["push_to_hub"] = _push_to_hub
 
 
 def forget_profile(model: nn.Module) -> None:
     """Undo `keep_profile`."""
-    for name in (_PROFILE, "save_pretrained"):
+    for name in (_PROFILE, "save_pretrained", "push_to_hub"):
         vars(model).pop(name, None)
 
 
@@ -67,16 +68,20 @@ def _from_hub(source: Source, name: str) -> str | None:
     return path
 
 
+def _push_to_hub(*_: Any, **__: Any) -> NoReturn:
+    raise ConfigError(
+        "push_to_hub would upload the dense model without its profile; save to a folder and upload that: "
+        "hf upload NAME FOLDER"
+    )
+
+
 def _save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     save: Callable[..., None] = type(model).save_pretrained  # type: ignore[attr-defined]
     bound = inspect.signature(save).bind(model, *args, **kwargs)
     bound.apply_defaults()
     given = bound.arguments
     if given.get("push_to_hub"):
-        raise ConfigError(
-            "push_to_hub would upload the dense model without its profile; save to a folder and upload that: "
-            "hf upload NAME FOLDER"
-        )
+        _push_to_hub()
     folder = Path(given["save_directory"]) / SUBFOLDER
     main = given.get("is_main_process", True)
     if main:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from countdown.artifacts import Artifacts
+from countdown.autocast import without_autocast
 from countdown.selectors import Selector
 from countdown.sites import Site
 from countdown.weights import FORMATS, Weight
@@ -44,6 +45,7 @@ class StoredParts:
     hashes: Mapping[str, str]
 
     @classmethod
+    @without_autocast()
     @torch.no_grad()
     def make(cls, sources: Mapping[str, Source]) -> StoredParts:
         """Make the parts of sites, by name."""
@@ -96,7 +98,7 @@ def source_hash(site: Site, selector: Selector, artifacts: Artifacts) -> str:
     h, d = weights[0].shape
     found = hashlib.sha256(f"{FORMAT} {selector.made_as} {h} {d}".encode())
     for weight in weights:
-        rows = torch.linspace(0, h - 1, HASHED_ROWS, device=weight.device).long()
+        rows = torch.linspace(0, h - 1, HASHED_ROWS, device=weight.device, dtype=torch.float32).long()
         found.update(weight.some_rows(rows).float().cpu().numpy().tobytes())
     for one in selector.artifacts:
         found.update(artifacts[one.name].float().cpu().numpy().tobytes())

@@ -1,4 +1,7 @@
-"""Numbers as people read them. What was not measured is a dash, what is not finite is named."""
+"""Numbers as people read them. What was not measured is a dash, what is not finite is named.
+
+A minus is the one that terminals, CSV and what the report quotes have, so that a search finds all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ def number(value: float | None, digits: int = 2) -> str:
     if value is None or math.isnan(value):
         return NOT_MEASURED
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "∞" if value > 0 else "-∞"
     rounded = round(value, digits) + 0.0  # of a negative zero it makes a zero
-    return f"{rounded:,.{digits}f}".replace("-", "−")
+    return f"{rounded:,.{digits}f}"
 
 
 def share(value: float | None, digits: int = 0) -> str:
@@ -27,7 +30,7 @@ def share(value: float | None, digits: int = 0) -> str:
 def change(value: float | None, digits: int = 1) -> str:
     """Return a share with its sign: 0.016 is +1.6%."""
     text = share(value, digits)
-    return text if text.startswith((NOT_MEASURED, "−")) else f"+{text}"
+    return text if text.startswith((NOT_MEASURED, "-")) else f"+{text}"
 
 
 def interval(ends: tuple[float, float] | None, digits: int = 1) -> str:

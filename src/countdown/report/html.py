@@ -8,12 +8,12 @@ from typing import Any
 
 from countdown.comparison.comparison import Cell, Comparison
 from countdown.errors import ConfigError
+from countdown.files import write_text
 from countdown.report import formats
 from countdown.report.figures import all_figures, measured
 from countdown.report.samples import Marked, mark
 from countdown.report.selection import all_series, by_layer
 from countdown.report.verdict import verdict
-from countdown.results import write_text
 
 # Answers that are open; more are folded away.
 OPEN_SAMPLES = 5
@@ -65,7 +65,8 @@ def write_report(comparison: Comparison, path: Path) -> None:
     """Render the report and write it to `path`, whole or not at all.
 
     Raises:
-        ConfigError: matplotlib or jinja2 is not installed, or the file cannot be written.
+        ConfigError: matplotlib or jinja2 is not installed.
+        AccidentError: The file cannot be written.
     """
     write_text(path, render(comparison))
 

@@ -70,7 +70,7 @@ _RC: dict[Any, Any] = {
     "axes.edgecolor": _SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.unicode_minus": True,
+    "axes.unicode_minus": False,
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
     "xtick.labelcolor": _INK,
@@ -434,7 +434,7 @@ def _log_axis(axes: Any, low: float, high: float) -> None:
 
 
 def _percent(value: float, _: int) -> str:
-    return f"{100 * value:.4g}%".replace("-", "−")
+    return f"{100 * value:.4g}%"
 
 
 def _short(name: str, length: int = NAME_LENGTH) -> str:

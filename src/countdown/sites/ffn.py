@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from countdown.autocast import without_autocast
 from countdown.sites._base import Kind, register
 from countdown.sites.decoder import refuse_experts, stacks, unsupported
 from countdown.sites.gated import GatedFFN
 from countdown.sites.recognise import acts_on_tokens, recognise, shaped_like_ffn, ungated, why_not
 
 
+@without_autocast()
 def find_ffns(model: nn.Module) -> list[GatedFFN]:
     """Return the gated FFN of every decoder layer, in order.
 

@@ -28,7 +28,9 @@ def weight_sample(site: Site) -> Tensor:
 
 def _spread(weight: Weight) -> Tensor:
     # Along the diagonal of the grid, so that rows and columns both vary.
-    rows, columns = (torch.linspace(0, size - 1, SAMPLES, device=weight.device).long() for size in weight.shape)
+    rows, columns = (
+        torch.linspace(0, size - 1, SAMPLES, device=weight.device, dtype=torch.float32).long() for size in weight.shape
+    )
     return weight.some_rows(rows).gather(1, columns[:, None])[:, 0].float().cpu()
 
 

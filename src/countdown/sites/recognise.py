@@ -201,7 +201,9 @@ def _guesses(name: str, module: nn.Module) -> Iterator[tuple[float, GatedFFN]]:
 def _inputs(site: Site) -> Iterator[Tensor]:
     generator, size, like = torch.Generator().manual_seed(0), site.axes(site.shape)["inputs"], site.weights[0].values()
     for scale in VERIFY_SCALES:
-        yield torch.randn(1, VERIFY_TOKENS, size, generator=generator).to(like) * scale
+        yield (
+            torch.randn(1, VERIFY_TOKENS, size, generator=generator, dtype=torch.float32, device="cpu").to(like) * scale
+        )
 
 
 def _own(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -235,7 +237,9 @@ def _randomised(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         fan_in = parameter.shape[-1] if parameter.dim() else 1
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") / fan_in**0.5
+        )
     return module
 
 

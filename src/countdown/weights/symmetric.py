@@ -11,6 +11,7 @@ all of the second.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,8 @@ FIELDS = {4: (4,), 3: (2, 1)}
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 # Rows that are quantised at once: what is tried for a scale is held in float32.
 _ROWS = 1024
+# So many values are unpacked at a time in a product: 4 MB in float32 on a CPU, which its caches hold, elsewhere 64 MB.
+_CPU_VALUES, _VALUES = 1 << 20, 1 << 24
 # Rows of a tile.
 TILE = 16
 
@@ -76,9 +79,33 @@ class Symmetric(Weight):
     def values(self) -> Tensor:
         levels, scales = self.parts
         columns = self.shape[1]
-        steps = _unpack(levels, padded(columns, self.bits), self.bits).view(*scales.shape, -1).float()
-        weights: Tensor = ((steps - (2 ** (self.bits - 1) - 0.5)) * scales.float()[..., None]).flatten(1)[:, :columns]
-        return weights
+        steps = _unpack(levels, padded(columns, self.bits), self.bits).view(*scales.shape, -1)
+        weights: Tensor = steps.float().sub_(2 ** (self.bits - 1) - 0.5).mul_(scales.float()[..., None])
+        return weights.flatten(1)[:, :columns]
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Weight.product`; some rows are unpacked at a time."""
+        exact = x.float()
+        product = torch.cat([F.linear(exact, rows) for rows in self._unpacked()], dim=-1)
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+
+    def product_of_steps(self, steps: Tensor, size: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Weight.product_of_steps`; on CUDA a product of bfloat16, which loses nothing and sums in float32."""
+        if not steps.is_cuda:
+            return super().product_of_steps(steps, size, bias)
+        exact = steps.flatten(0, -2).bfloat16().repeat(1, 2)
+        products = [
+            torch.mm(exact, torch.cat(halves(rows), 1).t(), out_dtype=torch.float32) for rows in self._unpacked()
+        ]
+        product = torch.cat(products, dim=-1).view(*steps.shape[:-1], -1) * size
+        return product if bias is None else product + bias.float()
+
+    def _unpacked(self) -> Iterator[Tensor]:
+        """Yield `values` some rows at a time."""
+        whole = self.in_rows()
+        count = max(1, (_CPU_VALUES if self.device.type == "cpu" else _VALUES) // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], count):
+            yield whole.sliced(0, slice(start, start + count)).values()
 
     def sliced(self, dim: int, part: slice) -> Weight:
         """See `Weight.sliced`; by rows alone."""
@@ -217,20 +244,37 @@ def _pack(levels: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, width: int, bits: int) -> Tensor:
-    levels, below = torch.zeros(len(packed), width, dtype=torch.uint8, device=packed.device), 0
+    fields, below = [], 0
     for field, part in zip(FIELDS[bits], packed.split([f * width // 8 for f in FIELDS[bits]], dim=1), strict=True):
         places = torch.arange(0, 8, field, dtype=torch.uint8, device=packed.device)[:, None]
-        values = (part.view(len(packed), -1, 1, field) >> places) & (2**field - 1)
-        levels |= values.flatten(1) << below
+        values = (part.view(len(packed), -1, 1, field) >> places).bitwise_and_(2**field - 1).flatten(1)
+        fields.append(values.bitwise_left_shift_(below) if below else values)
         below += field
+    levels: Tensor = sum(fields[1:], fields[0])
     return levels
+
+
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two bfloat16 matrices whose sum is `values`: these have 15 bits, of a level's 4 and a scale's 11."""
+    high = values.bfloat16()
+    return high, (values - high.float()).bfloat16()
 
 
 def round_tokens(x: Tensor) -> Tensor:
     """Return x with each token rounded to 255 even steps between ± its largest entry, float32."""
+    steps, size = token_steps(x)
+    return steps * size
+
+
+def token_steps(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token of `[..., d]` in 255 even steps between ± its largest entry.
+
+    Returns:
+        Whole numbers from -127 to 127, float32 `[..., d]`, and the size of a step, float32 `[..., 1]`.
+    """
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
     # Bounded, for entries so small that the quotient is infinite; times, for kernels to round alike. A number over a
     # tensor would be rounded twice.
     per_step = torch.where(largest > 0, (torch.full_like(largest, 127) / largest).clamp(max=3e38), 0)
-    return (x * per_step).round() * (largest / 127)
+    return (x * per_step).round(), largest / 127

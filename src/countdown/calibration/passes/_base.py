@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
-from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.errors import UnsupportedModelError
+from countdown.finite import not_finite
+from countdown.memory import batches
 from countdown.methods import Method
 from countdown.modules import Observer, observed
 from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
 from countdown.registry import Registry, instances_of
 from countdown.sites import Site
+from countdown.sites.decoder import decoder_of
 from countdown.sums import Sum
 from countdown.weights import Weight
 
@@ -68,6 +71,11 @@ class Run:
     owners: Mapping[str, int]
     progress: bool
 
+    def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
+        """Return sequences as the decoder reads them, each batch int64 `[sequences, length]`; see `memory.batches`."""
+        terms = max(one.site.terms for one in self.assigned)
+        return batches(sequences, next(self.model.parameters()).device, terms=terms)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Weights of each site, by name."""
@@ -107,28 +115,48 @@ register = PASSES.register
 
 @contextmanager
 def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iterator[Callable[[Tensor], None]]:
-    """Within the context, the function given runs the decoder on token ids `[length]`, and `observe` sees the sites.
+    """Within the context, the function given runs the decoder on token ids `[sequences, length]`, and `observe` sees
+    the sites. It raises CountdownError if activations were not finite.
 
     The head is left out: the vocabulary's logits cost more than a layer.
     """
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder, _ = decoder_of(model)
     device = next(model.parameters()).device
+    finite = _Finite(model, device)
 
-    def feed(sequence: Tensor) -> None:
-        decoder(input_ids=sequence[None].to(device), use_cache=False)
+    def checked(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
+        finite.add(site, factors)
+        return observe(site, sum_, x, factors)
 
-    with torch.inference_mode(), observed(model, sites, observe):
+    def feed(batch: Tensor) -> None:
+        decoder(input_ids=batch.to(device), use_cache=False)
+        finite.check()
+
+    with torch.inference_mode(), observed(model, sites, checked):
         yield feed
 
 
-def check_finite(site: Site, factors: tuple[Tensor, ...]) -> None:
-    """Raise CountdownError unless every factor is finite."""
-    # A sum is finite only if every term is; one read-back for each site and sequence.
-    if not bool(torch.stack([factor.float().sum() for factor in factors]).sum().isfinite()):
-        raise CountdownError(
-            f"activations of {site.name} are not finite in {factors[0].dtype}; calibrate in a wider dtype "
-            "(--dtype bfloat16)."
-        )
+class _Finite:
+    """Whether the factors of every site are finite, read back once a batch: each time, a GPU would wait."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, site: Site, factors: tuple[Tensor, ...]) -> None:
+        # A sum is finite only if every term is.
+        total = torch.stack([factor.sum(dtype=torch.float32) for factor in factors]).sum().to(self._device)
+        self._sums[site.name] = total + self._sums.get(site.name, 0)
+
+    def check(self) -> None:
+        """Raise CountdownError for the first site of the batch that is not."""
+        if not self._sums:
+            return
+        found = torch.stack(list(self._sums.values())).isfinite().tolist()
+        for name, finite in zip(self._sums, found, strict=True):
+            if not finite:
+                raise not_finite(f"activations of {name} are", self._model)
+        self._sums.clear()
 
 
 def never_ran(name: str) -> UnsupportedModelError:

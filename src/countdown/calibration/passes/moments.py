@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from countdown.artifacts import MULTIPLIERS, Moment
-from countdown.calibration.passes._base import Assignment, Pass, Run, check_finite, decoding, never_ran, register
+from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
 from countdown.config import check_choice
 from countdown.cost import beside_bytes
 from countdown.memory import memory_for
@@ -49,15 +49,14 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
     sums: dict[str, dict[Moment, Tensor]] = {name: {} for name in wanted}
 
     def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
-        check_finite(site, factors)
         seen = {INPUT: x, **dict(zip(sum_.factors, factors, strict=True))}
         for moment in wanted[site.name]:
             powers = seen[moment.factor].flatten(0, -2).double() ** moment.order
             sums[site.name][moment] = sums[site.name].get(moment, 0) + powers.sum(dim=0)
 
     with decoding(run.model, [one.site for one in assigned if wanted[one.site.name]], observe) as feed:
-        for sequence in track(run.sequences, "calibrating, second moments", show=run.progress):
-            feed(sequence)
+        for batch in track(run.batches(run.sequences), "calibrating, second moments", show=run.progress):
+            feed(batch)
     for name, found in sums.items():
         if len(found) < len(set(wanted[name])):
             raise never_ran(name)

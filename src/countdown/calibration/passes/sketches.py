@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from countdown.artifacts import POINTS
-from countdown.calibration.passes._base import Assignment, Run, check_finite, decoding, never_ran
+from countdown.calibration.passes._base import Assignment, Run, decoding, never_ran
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.progress import track
 from countdown.sites import Site
@@ -28,7 +28,9 @@ class SiteSketches:
 
     def thresholds(self) -> Tensor:
         """Return thresholds for sparsities 0, 0.001, ..., 0.999, float32 `[1000]`, the first -1."""
-        return torch.cat([torch.tensor([-1.0]), self._curve(MagnitudeSketch.quantiles).float()])
+        return torch.cat(
+            [torch.tensor([-1.0], dtype=torch.float32, device="cpu"), self._curve(MagnitudeSketch.quantiles).float()]
+        )
 
     def errors(self, terms: int) -> Tensor:
         """Return the expected squared error of the output at those sparsities, float64 `[1000]`, the first 0.
@@ -40,7 +42,7 @@ class SiteSketches:
         def per_token(sketch: MagnitudeSketch, q: Tensor) -> Tensor:
             return sketch.lost(q) * terms / int(sketch.counts.sum())
 
-        return torch.cat([torch.zeros(1, dtype=torch.float64), self._curve(per_token)])
+        return torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), self._curve(per_token)])
 
     def _curve(self, value: Callable[[MagnitudeSketch, Tensor], Tensor]) -> Tensor:
         """Return a value at sparsities 0.001, ..., 0.999, from sketches made at some sparsities.
@@ -48,14 +50,14 @@ class SiteSketches:
         Between two of those, it is between theirs; beyond them, the nearest one's counts.
         """
         levels = sorted(self.by_level)
-        q = torch.arange(1, POINTS, dtype=torch.float64) / POINTS
+        q = torch.arange(1, POINTS, dtype=torch.float64, device="cpu") / POINTS
         by_level = torch.stack([value(self.by_level[level], q) for level in levels])
-        position = torch.tensor(levels, dtype=torch.float64)
+        position = torch.tensor(levels, dtype=torch.float64, device="cpu")
         above = torch.searchsorted(position, q).clamp(max=len(levels) - 1)
         below = (above - 1).clamp(min=0)
         gap = position[above] - position[below]
         share = torch.where(gap > 0, (q - position[below]) / gap, 1.0).clamp(0, 1)
-        points = torch.arange(POINTS - 1)
+        points = torch.arange(POINTS - 1, dtype=torch.int64, device="cpu")
         # More sparsity never means less, whatever text the levels happened to see.
         return torch.lerp(by_level[below, points], by_level[above, points], share).cummax(0).values
 
@@ -88,9 +90,9 @@ def sketch_sparse(
     """
     passing = _SparsePass(run.assigned, losses)
     with decoding(run.model, [one.site for one in run.assigned], passing.observe) as feed:
-        for sequence in track(sequences, f"calibrating, {label}", show=run.progress):
-            passing.levels = next(schedule)
-            feed(sequence)
+        for batch in track(run.batches(sequences), f"calibrating, {label}", show=run.progress):
+            passing.levels = [next(schedule) for _ in batch]
+            feed(batch)
     for name, sketches in passing.sketches.items():
         if not sketches.by_level:
             raise never_ran(name)
@@ -98,25 +100,32 @@ def sketch_sparse(
 
 
 class _SparsePass:
-    """Masks every site at its present level and sketches what it saw."""
+    """Masks every site at the present levels and sketches what it saw, sequence by sequence of a batch.
+
+    So a site has seen the same before a sequence as if each ran alone.
+    """
 
     def __init__(self, assigned: Sequence[Assignment], losses: bool) -> None:
         self.sketches = {one.site.name: SiteSketches() for one in assigned}
-        self.levels: Mapping[str, float] = {}
+        self.levels: list[Mapping[str, float]] = []  # of each sequence
         self._assigned = {one.site.name: one for one in assigned}
         self._norms = {
             n: one.site.sum.weights[-1].column_norms().float() for n, one in self._assigned.items() if losses
         }
 
     def observe(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
-        check_finite(site, factors)
-        value = self._assigned[site.name].indicator(sum_, x, factors)
-        level = self.levels[site.name]
-        sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
-        sketch.add(value, self._lost(site, factors))
-        if level == 0:
-            return None
-        return value > sketch.quantiles(torch.tensor([level], device=site.device)).float()
+        value, lost = self._assigned[site.name].indicator(sum_, x, factors), self._lost(site, factors)
+        # Layers may have flattened sequences and tokens into one dimension.
+        by_sequence = (len(self.levels), -1, site.terms)
+        rows, losses = value.reshape(by_sequence), None if lost is None else lost.reshape(by_sequence)
+        active = torch.ones_like(rows, dtype=torch.bool)
+        for place, levels in enumerate(self.levels):
+            level = levels[site.name]
+            sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
+            sketch.add(rows[place], None if losses is None else losses[place])
+            if level:
+                active[place] = rows[place] > sketch.quantile(level).float()
+        return active.view(value.shape)
 
     def _lost(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
         if site.name not in self._norms:

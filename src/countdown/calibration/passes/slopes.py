@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from countdown.calibration.passes._base import Assignment
-from countdown.config import LOGITS_AT_ONCE
-from countdown.errors import CountdownError, UnsupportedModelError
+from countdown.errors import UnsupportedModelError
+from countdown.finite import not_finite
+from countdown.memory import logits_at_once
 from countdown.modules import observed
 from countdown.ops.reference import drop_smallest
 from countdown.sites import Site
@@ -66,10 +67,7 @@ def kl_slopes(
             run.add(model, sequence.clone()[None].to(device))
     for name, change in run.changes.items():
         if not math.isfinite(change):
-            raise CountdownError(
-                f"the effect of {name} on the model's output is not finite; calibrate in a wider dtype "
-                "(--dtype bfloat16)."
-            )
+            raise not_finite(f"the effect of {name} on the model's output is", model)
     tokens = sum(sequence.numel() for sequence in sequences)
     widths = {name: high - low for name, (low, high) in ((name, chord(k)) for name, k in sparsities.items())}
     return {name: total / tokens / widths[name] for name, total in run.changes.items()}
@@ -145,7 +143,7 @@ class _SlopeRun:
 
 def _kl_gradient(dense: Tensor, sparse: Tensor) -> Tensor:
     """Return the derivative of the summed KL(dense ‖ sparse) by the sparse logits: softmax(sparse) - softmax(dense)."""
-    step = max(1, LOGITS_AT_ONCE // dense.shape[-1])
+    step = logits_at_once(dense)
     pairs = zip(dense.split(step, dim=1), sparse.split(step, dim=1), strict=True)
     return torch.cat([(q.float().softmax(-1) - p.float().softmax(-1)).to(q.dtype) for p, q in pairs], dim=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 6
+ABI = 7
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
@@ -117,7 +117,7 @@ class SmallCall(ctypes.Structure):
 class Step(ctypes.Structure):
     """`countdown_step`."""
 
-    _fields_ = (("kind", _Int), ("threads", _Int), ("call", _Pointer))
+    _fields_ = (("kind", _Int), ("parts", _Int), ("call", _Pointer))
 
 
 Call = SumCall | ProjectCall | AttendCall | SmallCall
@@ -130,29 +130,34 @@ class Ran:
 
     Args:
         call: What was done.
-        threads: On so many.
+        parts: In so many, which decides the order of its sums.
         tensors: What it reads and writes, and what it works in.
     """
 
     call: Call
-    threads: int
+    parts: int
     tensors: list[Tensor]
 
     @classmethod
-    def of(cls, call: Call, threads: int, tensors: Sequence[Tensor | None]) -> Ran:
+    def of(cls, call: Call, parts: int, tensors: Sequence[Tensor | None]) -> Ran:
         """Return what was run, keeping the memory that the tensors have now, whatever they are given later."""
-        return cls(call, threads, [tensor.detach() for tensor in tensors if tensor is not None])
+        return cls(call, parts, [tensor.detach() for tensor in tensors if tensor is not None])
 
     @property
     def step(self) -> Step:
         """What runs it again, which holds addresses alone."""
-        return Step(_KINDS[type(self.call)], self.threads, ctypes.addressof(self.call))
+        return Step(_KINDS[type(self.call)], self.parts, ctypes.addressof(self.call))
 
 
 class _Scratch(threading.local):
-    """Memory to work in, one for each thread that calls: making some for every call takes longer than a small call."""
+    """What each thread that calls has for itself.
+
+    That is the calls seen while it watches, and memory to work in: making some for every call takes longer than a small
+    call.
+    """
 
     def __init__(self) -> None:
+        self.seen: list[Ran] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def of(self, size: int) -> Tensor:
@@ -177,12 +182,13 @@ class Library:
         if functions.countdown_abi() != ABI:
             raise OSError(f"{path} belongs to another version of this package")
         self._functions = functions
-        self._seen: list[Ran] | None = None
         self._scratch = _Scratch()
-        # `countdown_workspace`, and `countdown_run`, of an array of steps and its length.
-        self._workspace, self._run = functions.countdown_workspace, functions.countdown_run
+        self._workspace = functions.countdown_workspace
         self._workspace.argtypes, self._workspace.restype = (_Pointer,), _Int
-        self._run.argtypes, self._run.restype = (_Pointer, _Int), None
+        # Of an array of steps and its length.
+        self._run, self._run_apart = functions.countdown_run, functions.countdown_run_apart
+        for run in (self._run, self._run_apart):
+            run.argtypes, run.restype = (_Pointer, _Int), None
         functions.countdown_variant.restype = ctypes.c_char_p
         runtime = _openmp()
         if runtime is not None:
@@ -208,34 +214,44 @@ class Library:
             tensors: Those whose addresses it holds.
             weights: Entries of a matrix that it reads: few are not worth several threads.
         """
-        threads = min(torch.get_num_threads(), 1 + weights // _GRAIN)
-        step = Step(_KINDS[type(call)], threads, ctypes.addressof(call))
+        parts = min(torch.get_num_threads(), 1 + weights // _GRAIN)
+        step = Step(_KINDS[type(call)], parts, ctypes.addressof(call))
         address = ctypes.byref(step)
         size = self._workspace(address)
-        memory = self._scratch.of(size) if self._seen is None else torch.empty(size, dtype=torch.uint8, device="cpu")
+        seen = self._scratch.seen
+        memory = self._scratch.of(size) if seen is None else torch.empty(size, dtype=torch.uint8, device="cpu")
         call.workspace = memory.data_ptr()
         self._run(address, 1)
-        if self._seen is not None:
-            self._seen.append(Ran.of(call, threads, [*tensors, memory]))
+        if seen is not None:
+            seen.append(Ran.of(call, parts, [*tensors, memory]))
 
-    def again(self, row: Sequence[Ran]) -> Callable[[], None]:
-        """Return a call that runs these again, one after the other. Whoever holds it keeps their memory alive."""
+    def again(self, row: Sequence[Ran], *, apart: bool = True) -> Callable[[], None]:
+        """Return a call that runs these again, one after the other, to the same bits.
+
+        Whoever holds it keeps their memory alive.
+
+        Args:
+            row: What to run.
+            apart: On threads of the library's own, which do not spin for long where cores are taken; if torch computes
+                in parallel before or after, its own threads are the better ones, as both would fight for cores.
+        """
         steps = (Step * len(row))(*(ran.step for ran in row))
+        run = self._run_apart if apart else self._run
 
         def call() -> None:
-            self._run(steps, len(row))  # the steps hold addresses alone, the row what lies there
+            run(steps, len(row))  # the steps hold addresses alone, the row what lies there
 
         return call
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:
-        """Within the context, the calls that are run are added to the list."""
+        """Within the context, the calls that this thread runs are added to the list."""
         seen: list[Ran] = []
-        self._seen = seen
+        self._scratch.seen = seen
         try:
             yield seen
         finally:
-            self._seen = None
+            self._scratch.seen = None
 
 
 def _openmp() -> list[ctypes.c_void_p] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from countdown.ops.cpu.library import ACTIVATIONS, DTYPES, INT64, Ran, SmallCall, TensorView
 
-COPY, ADD, MULTIPLY, NEGATE, SQUARE, INVERSE_ROOT, MEAN, ACTIVATE = range(8)
+COPY, ADD, MULTIPLY, NEGATE, SQUARE, INVERSE_ROOT, MEAN, ACTIVATE, LARGEST = range(9)
 _DIMENSIONS = 4
 _UNARY = {"aten::neg": NEGATE, "aten::rsqrt": INVERSE_ROOT, "aten::silu": ACTIVATE, "aten::relu": ACTIVATE}
 _ADDING = ("aten::add", "aten::add_")
@@ -82,6 +82,13 @@ def _mean(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) 
     return [_call(MEAN, made.expand(x.shape), x)]
 
 
+def _largest(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
+    x, dimensions, *_ = args
+    if kwargs or len(args) != 2 or not x.dim() or list(dimensions) not in ([-1], [x.dim() - 1]):
+        return []
+    return [_call(LARGEST, made.unsqueeze(-1).expand(x.shape), x)]
+
+
 def _gelu(name: str, args: Sequence[Any], kwargs: dict[str, Any], made: Tensor) -> list[SmallCall]:
     which = "gelu_tanh" if kwargs.get("approximate") == "tanh" else "gelu"
     return [_call(ACTIVATE, made, args[0], activation=ACTIVATIONS[which])]
@@ -111,6 +118,7 @@ _KNOWN: list[tuple[Any, Callable[[str, Sequence[Any], dict[str, Any], Any], list
     (_BINARY, _binary),
     (("aten::pow",), _power),
     (("aten::mean",), _mean),
+    (("aten::amax",), _largest),
     (("aten::gelu",), _gelu),
     (_COPYING, _copied),
     (("aten::cat",), _joined),
