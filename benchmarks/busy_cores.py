@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from countdown.benchmark import llama_cpp
-from countdown.benchmark.timing import paired_ratio
+from countdown.benchmark.speedup import paired
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError
 from countdown.loading import Source, load_model
@@ -99,7 +99,7 @@ def record(arguments: argparse.Namespace, busy: int, name: str, times: dict[str,
         "tokens_per_s": median(rates),
         "slowest_tokens_per_s": rates[0],
         "fastest_tokens_per_s": rates[-1],
-        "speedup_over_one_thread": paired_ratio(times[ONE], times[name]),
+        "speedup_over_one_thread": paired(times[ONE], times[name]).value,
     }
     print(found, flush=True)
     return found

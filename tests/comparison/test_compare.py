@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import countdown
+from countdown.benchmark import arm
+from countdown.benchmark.timing import Bandwidth, Rounds
 from countdown.comparison import compare as module
-from countdown.comparison import quantised, session
+from countdown.comparison import effort, grid, quantised, session
 from countdown.comparison.cache import Cache
 from countdown.comparison.compare import compare
 from countdown.comparison.comparison import CURVE, Cell, Comparison, Speed
@@ -33,6 +35,26 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+real = arm.measure
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Do little, and time nothing: every token takes 10 µs in the dense model and 9.5 µs in others."""
+
+    def measure(arms, **_):
+        times, rates = real(arms, rounds=Rounds(1, 1))
+        for name, found in times.items():
+            took = {"token": 9.5 if name == "configuration" else 10.0}
+            times[name] = {what: 6 * [took.get(what, 1.0)] for what in found}
+        return times, rates
+
+    patch.setattr(session, "measure", measure)
+    patch.setattr(session, "bandwidth", lambda _: Bandwidth(1e9, 1e9, 1e9))
+    patch.setattr(session, "CONTEXT", 16)
+    patch.setattr(session, "NEW_TOKENS", 4)
+    patch.setattr(session, "SAMPLE_TOKENS", 8)
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory, folder, text) -> Path:
     """A cache that holds the comparison of `ONE` with speed."""
@@ -40,9 +62,7 @@ def warm(tmp_path_factory, folder, text) -> Path:
     (cache / "text.txt").write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COUNTDOWN_CACHE", str(cache))
-        patch.setattr(session, "CONTEXT", 16)
-        patch.setattr(session, "NEW_TOKENS", 4)
-        patch.setattr(session, "SAMPLE_TOKENS", 8)
+        shorten(patch)
         compare(str(folder), **ONE, **FAST, text=str(cache / "text.txt"))
     return cache
 
@@ -53,9 +73,7 @@ def cache(warm, tmp_path, monkeypatch) -> Path:
     copy = tmp_path / "cache"
     shutil.copytree(warm, copy)
     monkeypatch.setenv("COUNTDOWN_CACHE", str(copy))
-    monkeypatch.setattr(session, "CONTEXT", 16)
-    monkeypatch.setattr(session, "NEW_TOKENS", 4)
-    monkeypatch.setattr(session, "SAMPLE_TOKENS", 8)
+    shorten(monkeypatch)
     return copy
 
 
@@ -72,7 +90,8 @@ def run(folder, cache):
 
 
 def measured(said: list[str]) -> list[str]:
-    return [line.removeprefix("measuring ") for line in said if line.startswith("measuring ") and "band" not in line]
+    lines = [line.removeprefix("measuring ") for line in said if line.startswith("measuring ") and "band" not in line]
+    return [line.partition(" (")[0] for line in lines]
 
 
 def test_what_is_measured(run):
@@ -99,6 +118,59 @@ def test_what_is_measured(run):
         assert cell.speed.tokens_per_s > 0
         assert cell.quality.loss_interval[0] <= cell.quality.loss <= cell.quality.loss_interval[1]
     assert set(dense.speed.split_us) == set(half.speed.split_us) == {"ffn", "attention_linears", "head", "rest"}
+
+
+def test_it_says_how_far_along_it_is_and_what_it_found(run):
+    found = []
+    run(sparsities=[0.5, 0.6, 0.7], speed=False, on_cell=found.append)
+    first, last = [line for line in run.said if line.startswith("measuring")]
+    assert first == "measuring m-countdown × rms at 0.6 (1 of 2)"
+    assert last.startswith("measuring m-countdown × rms at 0.7 (2 of 2, about ")
+    # What is found in the cache is nothing new.
+    assert [cell.label for cell in found] == ["m-countdown × rms at 0.6", "m-countdown × rms at 0.7"]
+
+
+def test_speeds_have_intervals_and_a_dense_value_beside(run):
+    dense, *others = run().cells
+    assert dense.speed.interval == (1.0, 1.0)
+    for cell in others:
+        low, high = cell.speed.interval
+        assert (low, cell.speed.speedup, high) == pytest.approx((10 / 9.5,) * 3)
+        record = cell.record()
+        assert record["dense_tokens_per_s"] * cell.speed.speedup == pytest.approx(cell.speed.tokens_per_s)
+        assert (record["speedup_low"], record["speedup_high"]) == (low, high)
+
+
+def test_a_speed_up_that_cannot_be_is_measured_again(run, monkeypatch):
+    steady = session.measure
+
+    def beside_a_stalled_one(arms, **more):
+        times, rates = steady(arms, **more)
+        if "configuration" in times:
+            times["dense"] = {"token": [20 * one for one in times["configuration"]["token"]]}
+        return times, rates
+
+    monkeypatch.setattr(session, "measure", beside_a_stalled_one)
+    settings = {"sparsities": [0.6], "quantised": False, "max_loss": 1000.0}
+    found = run(**settings)
+    assert "its bytes allow" in found.cells[1].doubt
+    assert found.recommendation.label == "dense"
+    assert found.meta["caveats"][0].startswith("The speed-up of m-countdown × rms at 0.6 is unreliable")
+    monkeypatch.setattr(session, "measure", steady)
+    monkeypatch.setattr(session, "measure_quality", None)  # that is known
+    assert run(**settings).cells[1].doubt is None
+    assert measured(run.said) == ["m-countdown × rms at 0.6"]
+
+
+def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
+    found = run(quick=True, methods=["cats"], sparsities=None, windows=None, tokens=1024, speed=False, quantised=False)
+    assert [cell.label for cell in found.cells] == ["dense", "cats at 0.5", "cats at 0.7"]
+    assert found.rough
+    assert found.meta["windows"] == 4
+    assert found.meta["caveats"][0].startswith("This comparison is quick, and rough: 4 windows")
+    assert not run(speed=False, quantised=False).rough
+    weighted = {one.label for one in grid.usual_methods(effort.QUICK)}
+    assert weighted < {one.label for one in grid.usual_methods()}
 
 
 def test_layers_show_what_they_do(run):
@@ -318,6 +390,12 @@ def test_without_torchao_the_rest_goes_on(run, monkeypatch):
     found = run(speed=False)
     assert {cell.kind for cell in found.cells} == {"dense", "sparse"}
     assert any("torchao is missing" in caveat for caveat in found.meta["caveats"])
+
+
+def test_a_speed_up_that_cannot_be_is_a_caveat():
+    impossible = Speed(1500.0, 14.38, 100.0, interval=(13.0, 16.0))
+    (caveat,) = module._doubts([Cell("cats at 0.5", "sparse", {}, 0.5, weights_read=0.8, speed=impossible)])
+    assert caveat.startswith("The speed-up of cats at 0.5 is unreliable, and it is not recommended: 14.38 times dense")
 
 
 def test_where_the_machine_drifts_it_is_said():

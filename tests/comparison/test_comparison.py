@@ -69,7 +69,7 @@ def test_a_cell_by_its_label(comparison):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found | {"version": 99}, "version is 99, this countdown reads up to 2: upgrade"),
+        (lambda found: found | {"version": 99}, "version is 99, this countdown reads up to 3: upgrade"),
         (lambda found: found | {"format": "other"}, "format is 'other'"),
         (lambda found: found | {"colour": "red"}, "no field 'colour'"),
         (lambda found: found | {"cells": [{"label": "x"}]}, "TypeError"),

@@ -14,12 +14,20 @@ from countdown.errors import ConfigError
 DENSE_NLL = [2.0, 2.5, 3.0, 2.2]
 
 
-def cell(label: str, loss: float, speedup: float | None = None, *, kind: str = "sparse", read: float = 0.8) -> Cell:
+def cell(
+    label: str,
+    loss: float,
+    speedup: float | None = None,
+    *,
+    kind: str = "sparse",
+    read: float = 0.5,
+    interval: tuple[float, float] | None = None,
+) -> Cell:
     """A cell whose windows all lose a little more or less than `loss`, and whose interval is 1% to either side."""
     shift = math.log1p(loss)
     nll = [d + shift + wobble for d, wobble in zip(DENSE_NLL, (0.001, -0.001, 0.002, -0.002), strict=True)]
     quality = Quality(100, 10.0 * (1 + loss), loss, (loss - 0.01, loss + 0.01), 0.0, 1.0, window_nll=nll)
-    speed = None if speedup is None else Speed(100 * speedup, speedup, 1000.0)
+    speed = None if speedup is None else Speed(100 * speedup, speedup, 1000.0, interval=interval)
     return Cell(label, kind, {}, 0.5 if kind == "sparse" else None, read, read, quality, speed)
 
 
@@ -67,7 +75,7 @@ def test_nothing_slower_than_dense_is_picked():
     cells = [dense(), cell("slow", 0.001, 0.9), cell("int4", 0.01, 0.7, kind="quantised")]
     advice = recommend(cells, Wish(), 4)
     assert (advice.label, advice.expected_loss, advice.interval) == ("dense", 0.0, (0.0, 0.0))
-    assert advice.reason.startswith("Stay dense: of 2 configurations, none is better")
+    assert advice.reason.startswith("Stay dense: of 2 configurations, none is surely better")
 
 
 def test_without_speed_bytes_decide():
@@ -80,6 +88,43 @@ def test_without_speed_bytes_decide():
 def test_a_cell_without_speed_among_those_with_is_not_picked():
     cells = [dense(), cell("untimed", 0.0, None, read=0.1), cell("timed", 0.01, 1.2)]
     assert recommend(cells, Wish(max_loss=0.1), 4).label == "timed"
+
+
+@pytest.mark.parametrize(
+    ("unreliable", "why"),
+    [
+        # By bytes 1.25 is the most there is; what comes out of a busy machine is another thing.
+        ({"speedup": 14.38, "interval": (13.0, 15.0)}, "its bytes allow 1.25"),
+        ({"speedup": 1.2, "interval": (0.6, 3.1)}, "it swings too much"),
+    ],
+)
+def test_a_speed_up_that_cannot_be_is_not_recommended(unreliable, why):
+    cells = [dense(), cell("impossible", 0.0, read=0.8, **unreliable), cell("good", 0.01, 1.2, interval=(1.19, 1.21))]
+    assert why in cells[1].doubt
+    assert cells[1].record()["unreliable"] == cells[1].doubt
+    for wish in (Wish(), Wish(max_loss=0.5), Wish(min_speedup=1.1)):
+        advice = recommend(cells, wish, 4)
+        assert advice.label == "good"
+        assert advice.reason.endswith("Left out, as their speed-ups are unreliable: impossible.")
+    assert recommend(cells[:2], Wish(), 4).label == "dense"
+    assert recommend(cells[:2], Wish(min_speedup=1.1), 4) is None
+
+
+def test_what_lies_just_above_its_ceiling_is_noise_and_not_impossible():
+    assert cell("at the ceiling", 0.0, 1.28, read=0.8, interval=(1.24, 1.30)).doubt is None
+
+
+def test_what_may_be_no_faster_than_dense_is_not_recommended():
+    cells = [dense(), cell("perhaps", 0.0, 1.05, interval=(0.97, 1.2))]
+    assert recommend(cells, Wish(), 4).label == "dense"
+    assert recommend(cells, Wish(max_loss=0.1), 4).label == "dense"
+
+
+def test_a_least_speed_up_is_kept_by_the_whole_interval():
+    cells = [dense(), cell("perhaps", 0.0, 1.5, interval=(1.35, 1.6)), cell("surely", 0.05, 1.45, interval=(1.41, 1.5))]
+    advice = recommend(cells, Wish(min_speedup=1.4), 4)
+    assert advice.label == "surely"
+    assert "1.45 times as fast as dense (95%: 1.41 to 1.50)" in advice.reason
 
 
 def test_failed_cells_take_no_part():

@@ -55,6 +55,18 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
     assert "d-proxy" not in second
 
 
+def test_it_says_how_far_along_it_is(judged, tokenizer, text, capsys):
+    choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048, progress=True)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trying") or "all of the" in line]
+    assert lines[0].startswith("trying cats × rms (1 of ")
+    assert ", about " in lines[1]
+    # What of the best is tried besides is known only when it is the best: as many steps as there were in the end.
+    assert lines[-1].startswith(
+        f"calibrating d-proxy × column-norm, global, 4 bits on all of the text ({len(lines)} of"
+    )
+    assert all(f"({place} of " in line for place, line in enumerate(lines, 1))
+
+
 def test_a_largest_loss_gives_the_sparsity(judged, tokenizer, text):
     found = choose(llama(hidden_size=64), tokenizer, text, max_loss=0.06, tokens=2048, progress=False)
     # 0.105 k ≤ 0.06 up to 0.55, and with global allocation 0.0945 k up to 0.6; m-countdown at 0.6 reads more.

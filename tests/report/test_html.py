@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from countdown.comparison.comparison import Comparison
 from countdown.errors import ConfigError
 from countdown.report.html import check_installed, render, write_report
 from report.sample import HOSTILE, WISH, hostile, nothing_measured, sample
@@ -110,8 +111,40 @@ def test_every_number_is_in_the_table_of_all(html):
             assert f"<td>{cell.quality.perplexity:.2f}</td><td>{100 * cell.quality.loss:+.1f}%</td>" in found
             assert f"<td>{cell.quality.kl:.4f}</td><td>{100 * cell.quality.top1:.1f}%</td>" in found
         if cell.speed:
-            assert f"<td>{cell.speed.tokens_per_s:.1f}</td><td>{cell.speed.speedup:.2f}×</td>" in found
+            beside = f"{cell.speed.tokens_per_s / cell.speed.speedup:.1f}"
+            speeds = (f"{cell.speed.tokens_per_s:.1f}", beside, f"{cell.speed.speedup:.2f}×")
+            assert "".join(f"<td>{number}</td>" for number in speeds) in found
             assert cell.speed.backend in found
+
+
+def test_an_unreliable_speed_up_is_called_so_and_not_drawn():
+    made = sample()
+    impossible = [
+        replace(c, speed=replace(c.speed, speedup=14.38, interval=(13.9, 14.6)))
+        if c.label == "cats + rms at 0.5"
+        else c
+        for c in made.cells
+    ]
+    html = render(replace(made, cells=impossible))
+    assert "<td>unreliable</td><td>13.90 to 14.60</td>" in row(html, "cats + rms at 0.5")
+    assert "14.38" not in html
+    assert "cats + rms at 0.5: " not in figure(html, "speed")
+    assert "cats + rms at 0.5: " in figure(html, "weights")
+
+
+def test_a_rough_comparison_says_so():
+    made = sample()
+    html = render(replace(made, meta=made.meta | {"rough": True}))
+    assert "<h2>Take d-proxy at 0.5, roughly</h2>" in html
+
+
+def test_parts_of_a_token_that_are_no_times_are_not_drawn(tmp_path):
+    made = sample()
+    split = {"ffn": 4000.0, "rest": -329537.0}
+    cells = [replace(c, speed=replace(c.speed, split_us=split)) if c.label == "dense" else c for c in made.cells]
+    html = render(Comparison.load(replace(made, cells=cells).save(tmp_path)))
+    assert "−" not in figure(html, "times")
+    assert "not split" in figure(html, "times")
 
 
 def test_what_was_not_measured_is_a_dash(html):

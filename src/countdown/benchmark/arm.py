@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from countdown.benchmark.timing import in_turn, paired_ratio, timed, wait
+from countdown.benchmark.speedup import paired
+from countdown.benchmark.timing import Rounds, in_turn, timed, wait
 from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device, undone
 from countdown.modules import sparse_modules
 from countdown.replay import recorded
@@ -25,6 +27,8 @@ PREFILL = {"cuda": 2048, "cpu": 512}
 ROUNDS = 8
 # What comes before the rounds that count.
 WARM_UP = 1
+# More rounds come, with the same tokens again, until the speed-ups are known well or it takes too long.
+USUAL = Rounds(ROUNDS, 5 * ROUNDS, most_s=60.0)
 TOKEN, PROMPT = "token", "prompt"
 Times = Mapping[str, list[float]]
 _RATE = ("memory", "bytes/s")
@@ -62,18 +66,24 @@ class Arm:
     def __init__(
         self, model: nn.Module, ids: Tensor, new_tokens: int, *, prefill: bool = False, split: bool = False
     ) -> None:
-        self.model, self.ids, self.part = model, ids, part_of(new_tokens)
+        self.model, self.ids, self.new_tokens = model, ids, new_tokens
         started = time.perf_counter()
-        self.loop = DecodeLoop(model, ids, new_tokens=tokens_of(new_tokens))
+        self.loop = self._begun()
         self.compile_s = time.perf_counter() - started
         if sparse_modules(model):
             reset_counters(model)  # what it computed before is not of these tokens
         self._prefill, self._split = prefill, split and _splits(model)
 
+    def alone(self) -> Arm:
+        """Return the same loop, of which only tokens are timed."""
+        other = copy.copy(self)
+        other._prefill = other._split = False
+        return other
+
     @torch.no_grad()
     def runs(self) -> dict[str, Callable[[], float]]:
         device = self.ids.device
-        found = {TOKEN: token_run(self.loop.run, self.part, device)}
+        found = {TOKEN: token_run(self._tokens, part_of(self.new_tokens), device)}
         if self._prefill:
             found[PROMPT] = self._prompt_run()
         # Timed as a part, an FFN must not count what it computes.
@@ -85,20 +95,30 @@ class Arm:
         return found
 
     def record(self, times: Times, dense: Times) -> dict[str, Any]:
-        token = median(times[TOKEN])
-        parts = {name: median(found) for name, found in times.items() if name not in (TOKEN, PROMPT)}
         found = {
             "compile_s": self.compile_s,
-            "tokens_per_s": 1e6 / token,
-            "time_us": token,
-            "split_us": parts | {"rest": token - sum(parts.values())} if self._split else {},
-            "dense_tokens_per_s": 1e6 / median(dense[TOKEN]),
-            "speedup": paired_ratio(dense[TOKEN], times[TOKEN]),
+            "time_us": median(times[TOKEN]),
+            "split_us": _split(times) if self._split else {},
+            **speeds(times[TOKEN], dense[TOKEN]),
         }
         if self._prefill:
             found["prefill_ms"] = median(times[PROMPT]) / 1e3
-            found["prefill_ratio"] = paired_ratio(times[PROMPT], dense[PROMPT])
+            found["prefill_ratio"] = paired(times[PROMPT], dense[PROMPT]).value
         return found | (_counted(self.model) if sparse_modules(self.model) else {})
+
+    def _tokens(self, steps: int) -> None:
+        """Make so many tokens, those after the prompt again where there is no room for more."""
+        if steps > self.loop.left:
+            del self.loop  # before another takes as much memory
+            counters = [site.counters for site in sparse_modules(self.model).values()]
+            with undone(counters):  # of what is timed alone
+                self.loop = self._begun()
+        self.loop.run(steps)
+
+    def _begun(self) -> DecodeLoop:
+        loop = DecodeLoop(self.model, self.ids, new_tokens=tokens_of(self.new_tokens))
+        loop.run(1)  # came with the prompt: no time of a token
+        return loop
 
     def _prompt_run(self) -> Callable[[], float]:
         tokens, device = PREFILL[self.ids.device.type], self.ids.device
@@ -115,14 +135,24 @@ class Arm:
         return run
 
 
-def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) -> tuple[dict[str, Times], list[float]]:
+@torch.no_grad()
+def measure(
+    arms: Mapping[str, Timed],
+    rate: Callable[[], float] | None = None,
+    *,
+    rounds: Rounds = USUAL,
+    label: str = "",
+) -> tuple[dict[str, Times], list[float]]:
     """Return what was measured of each arm, round by round, the arms in turn.
 
     All measure one thing, then all the next: what is compared is so little apart that a machine seldom changes between.
+    Rounds are added until it is known well enough how many times as fast as the first arm each of the others is.
 
     Args:
         arms: By name.
         rate: Measures the memory's bandwidth once.
+        rounds: How many.
+        label: What is shown as progress on stderr; nothing if empty.
 
     Returns:
         By arm and by what was measured, µs of each round; and the bandwidths, none without `rate`.
@@ -131,9 +161,35 @@ def measure(arms: Mapping[str, Timed], rate: Callable[[], float] | None = None) 
     of_arms = {name: arm.runs() for name, arm in arms.items()}
     measured = dict.fromkeys(name for of_arm in of_arms.values() for name in of_arm)
     runs |= {(arm, name): of_arm[name] for name in measured for arm, of_arm in of_arms.items() if name in of_arm}
-    found = in_turn(runs, rounds=ROUNDS, warm_up=WARM_UP)
+    first, *others = arms
+
+    def enough(found: Mapping[tuple[str, str], list[float]]) -> bool:
+        return all(paired(found[first, TOKEN], found[other, TOKEN]).narrow for other in others)
+
+    found = in_turn(runs, rounds, warm_up=WARM_UP, enough=enough, label=label)
     rates = found.pop(_RATE, [])
     return {name: {what: one for (arm, what), one in found.items() if arm == name} for name in arms}, rates
+
+
+def speeds(token: Sequence[float], dense: Sequence[float]) -> dict[str, float]:
+    """Return tokens/s, and how many times as fast as dense that is.
+
+    Args:
+        token: µs of a token, round by round.
+        dense: Of the dense model, in the same rounds.
+
+    Returns:
+        `tokens_per_s`; `speedup` with the ends of its interval, `speedup_low` and `speedup_high`; and what the dense
+        model made in these rounds, `dense_tokens_per_s`: the one over the other, so that the three agree.
+    """
+    found, rate = paired(dense, token), 1e6 / median(token)
+    return {
+        "tokens_per_s": rate,
+        "dense_tokens_per_s": rate / found.value,
+        "speedup": found.value,
+        "speedup_low": found.low,
+        "speedup_high": found.high,
+    }
 
 
 def free() -> None:
@@ -150,8 +206,10 @@ def part_of(new_tokens: int) -> int:
 
 
 def tokens_of(new_tokens: int) -> int:
-    """Return how many tokens an arm makes: those of all rounds, and in each one that is not timed."""
-    return (WARM_UP + ROUNDS) * (1 + part_of(new_tokens))
+    """Return how many tokens an arm makes: one that comes with the prompt, those of `ROUNDS` rounds and of the warm-up,
+    and in each one that is not timed.
+    """
+    return 1 + (WARM_UP + ROUNDS) * (1 + part_of(new_tokens))
 
 
 def token_run(run: Callable[[int], object], tokens: int, device: torch.device) -> Callable[[], float]:
@@ -183,6 +241,22 @@ def _second(run: Callable[[], float], tensors: Sequence[Tensor]) -> Callable[[],
             return run()
 
     return once
+
+
+def _split(times: Times) -> dict[str, float]:
+    """Return the µs of the parts of a token, and of the rest; empty where they do not tell.
+
+    Each part is a share of the token of its own round, so that a machine that slows down makes none larger. Parts are
+    timed one by one: where other work came between, they may come to more than the token, and there is no rest to tell.
+    """
+    token = median(times[TOKEN])
+    shares = {
+        name: median(part / whole for part, whole in zip(found, times[TOKEN], strict=True))
+        for name, found in times.items()
+        if name not in (TOKEN, PROMPT)
+    }
+    rest = 1 - sum(shares.values())
+    return {name: share * token for name, share in (shares | {"rest": rest}).items()} if rest >= 0 else {}
 
 
 def _counted(model: nn.Module) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from countdown.benchmark import llama_cpp
 from countdown.benchmark.arm import Arm, Timed, Times, free, measure, tokens_of
+from countdown.benchmark.speedup import Speedup
 from countdown.benchmark.timing import bandwidth, floor_rate, wait
 from countdown.calibration.calibrate import calibrate
 from countdown.config import check_choice
@@ -104,6 +105,7 @@ def run(
     arms: Sequence[Method | Profile],
     benchmark: DecodeBenchmark,
     *,
+    progress: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record of the dense model, one of each sparse one in the same loop, and those of others if asked for.
@@ -113,6 +115,7 @@ def run(
             W_down with it.
         arms: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
+        progress: Show progress on stderr.
         say: Called with a line at the start of each step.
 
     Raises:
@@ -133,10 +136,11 @@ def run(
     dense: Times = {}
     rate = bandwidth(device).floor if device.type == "cuda" else None
     for group in _groups(model, by_name, ids, benchmark):
-        say(f"measuring {', '.join(group)}")
+        say(f"preparing {', '.join(group)}")
+        label = f"measuring {', '.join(group)}" if progress else ""
         with ExitStack() as stack:
             made = {name: make(stack) for name, make in group.items()}
-            times, rates = measure(made, None if rate else floor_rate(device))
+            times, rates = measure(made, None if rate else floor_rate(device), label=label)
         dense = times.get(DENSE, dense)
         bytes_s = rate or statistics.median(rates)
         for name, arm in made.items():
@@ -144,7 +148,7 @@ def run(
             if isinstance(arm, Arm):
                 sites = find_sites(model, by_name[name].kinds) if name in by_name else []
                 record |= _against_floor(record, token_bytes(model, sites).total, sites, bytes_s)
-            yield common | {"bandwidth": bytes_s} | _named(name, by_name) | record
+            yield common | {"bandwidth": bytes_s} | _named(name, by_name) | record | _doubted(record)
         del made, arm
         free()
     if benchmark.generate:
@@ -200,7 +204,14 @@ def _against_floor(record: dict[str, Any], total: int, sites: Sequence[Site], ra
     read = sum(shares[site.name] * site.nbytes for site in sites if site.name in shares)
     floor = (total - own + read) / rate
     found = {"floor_us": floor * 1e6, "floor_share": floor * record["tokens_per_s"]}
-    return found | ({"weights_read": read / own} if shares else {})
+    return found | ({"weights_read": read / own, "ceiling": total / (total - own + read)} if shares else {})
+
+
+def _doubted(record: dict[str, Any]) -> dict[str, Any]:
+    """Return why the speed-up of a record is not to be relied on, if it is not."""
+    speedup = Speedup(record["speedup"], record["speedup_low"], record["speedup_high"])
+    doubt = speedup.doubt(record.get("ceiling"))
+    return {} if doubt is None else {"unreliable": doubt}
 
 
 def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:

@@ -13,13 +13,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from countdown.artifacts import Artifacts
-from countdown.benchmark.timing import floor_rate, in_turn, paired_ratio, relative_error, require_cuda, timed
+from countdown.benchmark.speedup import paired
+from countdown.benchmark.timing import floor_rate, in_turn, relative_error, require_cuda, timed
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 from countdown.loading import DTYPES
 from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
 from countdown.ops import backends
-from countdown.progress import track
+from countdown.progress import Steps, say
 from countdown.replay import recorded
 from countdown.selectors import Selector
 from countdown.sums.activations import ACTIVATIONS
@@ -104,14 +105,20 @@ def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str,
         ConfigError: No CUDA device, where none is named.
     """
     rate = floor_rate(benchmark.device or require_cuda())
-    for d, h in track(list(benchmark.shapes), "measuring FFNs", show=progress):
+    steps = Steps([shape for shape in benchmark.shapes for _ in benchmark.tokens])
+    for d, h in benchmark.shapes:
         layers = _Layers(d, h, benchmark)
         for tokens in benchmark.tokens:
-            yield from _measure(layers, tokens, rate)
+            label = f"measuring FFNs of {d} × {h}, tokens in a call: {tokens} ({steps})" if progress else ""
+            if progress:
+                say(label)
+            with steps.step((d, h)):
+                records = list(_measure(layers, tokens, rate, label))
+            yield from records
 
 
-def _measure(layers: _Layers, tokens: int, rate: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Yield the records of so many tokens, what is dense and all cases timed in turn."""
+def _measure(layers: _Layers, tokens: int, rate: Callable[[], float], label: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of so many tokens, what is dense and all cases timed in turn; progress is called `label`."""
     cases: list[_Given | _Deciding] = []
     for sparsity in layers.benchmark.sparsities:
         x = layers.inputs(tokens, sparsity)
@@ -122,7 +129,8 @@ def _measure(layers: _Layers, tokens: int, rate: Callable[[], float]) -> Iterato
     right = [case for case in cases if errors[case] <= TOLERANCE[layers.dtype]]
     dense = layers.dense(tokens, compiled=layers.benchmark.compiled and tokens == 1)
     steps: dict[Any, Callable[[], object]] = {**dense, **{case: _again(case.step, layers.device) for case in right}}
-    found = in_turn({_RATE: rate, **{name: timed(step, layers.device) for name, step in steps.items()}})
+    runs = {_RATE: rate, **{name: timed(step, layers.device) for name, step in steps.items()}}
+    found = in_turn(runs, label=label)
     bytes_s = statistics.median(found.pop(_RATE))
     times = {name: [time / layers.count for time in measured] for name, measured in found.items()}
     for case in cases:
@@ -173,11 +181,13 @@ def _compared(
     found = {"dense_variant": variant, "dense_time_us": medians[variant], "dense_times_us": medians}
     if case not in times:
         return found
-    time = statistics.median(times[case])
+    time, speedup = statistics.median(times[case]), paired(times[variant], times[case])
     return found | {
         "time_us": time,
-        "speedup": paired_ratio(times[variant], times[case]),
-        **({"speedup_to_fused_cublas": paired_ratio(times[FUSED], times[case])} if FUSED in medians else {}),
+        "speedup": speedup.value,
+        "speedup_low": speedup.low,
+        "speedup_high": speedup.high,
+        **({"speedup_to_fused_cublas": paired(times[FUSED], times[case]).value} if FUSED in medians else {}),
         "floor_share": floor / time,
     }
 

@@ -9,14 +9,12 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from countdown.benchmark.arm import TOKEN, Times, part_of, token_run, tokens_of
-from countdown.benchmark.timing import paired_ratio
+from countdown.benchmark.arm import TOKEN, Times, part_of, speeds, token_run, tokens_of
 from countdown.errors import ConfigError, UnsupportedModelError
 
 NAME = "llama.cpp"
@@ -82,7 +80,8 @@ class Decoding:
         import llama_cpp
 
         self.kind, self._part, threads = kind, part_of(new_tokens), torch.get_num_threads()
-        length = len(prompt) + tokens_of(new_tokens)
+        self._room = tokens_of(new_tokens)
+        length = len(prompt) + self._room
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"{kind}.gguf")
             write(model, path, kind)
@@ -90,10 +89,15 @@ class Decoding:
             self._llama: Any = llama_cpp.Llama(
                 str(path), n_ctx=length, n_threads=threads, n_threads_batch=threads, verbose=False
             )
-        self._token = self._after(prompt)
+        self._start, self._left = len(prompt), 0
+        self._token = self._first = self._after(prompt)
 
     def run(self, tokens: int) -> None:
-        """Make so many tokens."""
+        """Make so many tokens, those after the prompt again where there is no room for more."""
+        if tokens > self._left:
+            # What comes after is forgotten when the next token is computed.
+            self._llama.n_tokens, self._token, self._left = self._start, self._first, self._room
+        self._left -= tokens
         for _ in range(tokens):
             self._token = self._after([self._token])
 
@@ -103,8 +107,7 @@ class Decoding:
     def record(self, times: Times, dense: Times) -> dict[str, Any]:
         return {
             "format": self.kind,
-            "tokens_per_s": 1e6 / median(times[TOKEN]),
-            "speedup": paired_ratio(dense[TOKEN], times[TOKEN]),
+            **speeds(times[TOKEN], dense[TOKEN]),
             "llama_cpp_python": version("llama-cpp-python"),
         }
 

@@ -3,6 +3,7 @@ by the clock."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from countdown.decoding import on_device, record
 from countdown.errors import ConfigError
+from countdown.progress import track
 
 ROUNDS = 20
 # Rounds before the first that counts.
@@ -23,6 +25,21 @@ WARM_UP = 3
 # being cleared.
 WARM_UP_S = 0.05
 Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many rounds count.
+
+    Args:
+        fewest: So many in any case, and as many again until enough is known.
+        most: No more than that.
+        most_s: None are added after so many seconds.
+    """
+
+    fewest: int = ROUNDS
+    most: int = ROUNDS
+    most_s: float = math.inf
 
 
 def require_cuda() -> torch.device:
@@ -45,7 +62,12 @@ def timed(step: Callable[[], object], device: torch.device) -> Callable[[], floa
 
 
 def in_turn(
-    runs: Mapping[Name, Callable[[], float]], *, rounds: int = ROUNDS, warm_up: int = WARM_UP
+    runs: Mapping[Name, Callable[[], float]],
+    rounds: Rounds = Rounds(),
+    *,
+    warm_up: int = WARM_UP,
+    enough: Callable[[Mapping[Name, list[float]]], bool] = lambda _: True,
+    label: str = "",
 ) -> dict[Name, list[float]]:
     """Return what each run measured, round by round.
 
@@ -55,17 +77,27 @@ def in_turn(
         runs: By name; each measures once and returns what it found.
         rounds: How many count.
         warm_up: How many come before.
+        enough: Whether what was measured so far will do.
+        label: What is shown as progress on stderr; nothing if empty.
     """
+    started = time.perf_counter()
+    found = _rounds(runs, warm_up + rounds.fewest, label)
+    found = {name: measured[warm_up:] for name, measured in found.items()}
+    count = rounds.fewest
+    while count < rounds.most and time.perf_counter() - started < rounds.most_s and not enough(found):
+        more = min(rounds.fewest, rounds.most - count)
+        for name, measured in _rounds(runs, more, label and f"{label}, again because it varies").items():
+            found[name] += measured
+        count += more
+    return found
+
+
+def _rounds(runs: Mapping[Name, Callable[[], float]], count: int, label: str) -> dict[Name, list[float]]:
     found: dict[Name, list[float]] = {name: [] for name in runs}
-    for _ in range(warm_up + rounds):
+    for _ in track(range(count), label, show=bool(label), still=True):
         for name, run in runs.items():
             found[name].append(run())
-    return {name: measured[warm_up:] for name, measured in found.items()}
-
-
-def paired_ratio(over: list[float], under: list[float]) -> float:
-    """Return the median ratio of what two runs measured in the same rounds."""
-    return statistics.median(one / other for one, other in zip(over, under, strict=True))
+    return found
 
 
 def _called(step: Callable[[], object]) -> Callable[[], float]:

@@ -148,9 +148,8 @@ def decode(
         arms, name, prompt = [_profile(source, profile, sparsity)], source.label, _prompt(source, context)
         loaded = load_model(source, dtype=dtype, device=device)
     benchmark = DecodeBenchmark(context, new_tokens, generate=generate, llama_cpp=versus is not None, prompt=prompt)
-    records = _written(
-        json, meta(**_commit(commit)), ({"model": name} | record for record in run(loaded, arms, benchmark, say=say))
-    )
+    found = run(loaded, arms, benchmark, progress=o.show_progress(), say=say)
+    records = _written(json, meta(**_commit(commit)), ({"model": name} | record for record in found))
     printing.print_decode_speeds(printing.table_console(json), records)
 
 

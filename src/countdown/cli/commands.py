@@ -373,7 +373,13 @@ def demo(
     report = output / "report.html"
     _check_file_free(report, overwrite=overwrite)
     shown = o.show_progress()
-    found = run_demo(output, overwrite=overwrite, progress=shown, say=printing.say if shown else lambda _: None)
+    found = run_demo(
+        output,
+        overwrite=overwrite,
+        progress=shown,
+        say=printing.say if shown else lambda _: None,
+        on_cell=printing.say_cell if shown else lambda _: None,
+    )
     write_report(found, report)
     printing.print_comparison(printing.table_console(None), found)
     typer.echo(f"report: {report}")

@@ -34,8 +34,11 @@ def compare(
     min_speedup: MinSpeedup = None,
     quantised: Quantised = True,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Measure no speed; go by bytes.")] = False,
-    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to score.")] = 12,
-    tokens: o.Tokens = 16384,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure less: rough numbers, soon.")] = False,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of 512 tokens to score. [12; 4 if --quick]")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to calibrate on. [16384; 2048 if --quick]")] = None,
     text: Annotated[str, typer.Option(help=o.TEXT_HELP)] = "python-docs",
     text_dir: o.TextDir = None,
     prompt: Annotated[str | None, typer.Option(help="What every configuration answers.")] = None,
@@ -67,6 +70,7 @@ def compare(
         min_speedup=min_speedup,
         quantised=quantised,
         speed=not no_speed,
+        quick=quick,
         windows=windows,
         tokens=tokens,
         text=text,
@@ -82,6 +86,7 @@ def compare(
         fresh=fresh,
         progress=o.show_progress(),
         say=printing.say if o.show_progress() else lambda _: None,
+        on_cell=printing.say_cell if o.show_progress() else lambda _: None,
         facts={} if commit is None else {"commit": commit},
     )
     printing.emit(json, found.document())

@@ -44,7 +44,7 @@ def table_console(json: str | None) -> Console:
 
 def _stdout() -> Console:
     # A table wider than the terminal wraps there; rich would cut its cells instead, and at 80 in a pipe.
-    return Console(highlight=False, width=max(110, shutil.get_terminal_size().columns))
+    return Console(highlight=False, width=max(150, shutil.get_terminal_size().columns))
 
 
 def print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -185,27 +185,54 @@ def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
 
 def print_decode_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
     """Print tokens/s of each run, and where a token's time goes."""
-    header = ["", "tokens/s", "× dense", "of floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms"]
+    header = ["", *SPEED_HEADER, "of floor", "FFN µs", "attention's linears", "head", "rest", "prefill ms"]
     rows = []
     for r in records:
-        if "split_us" not in r:
-            name = "Hugging Face generate" if r["run"] == "generate" else f"{r['run']} {r['format']}"
-            rows.append((name, f"{r['tokens_per_s']:.1f}", *[""] * 7))
-            continue
-        # Of single linears that are sparse it is not known.
-        split = r["split_us"]
-        parts = [f"{split[part]:.0f}" if split else "" for part in ("ffn", "attention_linears", "head", "rest")]
-        speeds = (f"{r['tokens_per_s']:.1f}", f"{r['speedup']:.2f}", f"{r['floor_share']:.0%}")
-        rows.append((r.get("method", r["run"]), *speeds, *parts, f"{r['prefill_ms']:.1f}"))
+        name, *more = _decode_row(r)
+        rows.append((name, *more, *[""] * (len(header) - 1 - len(more))))
     print_table(out, header, rows)
     for r in records:
+        if "unreliable" in r:
+            out.print(f"{_run_name(r)}: its speed-up is unreliable: {r['unreliable']}", markup=False)
         if r["run"] == "sparse":
             out.print(f"{r['method']}: realised sparsity {r['realised_sparsity']:.1%}, backend {r['backend']}")
 
 
+def _run_name(record: dict[str, Any]) -> str:
+    if record["run"] == "generate":
+        return "Hugging Face generate"
+    return f"{record['run']} {record['format']}" if "format" in record else str(record.get("method", record["run"]))
+
+
+def _decode_row(r: dict[str, Any]) -> tuple[str, ...]:
+    name = _run_name(r)
+    if "speedup" not in r:
+        return (name, f"{r['tokens_per_s']:.1f}")
+    ends = None if r["run"] == "dense" else (r["speedup_low"], r["speedup_high"])
+    speeds = speed_cells(r["tokens_per_s"], r["dense_tokens_per_s"], r["speedup"], ends, "unreliable" not in r)
+    if "split_us" not in r:
+        return (name, *speeds)
+    # What is not known is empty: of single linears that are sparse, and where other work came between.
+    split = r["split_us"]
+    parts = [f"{split[part]:.0f}" if split else "" for part in ("ffn", "attention_linears", "head", "rest")]
+    return (name, *speeds, f"{r['floor_share']:.0%}", *parts, f"{r['prefill_ms']:.1f}")
+
+
+SPEED_HEADER = ["tokens/s", "dense beside", "× dense", "95%"]
+
+
+def speed_cells(
+    rate: float, dense: float | None, speedup: float, ends: tuple[float, float] | None, reliable: bool
+) -> tuple[str, ...]:
+    """Return what stands below `SPEED_HEADER`; no interval where `ends` is None, as of the dense model itself."""
+    beside = "" if dense is None else f"{dense:.1f}"
+    interval = "" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
+    return (f"{rate:.1f}", beside, f"{speedup:.2f}" if reliable else "unreliable", interval)
+
+
 def print_comparison(out: Console, found: Comparison) -> None:
     """Print a row for each configuration, what failed, what must be said beside, and what to take."""
-    header = ["", "read", "perplexity", "loss", "95%", "KL", "same top", "tokens/s", "× dense"]
+    header = ["", "read", "perplexity", "loss", "95%", "KL", "same top", *SPEED_HEADER]
     print_table(out, header, [_comparison_row(cell) for cell in found.cells])
     for cell in found.cells:
         if cell.error:
@@ -214,16 +241,16 @@ def print_comparison(out: Console, found: Comparison) -> None:
     out.print(
         f"{meta['windows']} windows of {meta['window_tokens']} tokens of {meta['text']['source']}, every token "
         "sparse; loss is the rise of perplexity over dense; read: share of a whole token's weight bytes; "
-        "same top: tokens both put first",
+        "same top: tokens both put first; dense beside: the dense model in the same rounds",
         markup=False,
     )
     for caveat in meta["caveats"]:
         out.print(caveat, markup=False)
-    advice = found.recommendation
+    advice, rough = found.recommendation, " roughly" if found.rough else ""
     if advice is None:
         out.print("Recommended: nothing.", style="bold")
         return
-    out.print(f"Recommended: {advice.label}", markup=False, style="bold")
+    out.print(f"Recommended{rough}: {advice.label}", markup=False, style="bold")
     out.print(advice.reason, markup=False)
     if advice.confirmed_loss is not None:
         low, high = advice.interval
@@ -234,9 +261,24 @@ def print_comparison(out: Console, found: Comparison) -> None:
         )
 
 
+def say_cell(cell: Cell) -> None:
+    """Print in a line, to stderr, what was found of a configuration."""
+    parts = []
+    if cell.quality is not None:
+        loss = "" if cell.kind == "dense" else f" ({cell.quality.loss:+.1%})"
+        parts.append(f"perplexity {cell.quality.perplexity:.2f}{loss}")
+    if cell.speed is not None:
+        parts.append(f"{cell.speed.tokens_per_s:.1f} tokens/s")
+        if cell.kind != "dense":
+            parts.append(f"{cell.speed.speedup:.2f} × dense" if cell.doubt is None else "speed-up unreliable")
+    if cell.error:
+        parts.append(f"failed: {cell.error}")
+    say(f"{cell.label}: {', '.join(parts)}")
+
+
 def _comparison_row(cell: Cell) -> tuple[str, ...]:
     read = "" if cell.weights_read is None else f"{cell.weights_read:.0%}"
-    quality, speed = ("",) * 5, ("", "")
+    quality, speeds = ("",) * 5, ("",) * len(SPEED_HEADER)
     if cell.quality is not None:
         low, high = cell.quality.loss_interval
         interval = "" if cell.kind == "dense" else f"{low:+.1%} to {high:+.1%}"
@@ -244,8 +286,10 @@ def _comparison_row(cell: Cell) -> tuple[str, ...]:
         numbers = (f"{cell.quality.perplexity:.2f}", loss, interval)
         quality = (*numbers, f"{cell.quality.kl:.3f}", f"{cell.quality.top1:.1%}")
     if cell.speed is not None:
-        speed = (f"{cell.speed.tokens_per_s:.1f}", f"{cell.speed.speedup:.2f}")
-    return (escape(cell.label), read, *quality, *speed)
+        speed = cell.speed
+        ends = None if cell.kind == "dense" else speed.interval
+        speeds = speed_cells(speed.tokens_per_s, speed.dense_beside, speed.speedup, ends, cell.doubt is None)
+    return (escape(cell.label), read, *quality, *speeds)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

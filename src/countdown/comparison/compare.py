@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 from countdown.comparison import quantised as schemes
 from countdown.comparison.cache import Cache, default_folder
 from countdown.comparison.comparison import FILE, KINDS, TABLE, Cell, Comparison, Recommendation
+from countdown.comparison.effort import QUICK, USUAL
 from countdown.comparison.grid import DENSE, Configuration, Wish, configurations
 from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
-from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, TOKENS, WINDOWS, Outcome, Protocol, Session
+from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Outcome, Protocol, Session
 from countdown.errors import ConfigError, CountdownError
 from countdown.files import unwritable_file
 from countdown.loading import Source
@@ -37,8 +39,9 @@ def compare(
     min_speedup: float | None = None,
     quantised: bool = True,
     speed: bool = True,
-    windows: int = WINDOWS,
-    tokens: int = TOKENS,
+    quick: bool = False,
+    windows: int | None = None,
+    tokens: int | None = None,
     text: str = "python-docs",
     text_dir: str | Path | None = None,
     prompt: str = PROMPT,
@@ -52,6 +55,7 @@ def compare(
     fresh: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = lambda _: None,
+    on_cell: Callable[[Cell], None] = lambda _: None,
     facts: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Measure a model dense, sparse and quantised, quality and speed on this machine, and recommend one of them.
@@ -65,6 +69,8 @@ def compare(
         max_loss, min_speedup: See `Wish`.
         quantised: Measure what torchao makes of the dense model, too.
         speed: Measure speed; without, the recommendation goes by bytes.
+        quick: Measure less, to have rough numbers soon: fewer windows, tokens, rounds, methods and sparsities, where
+            they are not given. The comparison says that it is rough.
         windows, tokens, text, text_dir, prompt, dtype, device, seed: See `Protocol`.
         revision, trust_remote_code: See `Source`.
         output: A folder for `comparison.json`, `comparison.csv` and, where a sparse configuration is recommended, its
@@ -73,6 +79,7 @@ def compare(
         fresh: Measure all again, whatever the cache holds.
         progress: Show progress on stderr.
         say: Called with a line at the start of each step.
+        on_cell: Called with each configuration that is measured now, as soon as it is.
         facts: More for the comparison's `meta`.
 
     Raises:
@@ -85,27 +92,36 @@ def compare(
         found = countdown.compare("my-model", methods=["cats"], sparsities=[0.5], quantised=False, speed=False)
         print(found.recommendation)
     """
-    wish = Wish(max_loss, min_speedup)
+    started = time.perf_counter()
+    wish, effort = Wish(max_loss, min_speedup), QUICK if quick else USUAL
     if min_speedup is not None and not speed:
         raise ConfigError("a least speed-up is wished for, but speed is not measured; leave out one of the two.")
-    sparse = configurations(methods, sparsities)
+    sparse = configurations(methods, sparsities, effort)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    protocol = Protocol(text, text_dir, windows, tokens, prompt, dtype, device, seed)
+    windows = effort.windows if windows is None else windows
+    tokens = effort.tokens if tokens is None else tokens
+    protocol = Protocol(text, text_dir, windows, tokens, prompt, dtype, device, seed, effort.rounds)
     cache = Cache(default_folder(), fresh=fresh)
     cache.check()
     session = Session(source, protocol, cache, speed=speed, progress=progress, say=say)
     folder = None if output is None else Path(output)
     plan = _extended([DENSE, *sparse, *_quantised(session, quantised)], _earlier(folder, overwrite, session))
-    found = [session.cell(configuration) for configuration in plan]
-    cells = [cell for cell, _ in found]
-    if cells[0].error is not None:
-        raise CountdownError(f"the dense model cannot be measured: {cells[0].error}")
-    caveats = _caveats(session, plan, [outcomes for _, outcomes in found], quantised)
-    caveats += _drift(cells)
+    found = []
+    for one in session.cells(plan):
+        if one.cell.kind == DENSE.kind and one.cell.error is not None:
+            raise CountdownError(f"the dense model cannot be measured: {one.cell.error}")
+        if one.now:
+            on_cell(one.cell)
+        found.append(one)
+    cells = [one.cell for one in found]
+    caveats = [_rough(protocol)] if quick else []
+    caveats += _caveats(session, plan, [one.outcomes for one in found], quantised)
+    caveats += [*_drift(cells), *_doubts(cells)]
     advice = _recommended(session, plan, cells, wish)
     if advice is None:
         caveats.append(nearest(cells, wish))
-    about = _about(session, wish, found[0][1], caveats)
+    about = _about(session, wish, found[0].outcomes, caveats)
+    about |= {"rough": quick, "took_s": round(time.perf_counter() - started, 1)}
     comparison = Comparison(meta(**facts or {}, **about), cells, advice)
     if folder is not None:
         _save(comparison, folder, session, plan)
@@ -211,13 +227,30 @@ def _caveats(
 
 def _drift(cells: Sequence[Cell]) -> list[str]:
     """Return a caveat where dense ran at another speed beside some cells."""
-    speeds = [cell.speed for cell in cells if cell.speed is not None]
-    dense = [speed.tokens_per_s / speed.speedup for speed in speeds]
+    speeds = [cell.speed for cell in cells if cell.speed is not None and cell.doubt is None]
+    dense = [speed.dense_beside for speed in speeds]
     if not dense or max(dense) <= (1 + SAME_SPEED) * min(dense):
         return []
     return [
         f"Dense ran at {min(dense):.1f} to {max(dense):.1f} tokens/s while the others were timed, as other work came "
         "and went: each speed-up is over dense timed beside it, so compare those, not tokens/s."
+    ]
+
+
+def _rough(protocol: Protocol) -> str:
+    return (
+        f"This comparison is quick, and rough: {protocol.windows} windows, calibration on {protocol.tokens} tokens, "
+        "few rounds of timing, few methods and sparsities. Before you decide, run countdown compare without --quick."
+    )
+
+
+def _doubts(cells: Sequence[Cell]) -> list[str]:
+    """Return a caveat for each speed-up that is not to be relied on."""
+    return [
+        f"The speed-up of {cell.label} is unreliable, and it is not recommended: {cell.doubt}. The same comparison "
+        "measures it again, best when less runs on the machine."
+        for cell in cells
+        if cell.doubt
     ]
 
 

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from countdown.benchmark.speedup import Speedup
 from countdown.config import check_fields
 from countdown.errors import ConfigError
 from countdown.files import reason, write_text
 from countdown.results import write
 
 FORMAT = "countdown-comparison"
-VERSION = 2
+VERSION = 3
 FILE, TABLE = "comparison.json", "comparison.csv"
 
 # What a configuration is. `dense` is the yardstick, one of each comparison.
@@ -88,10 +89,11 @@ class Speed:
 
     Args:
         tokens_per_s: Of the decode loop.
-        speedup: Over the dense model in the same session.
+        speedup: Over the dense model, the median over rounds in which the two took turns; see `benchmark.speedup`.
         floor_us: Time of a token if its weight bytes moved at the bandwidth measured beside, in µs.
         split_us: µs of a token in `ffn`, `attention_linears`, `head` and `rest`; empty where it is not known.
         backend: What computed it, as `status` names it.
+        interval: 95% of `speedup`; None in files of versions that measured none.
     """
 
     tokens_per_s: float
@@ -99,6 +101,25 @@ class Speed:
     floor_us: float
     split_us: dict[str, float] = field(default_factory=dict)
     backend: str = ""
+    interval: tuple[float, float] | None = None
+
+    @property
+    def dense_beside(self) -> float:
+        """Tokens/s of the dense model in the same rounds."""
+        return self.tokens_per_s / self.speedup
+
+    @property
+    def gain(self) -> Speedup:
+        """The speed-up and its interval, which is no wider than itself where none was measured."""
+        return Speedup(self.speedup, *(self.interval or (self.speedup, self.speedup)))
+
+    @classmethod
+    def parse(cls, found: dict[str, Any]) -> Speed:
+        """Return what `asdict` took apart, without parts of a token that are no times."""
+        interval, split = found.get("interval"), found["split_us"]
+        told = all(part >= 0 for part in split.values())
+        low_high = None if interval is None else (interval[0], interval[1])
+        return cls(**found | {"interval": low_high, "split_us": split if told else {}})
 
 
 @dataclass(frozen=True)
@@ -141,12 +162,19 @@ class Cell:
     sample: Sample | None = None
     error: str | None = None
 
+    @property
+    def doubt(self) -> str | None:
+        """Why its speed-up is not to be relied on; None where it is, or there is none."""
+        if self.speed is None or self.kind == "dense":
+            return None
+        return self.speed.gain.doubt(self.weights_read and 1 / self.weights_read)
+
     @classmethod
     def parse(cls, found: dict[str, Any]) -> Cell:
         """Return what `asdict` took apart."""
         parsers: dict[str, Any] = {
             "quality": Quality.parse,
-            "speed": lambda part: Speed(**part),
+            "speed": Speed.parse,
             "sample": lambda part: Sample(**part),
         }
         fields = {_RENAMED.get(name, name): value for name, value in found.items()}
@@ -175,7 +203,11 @@ class Cell:
             "kl": quality and quality.kl,
             "top1": quality and quality.top1,
             "tokens_per_s": speed and speed.tokens_per_s,
+            "dense_tokens_per_s": speed and speed.dense_beside,
             "speedup": speed and speed.speedup,
+            "speedup_low": speed and speed.interval and speed.interval[0],
+            "speedup_high": speed and speed.interval and speed.interval[1],
+            "unreliable": self.doubt,
             "floor_us": speed and speed.floor_us,
             "backend": speed and speed.backend,
             "error": self.error,
@@ -211,7 +243,8 @@ class Comparison:
         meta: Command, date, hardware, versions as in every results file; besides `model`, `wish` (what was asked for,
             in words), `text`, `calibration` (source, hash), `windows`, `window_tokens`, `context`, `new_tokens`,
             `dtype`, `device`, `bandwidth` (bytes/s), `prompt`, `caveats` (list of sentences that must be shown), and
-            `identity`: what comparisons must share to be put together.
+            `rough` (whether it was made in a hurry), `took_s` (seconds that this run took) and `identity`: what
+            comparisons must share to be put together.
         cells: Dense first.
         recommendation: None where nothing fits what was asked for.
     """
@@ -219,6 +252,11 @@ class Comparison:
     meta: dict[str, Any]
     cells: list[Cell]
     recommendation: Recommendation | None = None
+
+    @property
+    def rough(self) -> bool:
+        """Whether it was made quickly rather than well."""
+        return bool(self.meta.get("rough"))
 
     def records(self) -> list[dict[str, Any]]:
         """Return one flat record for each cell, as `pandas.DataFrame` takes them."""

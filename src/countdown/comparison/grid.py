@@ -12,12 +12,12 @@ import yaml
 
 from countdown.comparison import quantised
 from countdown.comparison.comparison import Cell
+from countdown.comparison.effort import USUAL, Effort
 from countdown.errors import ConfigError
 from countdown.evaluation.choice import candidates
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class
 from countdown.profiles.recipe import SUFFIXES, Recipe
 
-SPARSITIES = (0.3, 0.5, 0.7, 0.8)
 # What profiles are calibrated at; they serve every sparsity.
 CALIBRATED_AT = 0.5
 
@@ -101,23 +101,24 @@ class Wish:
 
 
 def configurations(
-    methods: Sequence[str | Method | Recipe] | None, sparsities: Sequence[float] | None
+    methods: Sequence[str | Method | Recipe] | None, sparsities: Sequence[float] | None, effort: Effort = USUAL
 ) -> list[Configuration]:
     """Return the sparse configurations: every method at every sparsity.
 
     Args:
         methods: Methods, recipes, or names as the command line takes them: a method, a method with settings
             (`NAME:weighting=rms,bits=3`), or a recipe file. Without any, the usual ones; see `usual_methods`.
-        sparsities: Shares to skip; they replace those of recipes. [`SPARSITIES`]
+        sparsities: Shares to skip; they replace those of recipes. [those of `effort`]
+        effort: What is compared where nothing else is asked for.
 
     Raises:
         ConfigError: An unknown method or setting, a sparsity out of range, or one of them twice.
     """
-    recipes = _labelled(usual_methods() if methods is None else methods)
+    recipes = _labelled(usual_methods(effort) if methods is None else methods)
     found = [
         Configuration(f"{label} at {sparsity:g}", "sparse", sparsity, recipe.with_settings(sparsity=sparsity))
         for label, recipe in recipes
-        for sparsity in (SPARSITIES if sparsities is None else sparsities)
+        for sparsity in (effort.sparsities if sparsities is None else sparsities)
     ]
     labels = [configuration.label for configuration in found]
     if twice := [label for label in labels if labels.count(label) > 1]:
@@ -125,9 +126,11 @@ def configurations(
     return found
 
 
-def usual_methods() -> list[Method]:
+def usual_methods(effort: Effort = USUAL) -> list[Method]:
     """Return the methods to compare: those that could be picked, weighted as most do best, and as published."""
     weighted = candidates()
+    if not effort.published:
+        return weighted
     published = [method(one.name, decision=one.decision) for one in weighted if one.weighting != "none"]
     return [*weighted, *published]
 

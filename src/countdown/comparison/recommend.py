@@ -6,9 +6,10 @@ Of those that keep what was wished for:
 - with no wish, the best trade: the largest gain / (1 + loss), so that a percent of perplexity weighs as a percent of
   speed.
 
-The gain is the measured speed-up. Where no speed was measured it is 1 / weights read of a whole token, what decoding
-bound by memory bandwidth could gain. The dense model takes part, with gain 1 and loss 0, so nothing slower than it is
-ever recommended.
+The gain is the measured speed-up; the lower end of its interval must keep to the wish, and show that it is faster than
+dense at all. A speed-up that is not to be relied on (`Cell.doubt`) takes no part. Where no speed was measured the gain
+is 1 / weights read of a whole token, what decoding bound by memory bandwidth could gain. The dense model takes part,
+with gain 1 and loss 0, so nothing slower than it is ever recommended.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ class Candidate:
         cell: The cell.
         quality: What it costs.
         gain: How many times as fast as dense, measured or by bytes.
+        least: The lower end of its interval.
     """
 
     cell: Cell
     quality: Quality
     gain: float
+    least: float
 
     def keeps(self, wish: Wish) -> bool:
         """Return whether it fulfils a wish."""
-        quick = wish.min_speedup is None or self.gain >= wish.min_speedup
+        quick = self.cell.kind == "dense" or self.least > 1
+        quick = quick and (wish.min_speedup is None or self.least >= wish.min_speedup)
         return quick and (wish.max_loss is None or self.quality.loss_interval[1] <= wish.max_loss)
 
     def merit(self, wish: Wish) -> float:
@@ -65,16 +69,16 @@ def recommend(cells: Sequence[Cell], wish: Wish, others: int, *, seed: int = 0) 
     expected, interval = best.quality.loss, (0.0, 0.0)
     if best.cell.kind != "dense":
         interval = _interval(candidates, best, others, seed)
-    return Recommendation(best.cell.label, _reason(best, kept, candidates, wish), expected, interval)
+    reason = _reason(best, kept, candidates, wish) + _left_out(cells)
+    return Recommendation(best.cell.label, reason, expected, interval)
 
 
 def nearest(cells: Sequence[Cell], wish: Wish) -> str:
     """Return a sentence for when no cell keeps the wish."""
-    candidates = _candidates(cells)
-    fast = max(candidates, key=lambda one: one.gain)
+    fast = max(_candidates(cells), key=lambda one: one.gain)
     return (
         f"Nothing that was measured fulfils the wish ({wish}); the largest gain is that of {_words(fast)}. "
-        "Allow more loss or ask for less speed."
+        f"Allow more loss or ask for less speed.{_left_out(cells)}"
     )
 
 
@@ -84,9 +88,15 @@ def _candidates(cells: Sequence[Cell]) -> list[Candidate]:
     found = []
     for cell in cells:
         gain = (cell.speed and cell.speed.speedup) if timed else (cell.weights_read and 1 / cell.weights_read)
-        if cell.quality is not None and gain:
-            found.append(Candidate(cell, cell.quality, gain))
+        if cell.quality is not None and gain and cell.doubt is None:
+            found.append(Candidate(cell, cell.quality, gain, cell.speed.gain.low if timed and cell.speed else gain))
     return found
+
+
+def _left_out(cells: Sequence[Cell]) -> str:
+    """Return a sentence on what takes no part because its speed-up is not to be relied on."""
+    left = [cell.label for cell in cells if cell.doubt is not None]
+    return f" Left out, as their speed-ups are unreliable: {', '.join(left)}." if left else ""
 
 
 def _interval(candidates: Sequence[Candidate], best: Candidate, others: int, seed: int) -> tuple[float, float]:
@@ -98,7 +108,7 @@ def _interval(candidates: Sequence[Candidate], best: Candidate, others: int, see
 
 def _reason(best: Candidate, kept: Sequence[Candidate], candidates: Sequence[Candidate], wish: Wish) -> str:
     if best.cell.kind == "dense":
-        first = f"Stay dense: of {len(candidates) - 1} configurations, none is better ({wish})."
+        first = f"Stay dense: of {len(candidates) - 1} configurations, none is surely better ({wish})."
     else:
         first = f"{_words(best)}: the best of {len(candidates) - 1} configurations ({wish})."
     rest = [one for one in kept if one.cell.kind not in (best.cell.kind, "dense")]
@@ -112,6 +122,8 @@ def _reason(best: Candidate, kept: Sequence[Candidate], candidates: Sequence[Can
 
 def _words(one: Candidate) -> str:
     how = "times as fast as dense" if one.cell.speed else "times fewer weight bytes than dense"
+    if one.cell.speed and one.cell.speed.interval and one.cell.kind != "dense":
+        how += " (95%: {:.2f} to {:.2f})".format(*one.cell.speed.interval)
     low, high = one.quality.loss_interval
     return (
         f"{one.cell.label}, {one.gain:.2f} {how}, perplexity {one.quality.loss:+.1%} (95%: {low:+.1%} to {high:+.1%})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from countdown.benchmark.arm import Arm, Times, free, measure
-from countdown.benchmark.timing import bandwidth
+from countdown.benchmark.timing import Rounds, bandwidth
 from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.comparison.bootstrap import FEWEST_WINDOWS
 from countdown.comparison.cache import Cache, Key
 from countdown.comparison.comparison import Cell, Quality, Sample, Speed
+from countdown.comparison.effort import USUAL
 from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
@@ -31,12 +32,11 @@ from countdown.modules import sparse_modules
 from countdown.ops.request import requested
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe
+from countdown.progress import Steps
 from countdown.sites import Site, find_sites
 from countdown.sparsify import sparse_twin, status
 from countdown.text import BUILT_IN, WINDOW, Text, load_text, windows
 
-TOKENS = 16384
-WINDOWS = 12
 PROMPT = "Explain in three sentences why the sky is blue."
 SAMPLE_TOKENS = 64
 # Of the decode loop: tokens of the prompt, taken from the text, and tokens that are timed.
@@ -57,6 +57,7 @@ class Protocol:
         prompt: What every configuration answers.
         dtype, device: See `load_model`.
         seed: Of dealing windows and of resampling them.
+        rounds: Of timing.
 
     Raises:
         ConfigError: Too few windows to estimate a spread from.
@@ -64,12 +65,13 @@ class Protocol:
 
     text: str = "python-docs"
     text_dir: str | Path | None = None
-    windows: int = WINDOWS
-    tokens: int = TOKENS
+    windows: int = USUAL.windows
+    tokens: int = USUAL.tokens
     prompt: str = PROMPT
     dtype: str = "auto"
     device: str = "auto"
     seed: int = 0
+    rounds: Rounds = USUAL.rounds
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -96,6 +98,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What came of a configuration.
+
+    Args:
+        cell: What is known of it.
+        outcomes: By part.
+        now: Whether any of it was measured just now.
+    """
+
+    cell: Cell
+    outcomes: dict[str, Outcome]
+    now: bool
+
+
+@dataclass(frozen=True)
 class Applied:
     """A configuration ready to run.
 
@@ -116,11 +133,13 @@ class Yardstick:
         bandwidth: See `Bandwidth.floor`.
         dense: What was measured of the dense model.
         times: And each of its rounds.
+        beside: The dense model in the loop, which others take turns with; None where it is timed once.
     """
 
     bandwidth: float
     dense: dict[str, Any]
     times: Times
+    beside: Arm | None
 
 
 class Session:
@@ -192,7 +211,11 @@ class Session:
             del key["text"]
         if configuration is not None:
             key["configuration"] = configuration.settings(self.device)
-        sizes = {"speed": [CONTEXT, NEW_TOKENS], "sample": [SAMPLE_TOKENS]}
+        rounds = self.protocol.rounds
+        sizes: dict[str, list[float]] = {
+            "speed": [CONTEXT, NEW_TOKENS, rounds.fewest, rounds.most, rounds.most_s],
+            "sample": [SAMPLE_TOKENS],
+        }
         return key | {"sizes": sizes.get(part, [WINDOW])}
 
     # What is loaded
@@ -246,8 +269,9 @@ class Session:
         try:
             rate = bandwidth(self.device).floor
             arm = self._arm(self._model, split=True)
-            times, _ = measure({"dense": arm})
-            return Yardstick(rate, arm.record(times["dense"], times["dense"]), times["dense"])
+            times, _ = measure({"dense": arm}, rounds=self.protocol.rounds)
+            beside = arm.alone() if self.device.type == "cpu" else None
+            return Yardstick(rate, arm.record(times["dense"], times["dense"]), times["dense"], beside)
         except Exception as error:
             return error
 
@@ -263,14 +287,19 @@ class Session:
             self._keep(self.cache.put, key, found)
         return found
 
-    def cell(self, configuration: Configuration) -> tuple[Cell, dict[str, Outcome]]:
-        """Return a cell, and what came of each of its parts. What fails is said in it, and does not raise."""
-        found = {part: self._stored(part, configuration) for part in self._measure}
-        if missing := [part for part, outcome in found.items() if outcome is None]:
-            self.say(f"measuring {configuration.label}")
-            found |= self._measured(configuration, missing)
-        outcomes = {part: outcome for part, outcome in found.items() if outcome is not None}
-        return self._cell(configuration, outcomes), outcomes
+    def cells(self, plan: Sequence[Configuration]) -> Iterator[Measured]:
+        """Yield what comes of each configuration. What fails is said in its cell, and does not raise."""
+        stored = {one.label: {part: self._stored(part, one) for part in self._measure} for one in plan}
+        kinds = _kinds([one for one in plan if None in stored[one.label].values()])
+        steps = Steps(list(kinds.values()))
+        for configuration in plan:
+            label = configuration.label
+            found = {part: outcome for part, outcome in stored[label].items() if outcome is not None}
+            if label in kinds:
+                self.say(f"measuring {label} ({steps})")
+                with steps.step(kinds[label]):
+                    found |= self._measured(configuration, [part for part in self._measure if part not in found])
+            yield Measured(self._cell(configuration, found), found, label in kinds)
 
     def profile(self, configuration: Configuration) -> Profile:
         """Return the profile of a sparse configuration, at its sparsity.
@@ -337,8 +366,10 @@ class Session:
         failed = _attempt(measure_all)
         free()
         found |= {part: failed for part in parts if part not in found}
+        doubted = self._cell(configuration, found).doubt is not None
         for part, outcome in found.items():
-            if outcome.problem is None or outcome.refused:
+            # The machine may be quieter next time.
+            if (outcome.problem is None or outcome.refused) and not (part == "speed" and doubted):
                 self._keep(self.cache.put, self._key(part, configuration), asdict(outcome))
         return found
 
@@ -374,6 +405,7 @@ class Session:
             floor_us=read * self._token_bytes / yardstick.bandwidth * 1e6,
             split_us=found["split_us"],
             backend=found.get("backend", "torchao" if applied.saved else ""),
+            interval=(found["speedup_low"], found["speedup_high"]),
         )
         return {"speed": asdict(speed), "bandwidth": yardstick.bandwidth}
 
@@ -384,8 +416,9 @@ class Session:
         long and nobody else runs, the dense model is timed once.
         """
         arm = self._arm(applied.model, split=not applied.saved)
-        beside = {"dense": self._arm(self._model)} if self.device.type == "cpu" else {}
-        times, _ = measure({**beside, "configuration": arm})
+        beside = {"dense": yardstick.beside} if yardstick.beside else {}
+        label = f"timing {configuration.label}" if self.progress else ""
+        times, _ = measure({**beside, "configuration": arm}, rounds=self.protocol.rounds, label=label)
         return arm.record(times["configuration"], times.get("dense", yardstick.times))
 
     def _arm(self, model: nn.Module, *, split: bool = False) -> Arm:
@@ -429,7 +462,7 @@ class Session:
             weights_read=values.get("weights_read"),
             site_weights_read=values.get("site_weights_read"),
             quality=Quality.parse(values["quality"]) if "quality" in values else None,
-            speed=Speed(**values["speed"]) if "speed" in values else None,
+            speed=Speed.parse(values["speed"]) if "speed" in values else None,
             sample=Sample(**values["sample"]) if "sample" in values else None,
             error=problems[0] if problems else None,
         )
@@ -445,6 +478,12 @@ def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
         found.append(whole[len(written) :])
         written = whole
     return found
+
+
+def _kinds(plan: Sequence[Configuration]) -> dict[str, tuple[str, bool]]:
+    """Return by label what makes measuring a configuration long or short: the first of a method is calibrated, too."""
+    names = [one.name for one in plan]
+    return {one.label: (one.kind, names.index(one.name) == place) for place, one in enumerate(plan)}
 
 
 def _attempt(measure: Callable[[], dict[str, Any]]) -> Outcome:
@@ -465,7 +504,7 @@ def _checked(part: str, outcome: Outcome) -> Outcome:
     """Return an outcome from the cache, or raise where its value is not what belongs there."""
     parsers: dict[str, Callable[[Any], object]] = {
         "quality": Quality.parse,
-        "speed": lambda value: Speed(**value),
+        "speed": Speed.parse,
         "sample": lambda value: Sample(**value),
     }
     if outcome.value is not None:

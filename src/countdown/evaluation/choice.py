@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from countdown.loading import context_of, window_length
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
+from countdown.progress import Steps, say
 from countdown.sites import SITES, Site, find_sites
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import WINDOW, as_texts
@@ -30,6 +31,8 @@ JUDGING = 3
 WORSE = 1.25
 # What reads more than this share just to decide bounds what others can reach; it is no choice.
 MOST_TO_DECIDE = 0.5
+# The last step of a choice: the calibration on all of the text.
+_WHOLE = "whole"
 # Where a largest loss is looked for.
 LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -121,7 +124,17 @@ def choose(
     seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
     sites = find_sites(base_model(model), [_kind()])
 
+    wanted = {} if sparsity is None else {"sparsity": sparsity}
+    tried = candidates(wanted)
+    steps = Steps(_plan(tried, tried[0]), {_WHOLE: tokens / TRIAL_TOKENS})
+
     def trial(config: Method) -> Trial:
+        if progress:
+            say(f"trying {config.label} ({steps})")
+        with steps.step(config.name):
+            return measured(config)
+
+    def measured(config: Method) -> Trial:
         profile = calibrate(model, tokenizer, seen, config, progress=progress)
 
         def judge(at: float) -> Trial:
@@ -129,17 +142,28 @@ def choose(
 
         return judge(config.sparsity) if max_loss is None else _highest(judge, max_loss)
 
-    wanted = {} if sparsity is None else {"sparsity": sparsity}
-    trials = [trial(config) for config in candidates(wanted)]
+    trials = [trial(config) for config in tried]
     best = _best(trials, max_loss)
-    own = best.config
-    others: list[dict[str, str]] = [{"weighting": name} for name in own.weightings if name != own.weighting]
-    for change in [*others, {"allocation": "global"}]:
+    steps.left = _plan([], best.config)
+    for change in _changes(best.config):
         trials.append(trial(replace(best.config, **change)))  # type: ignore[arg-type]
         if _better(trials[-1], best, max_loss):
             best = trials[-1]
+    if progress:
+        say(f"calibrating {best.config.label} on all of the text ({steps})")
     profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, window=window, progress=progress)
     return Choice(profile, best, [other for other in trials if other is not best])
+
+
+def _plan(tried: Sequence[Method], best: Method) -> list[Hashable]:
+    """Return the kinds of the steps to come: these trials, those of the best one's changes, and the last."""
+    return [*(config.name for config in tried), *(best.name for _ in _changes(best)), _WHOLE]
+
+
+def _changes(best: Method) -> list[dict[str, str]]:
+    """Return what of the best method is changed to see whether that is better."""
+    others = [{"weighting": name} for name in best.weightings if name != best.weighting]
+    return [*others, {"allocation": "global"}]
 
 
 def trial_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:

@@ -90,9 +90,13 @@ def speed_front(comparison: Comparison, series: Sequence[Series]) -> Figure:
     frame = Frame("speed", "Quality against measured speed", "", "decoding speed, × dense", "rise of perplexity")
     how = (
         "Right is faster, down is better; dense is where the dotted lines cross. Along a line sparsity rises. Thin "
-        "bars are 95% intervals, by resampling windows."
+        "bars are 95% intervals, by resampling windows. Speed-ups that are unreliable are left out."
     )
-    return _front(comparison, series, frame, how, lambda cell: cell.speed.speedup if cell.speed else None, factor=True)
+    return _front(comparison, series, frame, how, _reliable_speedup, factor=True)
+
+
+def _reliable_speedup(cell: Cell) -> float | None:
+    return cell.speed.speedup if cell.speed and cell.doubt is None else None
 
 
 def weights_front(comparison: Comparison, series: Sequence[Series]) -> Figure:

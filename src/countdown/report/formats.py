@@ -46,6 +46,11 @@ def times(value: float | None) -> str:
     return text if text == NOT_MEASURED else f"{text}×"
 
 
+def factors(ends: tuple[float, float] | None) -> str:
+    """Return an interval of factors: 1.28 to 1.33; empty where there is none."""
+    return "" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
 def count(amount: int, noun: str) -> str:
     """Return an amount with its noun: 1 window, 2 windows."""
     return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"

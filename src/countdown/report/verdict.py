@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from countdown.comparison.comparison import Cell, Comparison, Recommendation
-from countdown.report.formats import change, interval, number, share, times
+from countdown.comparison.comparison import Cell, Comparison, Recommendation, Speed
+from countdown.report.formats import change, factors, interval, number, share, times
 
 NOTHING_FITS = "Nothing measured fits what was asked for"
 NO_WISH = "Nothing was asked for, so nothing is recommended"
@@ -41,6 +41,7 @@ def verdict(comparison: Comparison) -> Verdict:
         return Verdict(NOTHING_FITS if comparison.meta.get("wish") else NO_WISH, "", "", None, [], rivals)
     chosen = next((cell for cell in comparison.cells if cell.label == label), None)
     headline = "Stay dense" if chosen and chosen.kind == "dense" else f"Take {label}"
+    headline += ", roughly" if comparison.rough else ""
     figures = _figures(found, chosen)
     return Verdict(headline, found.reason, _confirmation(found), found.confirmed, figures, rivals)
 
@@ -49,10 +50,17 @@ def _figures(found: Recommendation, chosen: Cell | None) -> list[tuple[str, str]
     ends = interval(found.interval)
     figures = [(change(found.expected_loss), f"perplexity; on other windows {ends} (95%)" if ends else "perplexity")]
     if chosen and chosen.speed:
-        figures.append((times(chosen.speed.speedup), f"dense speed, {number(chosen.speed.tokens_per_s, 1)} tokens/s"))
+        figures.append((times(chosen.speed.speedup), _speed_words(chosen.speed)))
     if chosen and chosen.weights_read is not None:
         figures.append((share(chosen.weights_read), "of dense weight bytes read for a token"))
     return figures
+
+
+def _speed_words(speed: Speed) -> str:
+    interval = f" (95%: {factors(speed.interval)})" if speed.interval and speed.speedup != 1 else ""
+    return (
+        f"dense speed{interval}, {number(speed.tokens_per_s, 1)} tokens/s; dense beside {number(speed.dense_beside, 1)}"
+    )
 
 
 def _confirmation(found: Recommendation) -> str:
