@@ -124,7 +124,7 @@ def test_kernels_run_on_as_many_threads_as_torch(threads, sparse, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with torch.inference_mode(), cpu_library.library().watched() as seen:
         module.sparse(torch.randn(1, 24))
-    assert [ran.threads for ran in seen] == [threads]
+    assert [ran.parts for ran in seen] == [threads]
 
 
 def stored(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from countdown import cli
 from countdown.cli import cores
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -63,3 +64,15 @@ def test_waiting_is_bounded_unless_the_user_has_said_it(monkeypatch):
         monkeypatch.setattr(cores.os, "environ", dict(said))
         cores.wait_briefly()
         assert cores.os.environ == expected
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_it_is_said_after_what_was_done_and_not_after_an_error(machine, monkeypatch, capsys, code):
+    def app() -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    with pytest.raises(SystemExit):
+        cli._run(machine(3.0))
+    assert ("3.0 of 4 cores" in capsys.readouterr().err) == (code == 0)

@@ -38,9 +38,10 @@ def main() -> None:
 def _run(watch: cores.Watch) -> None:
     try:
         app()
-    finally:
-        if remark := watch.remark():
+    except SystemExit as end:
+        if not end.code and (remark := watch.remark()):
             err.print(f"warning: {remark}", markup=False)
+        raise
 
 
 def _mend_streams() -> None:
