@@ -50,7 +50,7 @@ using Clock = std::chrono::steady_clock;
 constexpr auto MOMENT = std::chrono::microseconds(100);
 // Where a worker that has lost its core was waited for, the caller goes on alone for so many times as long, and for twice
 // as long as the last time where that was of no use: then little of its time is spent waiting.
-constexpr int REST = 10;
+constexpr int REST = 2;
 constexpr auto LONGEST_REST = std::chrono::seconds(1);
 
 void pause() {
@@ -64,14 +64,18 @@ void pause() {
 // Return whether it came true within a moment.
 template <class Ready>
 bool soon(Ready ready) {
-    Clock::time_point end = Clock::now() + MOMENT;
-    do {
+    auto turns = [&] {
         for (int k = 0; k < 64; ++k) {
             if (ready()) return true;
             pause();
         }
-    } while (Clock::now() < end);
-    return false;
+        return false;
+    };
+    if (turns()) return true;  // as mostly: without asking for the time, which takes longer
+    Clock::time_point end = Clock::now() + MOMENT;
+    while (!turns())
+        if (Clock::now() >= end) return false;
+    return true;
 }
 
 }  // namespace
