@@ -33,8 +33,10 @@ MOST_PARAMETERS = 500_000_000
 # What keeps its state elsewhere than in a cache's layers, or attends in its own way. All others run in the loop.
 REFUSED = {
     "DogeForCausalLM": "mask does not fit",
+    "MoshiForCausalLM": "attends to tokens that its cache",
     "MllamaForCausalLM": "keeps nothing of a prompt",
     "MllamaForConditionalGeneration": "keeps nothing of a prompt",
+    "PaliGemmaForConditionalGeneration": "counts positions otherwise",
     "RecurrentGemmaForCausalLM": "keeps nothing of a prompt",
     "T5Gemma2ForConditionalGeneration": "has an encoder",
     "xLSTMForCausalLM": "does not run in the decode loop",

@@ -35,10 +35,11 @@ WARM_UP = 4
 MOST_TOGETHER = 3
 TILE = 512
 DEVICES = ("cuda", "cpu")
-# How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖. What is
-# lost or carried over wrongly shows as a tenth and more; a neuron that flips at its threshold as less than a hundredth.
+# How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖. Of a model
+# in float32 that is rounding, and now and then a neuron that flips at its threshold. In short dtypes many flip, for a
+# tenth of the logits where weights are random, so only what is quite wrong shows: what shares nothing is 1.4 off.
 AGREEMENT = {torch.float32: 0.01}
-AGREEMENT_OF_SHORT_DTYPES = 0.2
+AGREEMENT_OF_SHORT_DTYPES = 0.5
 
 
 class DecodeLoop:
@@ -80,7 +81,7 @@ class DecodeLoop:
         _check_steps(self.model)
         length = prompt.shape[1] + self.left + WARM_UP
         # A whole number of blocks, for kernels that like them.
-        self.cache = _cache_of(self.model, -(-length // 128) * 128)
+        self.cache, self._windows = _cache_of(self.model, -(-length // 128) * 128)
         self._prepared = _Prepared(self.model, self.cache, prompt)
         counters = [site.counters for site in sparse_modules(self.model).values()]
         # Not inference_mode: the cache is written inside compiled code and outside of it.
@@ -88,11 +89,13 @@ class DecodeLoop:
         with torch.no_grad(), on_device(prompt.device), failing[0], failing[1]:
             self.token = argmax(self.model(**self._prepared.prompt()).logits[:, -1])
             # Not all models count by themselves: to Bamba each call starts at 0.
-            self._positions = [positions[..., -1:] + 1 for positions in self._prepared.positions]
+            self._positions = self._prepared.positions_after(1)
             _check_filled(self.cache, prompt.shape[1])
             # What warming up writes into the cache is written again by the first replays.
             with self._warming_up(counters):
                 self._prepared.check_lengths(self.left)
+            with self._warming_up(counters):
+                self._check_windows(prompt.shape[1] + self.left)
             with self._warming_up(counters):
                 own = self._own_step()
                 self._replay = self._trace()
@@ -124,6 +127,25 @@ class DecodeLoop:
                 self._first = False
                 tokens[position] = self.token[0, 0]
         return tokens
+
+    def _check_windows(self, tokens: int) -> None:
+        """Raise UnsupportedModelError if a step after so many tokens sees one that its window has left behind."""
+        sliding = [layer for layer, window in self._windows if window < tokens]
+        if not sliding:
+            return
+        for layer in self.cache.layers:
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(tokens - 1)
+        with undone([kept[:, :, :1] for layer in sliding for kept in (layer.keys, layer.values)]):
+            logits = []
+            for change in (0.0, 1.0):
+                for layer in sliding:
+                    layer.keys[:, :, :1] += change
+                    layer.values[:, :, :1] += change
+                with _kept(self.model, self.cache.layers):
+                    logits.append(self._next(self.token, self._positions)[1].clone())
+        if not torch.equal(*logits):
+            raise UnsupportedModelError(f"{_name(self.model)} attends to tokens that its cache would let go of.")
 
     def _own_step(self) -> Tensor:
         """Return the logits `[1, vocabulary]` of a step as `generate` does it; keep the linears that it runs."""
@@ -174,19 +196,23 @@ class _Prepared:
         self._cache = cache_argument(model, cache)
         takes = "position_ids" in inspect.signature(model.forward).parameters
         # `[..., n]`, or none where the model takes none.
-        self.positions: list[Tensor] = [model._prepare_position_ids_for_generation(ids, {})] if takes else []
+        self._positions: list[Tensor] = [model._prepare_position_ids_for_generation(ids, {})] if takes else []
         self._keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
     def prompt(self) -> dict[str, Any]:
         """Return the inputs for the prompt."""
-        return self._of(self._ids, self.positions, is_first_iteration=True)
+        return self._of(self._ids, [positions.clone() for positions in self._positions], is_first_iteration=True)
 
     def step(self, token: Tensor, more: int = 1) -> dict[str, Any]:
         """Return those for a token `[1, 1]` that is so many tokens behind the prompt's last."""
         ids = torch.cat([self._ids, token.expand(1, more)], dim=1)
         steps = torch.arange(1, more + 1, dtype=ids.dtype, device=ids.device)
-        positions = [torch.cat([before, before[..., -1:] + steps], dim=-1) for before in self.positions]
+        positions = [torch.cat([before, before[..., -1:] + steps], dim=-1) for before in self._positions]
         return self._of(ids, positions, next_sequence_length=1)
+
+    def positions_after(self, more: int) -> list[Tensor]:
+        """Return the position `[..., 1]` of that token, none where the model takes none."""
+        return [before[..., -1:] + more for before in self._positions]
 
     def _of(self, ids: Tensor, positions: list[Tensor], **more: Any) -> dict[str, Any]:
         more |= {"attention_mask": None, "use_cache": True} | self._cache | self._keep
@@ -214,23 +240,25 @@ class _Prepared:
                 raise UnsupportedModelError(
                     f"{_name(self._model)} starts again without its cache at token {self._ids.shape[1] + more}."
                 )
+            if not all(torch.equal(given["position_ids"], expected) for expected in self.positions_after(more)):
+                raise UnsupportedModelError(f"{_name(self._model)} counts positions otherwise than one by one.")
 
 
-def _cache_of(model: Any, length: int) -> Any:
-    """Return a static cache for so many tokens."""
+def _cache_of(model: Any, length: int) -> tuple[Any, list[tuple[Any, int]]]:
+    """Return a static cache for so many tokens, and the layers of it that attend to a window of fewer, with that."""
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-    cache = StaticCache(config=model.config, max_cache_len=length)
-    # One that slides keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
-    cache.layers = [
-        StaticLayer(max_cache_len=length) if type(layer) is StaticSlidingWindowLayer else layer
-        for layer in cache.layers
-    ]
-    for layer in cache.layers:
-        if getattr(layer, "is_sliding", False):
+    cache, windows = StaticCache(config=model.config, max_cache_len=length), []
+    for place, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_sliding", False):
+            continue
+        if type(layer) is not StaticSlidingWindowLayer:
             raise UnsupportedModelError(f"{_name(model)} has a {type(layer).__name__}, which counts in Python.")
-    return cache
+        # It keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
+        cache.layers[place] = StaticLayer(max_cache_len=length)
+        windows.append((cache.layers[place], layer.max_cache_len))
+    return cache, windows
 
 
 def _check_steps(model: Any) -> None:
