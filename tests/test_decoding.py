@@ -230,6 +230,17 @@ def test_a_step_that_computes_something_else_than_the_model_is_refused(monkeypat
         DecodeLoop(model, IDS, new_tokens=4)
 
 
+def test_a_model_that_prepares_no_positions_counts_by_itself(monkeypatch):
+    model = llama()
+    prepare = type(model).prepare_inputs_for_generation
+
+    def without(self, *args, **kwargs):
+        return prepare(self, *args, **kwargs) | {"position_ids": None}
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", without)
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=12).run(12), own_text(model, 12))
+
+
 def test_a_window_that_only_the_cache_keeps_is_refused_where_it_is_full():
     model = causal_lm("moshi", num_codebooks=2, audio_vocab_size=20, sliding_window=12)
     expected = own_text(model, 12)

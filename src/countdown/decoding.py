@@ -88,8 +88,9 @@ class DecodeLoop:
         failing = undone(counters, only_if_it_fails=True), _kept(self.model, only_if_it_fails=True)
         with torch.no_grad(), on_device(prompt.device), failing[0], failing[1]:
             self.token = argmax(self.model(**self._prepared.prompt()).logits[:, -1])
-            # Not all models count by themselves: to Bamba each call starts at 0.
-            self._positions = self._prepared.positions_after(1)
+            # Not all models count by themselves: to Bamba each call starts at 0. Those that want to are left to it.
+            given = self._prepared.step(self.token).get("position_ids") is not None
+            self._positions = self._prepared.positions_after(1) if given else []
             _check_filled(self.cache, prompt.shape[1])
             # What warming up writes into the cache is written again by the first replays.
             with self._warming_up(counters):
@@ -240,7 +241,8 @@ class _Prepared:
                 raise UnsupportedModelError(
                     f"{_name(self._model)} starts again without its cache at token {self._ids.shape[1] + more}."
                 )
-            if not all(torch.equal(given["position_ids"], expected) for expected in self.positions_after(more)):
+            positions = given.get("position_ids")
+            if positions is not None and not all(torch.equal(positions, one) for one in self.positions_after(more)):
                 raise UnsupportedModelError(f"{_name(self._model)} counts positions otherwise than one by one.")
 
 
