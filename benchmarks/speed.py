@@ -224,6 +224,28 @@ def random_rows(name: str) -> str:
     )
 
 
+def busy_cores(name: str) -> str:
+    """Return tokens/s of the decode loop beside busy processes, on the usual threads and on one."""
+    document = load(name)
+    found = {(r["busy"], r["arm"]): r for r in document["records"]}
+    meta = document["meta"]
+    threads = meta["hardware"]["threads"]
+    rows = [
+        [
+            str(busy),
+            *(f"{found[busy, arm]['tokens_per_s']:.1f}" for arm in ("default", "one thread")),
+            f"{found[busy, 'default']['speedup_over_one_thread']:.2f}",
+        ]
+        for busy in sorted({busy for busy, _ in found})
+    ]
+    head = ["busy processes", f"{threads} threads, as by default", "one thread", "the first over the second"]
+    return table(head, rows) + (
+        f"\nTokens/s; ratios are medians over rounds in which the two took turns. {meta['hardware']['cpu']}, "
+        f"{meta['hardware']['cores']} shared cores, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
+        f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+    )
+
+
 def _run(record: dict[str, Any]) -> str:
     """Return what was run: a recipe of several methods has no sparsity of its own."""
     if record["run"] == "dense":

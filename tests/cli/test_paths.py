@@ -166,6 +166,6 @@ def test_a_prompt_that_is_too_long_is_refused_before_the_work(model_folder, tmp_
     what = ("--method", "cats", "--prompts", "prompts.txt", "--max-new-tokens", "8")
     result = run("evaluate", model_folder, *what, "-q", cwd=tmp_path)
     assert result.returncode == 2
-    assert "prompt 2 with 8 new tokens: " in result.stderr
+    assert "prompt 2 of 2: the prompt has " in result.stderr
     assert "longer than the model's context" in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -256,9 +256,8 @@ class _Layers:
 
     def dense(self, tokens: int, *, compiled: bool) -> dict[str, Callable[[], None]]:
         """Return steps through the dense FFNs of all layers, by what computes them."""
-        x = torch.randn(tokens, self.d, device=self.device, generator=self.generator, dtype=torch.float32).to(
-            self.dtype
-        )
+        x = torch.randn(tokens, self.d, device=self.device, generator=self.generator, dtype=torch.float32)
+        x = x.to(self.dtype)
         act, h = ACTIVATIONS[self.benchmark.activation], self.h
 
         def fused(both: Tensor, down: Tensor) -> Tensor:
@@ -390,12 +389,8 @@ class _Given:
     def _exactly(self, mask: Tensor, keep: int) -> Tensor:
         # Others of the same number: random places, so that no layer's set is another's.
         fresh = torch.zeros_like(mask)
-        fresh[
-            0,
-            torch.randperm(self.layers.h, device=mask.device, generator=self.layers.generator, dtype=torch.int64)[
-                :keep
-            ],
-        ] = True
+        places = torch.randperm(self.layers.h, device=mask.device, generator=self.layers.generator, dtype=torch.int64)
+        fresh[0, places[:keep]] = True
         return fresh
 
     def run(self, layer: int) -> Tensor:

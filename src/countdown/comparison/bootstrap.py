@@ -86,19 +86,13 @@ def _factor(d: Tensor, others: int, seed: int) -> float:
     error = (_standard_error(d, others) * math.sqrt((windows - 1) / windows))[:, None]
     found = []
     for _ in range(RESAMPLES // AT_ONCE):
-        means = [
-            d[:, torch.randint(windows, (AT_ONCE, size), generator=generator, dtype=torch.int64, device="cpu")].mean(
-                dim=2
-            )
+        picks = [
+            torch.randint(windows, (AT_ONCE, size), generator=generator, dtype=torch.int64, device="cpu")
             for size in (windows, others)
         ]
+        means = [d[:, picked].mean(dim=2) for picked in picks]
         # A cell that does not differ from dense has neither difference nor error.
         t = ((means[1] - means[0]) / error).nan_to_num(nan=0.0)
-        spread = (
-            torch.randn(AT_ONCE, windows - 1, generator=generator, dtype=torch.float32, device="cpu")
-            .square()
-            .mean(dim=1)
-            .sqrt()
-        )
-        found.append(t.abs().amax(dim=0) / spread)
+        normal = torch.randn(AT_ONCE, windows - 1, generator=generator, dtype=torch.float32, device="cpu")
+        found.append(t.abs().amax(dim=0) / normal.square().mean(dim=1).sqrt())
     return float(torch.cat(found).quantile(LEVEL))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,8 @@ from torch import Tensor, nn
 from countdown.config import check_choice
 from countdown.errors import ConfigError, TextError
 from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
-from countdown.evaluation.generation import encode_prompt, first_difference, generate
+from countdown.evaluation.generation import check_fits, encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
-from countdown.loading import check_context
 from countdown.modules import APPLY_TO, running
 from countdown.progress import track
 from countdown.sparsify import reset_counters, status
@@ -103,7 +103,7 @@ def load_prompts(path: str | Path) -> list[str]:
     Raises:
         TextError: The file cannot be read, has no prompt, or a line that is not what it should be.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     # Not splitlines: a string in JSON may hold U+2028 and other characters that it would part lines at.
     lines = read_text(path, "file of prompts").split("\n")
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -130,14 +130,14 @@ def encode_prompts(
     """Return the tokens `[1, n]` of each prompt, see `encode_prompt`, all of which the model can continue.
 
     Raises:
-        ConfigError: One is empty, or longer with its new tokens than the model's context.
+        ConfigError: One is empty, or see `check_fits`.
     """
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
     for place, ids in enumerate(encoded, start=1):
         try:
-            check_context(model, ids.shape[1] + max_new_tokens)
+            check_fits(model, ids, max_new_tokens)
         except ConfigError as error:
-            raise ConfigError(f"prompt {place} with {max_new_tokens} new tokens: {error}") from error
+            raise ConfigError(f"prompt {place} of {len(encoded)}: {error}") from error
     return encoded
 
 
