@@ -146,9 +146,10 @@ def _passes(
 
 
 def _check(model: Any, profile: Profile, ids: Tensor) -> None:
-    """Exit unless the model gives its dense logits where nothing is dropped."""
-    expected = model(ids, use_cache=False).logits
+    """Exit unless the model gives its dense logits where nothing is dropped, both with its weights laid out."""
     countdown.sparsify_(model, profile, sparsity=0.0, apply_to="all")
+    with running(model, "dense"):
+        expected = model(ids, use_cache=False).logits
     same = torch.equal(model(ids, use_cache=False).logits, expected)
     countdown.restore_(model)
     if not same:

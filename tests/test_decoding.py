@@ -197,7 +197,7 @@ class Remembering(nn.Module):
         return self.norm(x) + self.sums[:, None] + self.seen[:, None]
 
 
-@pytest.mark.parametrize("how, refused", [("buffer", None), ("attribute", "it keeps tensors in Python")])
+@pytest.mark.parametrize("how, refused", [("buffer", None), ("attribute", "puts another tensor in place of 'seen'")])
 def test_what_a_module_remembers_is_restored_or_refused(how, refused):
     model = llama()
     model.model.norm = Remembering(model.model.norm, how)
@@ -228,6 +228,29 @@ def test_a_step_that_computes_something_else_than_the_model_is_refused(monkeypat
     DecodeLoop(model, IDS, new_tokens=2)
     with pytest.raises(UnsupportedModelError, match="counts positions otherwise than one by one"):
         DecodeLoop(model, IDS, new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype, dropping", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_short_dtypes_are_compared_with_nothing_dropped(dtype, dropping, monkeypatch):
+    compared: list[Tensor] = []
+    monkeypatch.setattr(
+        decoding, "_check_agreement", lambda model, *logits: compared.extend(each.clone() for each in logits)
+    )
+    model = llama(dtype)
+    made_sparse(model, per_term=-1.0)
+    DecodeLoop(model, IDS, new_tokens=4)
+    for site in sparse_modules(model).values():
+        site.per_term.fill_(5.0)  # drops most
+    expected = own_text(model, 4)
+    countdown.reset_counters(model)
+    loop = DecodeLoop(model, IDS, new_tokens=4)
+    torch.testing.assert_close(compared[2], compared[3], rtol=0.05, atol=0.05)
+    for place in (2, 3):
+        difference = (compared[place] - compared[place - 2]).float().norm() / compared[place].float().norm()
+        assert (difference > 0.1) == dropping
+    # What is written afterwards drops.
+    assert torch.equal(loop.run(4), expected)
+    assert all(site.realised_sparsity > 0.5 for site in countdown.status(model))
 
 
 def test_a_model_that_prepares_no_positions_counts_by_itself(monkeypatch):

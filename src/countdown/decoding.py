@@ -35,11 +35,12 @@ WARM_UP = 4
 MOST_TOGETHER = 3
 TILE = 512
 DEVICES = ("cuda", "cpu")
-# How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖. Of a model
-# in float32 that is rounding, and now and then a neuron that flips at its threshold. In short dtypes many flip, for a
-# tenth of the logits where weights are random, so only what is quite wrong shows: what shares nothing is 1.4 off.
+# How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖; what shares
+# nothing is 1.4 off. Of a model in float32 that is rounding, and now and then a neuron that flips at its threshold. In
+# short dtypes so many flip that a random model of 8 billion weights at 80% is 1.1 off the very same model with another
+# attention. So nothing is dropped there for the comparison: dense, the two are 0.09 off.
 AGREEMENT = {torch.float32: 0.01}
-AGREEMENT_OF_SHORT_DTYPES = 0.5
+AGREEMENT_OF_SHORT_DTYPES = 0.25
 
 
 class DecodeLoop:
@@ -97,10 +98,11 @@ class DecodeLoop:
                 self._prepared.check_lengths(self.left)
             with self._warming_up(counters):
                 self._check_windows(prompt.shape[1] + self.left)
-            with self._warming_up(counters):
+            with self._warming_up(counters), _comparable(self.model):
                 own = self._own_step()
-                self._replay = self._trace()
             with self._warming_up(counters):
+                self._replay = self._trace()
+            with self._warming_up(counters), _comparable(self.model):
                 self._replay()
                 _check_agreement(self.model, self._logits, own)
 
@@ -279,6 +281,17 @@ def _check_filled(cache: Any, tokens: int) -> None:
         attends, states = hasattr(layer, "cumulative_length"), getattr(layer, "has_previous_state", {})
         if (attends and int(layer.cumulative_length) != tokens) or not all(states.values()):
             raise UnsupportedModelError(f"layer {place} keeps nothing of a prompt in the cache that it is given.")
+
+
+@contextmanager
+def _comparable(model: nn.Module) -> Iterator[None]:
+    """Within the context nothing is dropped by a threshold in short dtypes, where rounding would flip many terms."""
+    sites = [site for site in sparse_modules(model).values() if site.method.decision == "threshold"]
+    thresholds = [site.per_term for site in sites if next(site.parameters()).dtype not in AGREEMENT]
+    with undone(thresholds):
+        for of_site in thresholds:
+            of_site.fill_(-1)
+        yield
 
 
 def _check_agreement(model: Any, logits: Tensor, own: Tensor) -> None:

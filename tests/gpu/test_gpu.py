@@ -15,7 +15,7 @@ from countdown.benchmark.timing import floor_rate
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
-from countdown.weights.symmetric import quantise, round_tokens
+from countdown.weights.symmetric import quantise, token_steps
 from tiny import FAMILIES
 
 pytestmark = pytest.mark.gpu
@@ -124,10 +124,10 @@ def test_calibration_and_evaluation_are_those_of_the_cpu(protocol, tokenizer, te
 def test_products_of_a_copy_are_exact(bits, shape):
     d, h = shape
     matrix = quantise(torch.randn(h, d), torch.ones(d), bits).to(torch.device("cuda"))
-    x = round_tokens(torch.randn(2, 40, d, device="cuda"))
+    steps, size = token_steps(torch.randn(2, 40, d, device="cuda"))
     bias = torch.randn(h, device="cuda")
-    expected = x.double() @ matrix.values().double().T + bias
-    found = matrix.product(x, bias)
+    expected = (steps * size).double() @ matrix.values().double().T + bias
+    found = matrix.product_of_steps(steps, size, bias)
     assert found.dtype == torch.float32
     assert oracle.relative_error(found.cpu(), expected.cpu()) <= 1e-5
 

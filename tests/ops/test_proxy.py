@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import oracle
 from calls import DISPATCHED, arguments
 from countdown.weights import symmetric
-from countdown.weights.symmetric import SHRINK, Symmetric, Tiles4, quantise, round_tokens
+from countdown.weights.symmetric import SHRINK, Symmetric, Tiles4, halves, quantise, round_tokens, token_steps
 
 
 def made(weights, bits, importance=None):
@@ -107,6 +107,19 @@ def test_products_of_a_copy_are_the_same_in_blocks_of_rows(bits, monkeypatch):
         unpacked.clear()
         torch.testing.assert_close(matrix.product(x, bias).double(), expected, rtol=1e-4, atol=1e-4)
         assert unpacked == blocks
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("size", [1.0, 1e-6, 1e4])
+def test_two_halves_in_bfloat16_hold_a_copy_exactly(bits, size):
+    values = quantise(torch.randn(50, 128) * size, torch.ones(128), bits).values()
+    high, low = halves(values)
+    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(high.double() + low.double(), values.double())
+    steps, of_size = token_steps(torch.randn(9, 128) * size)
+    assert torch.equal(steps.bfloat16().float(), steps)
+    assert steps.abs().max() == 127
+    assert (of_size > 0).all()
 
 
 def test_round_tokens():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -16,7 +17,18 @@ from countdown.selectors._base import Selector, register
 from countdown.sums import Sum
 from countdown.sums._base import product_of
 from countdown.weights import Weight, symmetric
-from countdown.weights.symmetric import BITS, FORMATS, round_tokens
+from countdown.weights.symmetric import BITS, FORMATS, token_steps
+
+
+@dataclass(frozen=True)
+class _OfSteps:
+    """A part as a sum multiplies by it, given tokens in steps of this size."""
+
+    part: Weight
+    size: Tensor
+
+    def product(self, steps: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.part.product_of_steps(steps, self.size, bias)
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,9 @@ class Copy(Selector):
         return f"proxy-{self.bits}"
 
     def score(self, sum_: Sum, x: Tensor, parts: Sequence[Weight], factors: Sequence[Tensor]) -> Tensor:
-        return product_of(sum_.with_weights(parts).project(round_tokens(x))).abs()
+        steps, size = token_steps(x)
+        stepped = cast("Sequence[Weight]", [_OfSteps(part, size) for part in parts])
+        return product_of(sum_.with_weights(stepped).project(steps)).abs()
 
     def prepare(self, moments: Mapping[Moment, Tensor]) -> Artifacts:
         return {IMPORTANCE.name: moments[Moment("input")].float()}

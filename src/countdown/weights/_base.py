@@ -75,6 +75,15 @@ class Weight(ABC):
         product: Tensor = F.linear(x.float(), self.values().float(), bias).to(x.dtype)
         return product
 
+    def product_of_steps(self, steps: Tensor, size: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return (steps · size) Wᵀ + bias, float32 `[..., rows]`.
+
+        Args:
+            steps, size: See `weights.symmetric.token_steps`.
+            bias: `[rows]` or None.
+        """
+        return self.product(steps * size, bias)
+
     def some_rows(self, rows: Tensor) -> Tensor:
         """Return the rows of these indices, float `[n, columns]`."""
         return self.values()[rows]
