@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from documents import load, table
@@ -230,20 +231,57 @@ def busy_cores(name: str) -> str:
     found = {(r["busy"], r["arm"]): r for r in document["records"]}
     meta = document["meta"]
     threads = meta["hardware"]["threads"]
+    others = [arm for _, arm in found if arm not in ("default", "one thread")]
+    arms = ["default", "one thread", *dict.fromkeys(others)]
     rows = [
         [
             str(busy),
-            *(f"{found[busy, arm]['tokens_per_s']:.1f}" for arm in ("default", "one thread")),
+            *(f"{found[busy, arm]['tokens_per_s']:.1f}" for arm in arms),
             f"{found[busy, 'default']['speedup_over_one_thread']:.2f}",
         ]
         for busy in sorted({busy for busy, _ in found})
     ]
-    head = ["busy processes", f"{threads} threads, as by default", "one thread", "the first over the second"]
+    head = ["busy processes", f"{threads} threads, as by default", *arms[1:], "the first over one thread"]
     return table(head, rows) + (
-        f"\nTokens/s; ratios are medians over rounds in which the two took turns. {meta['hardware']['cpu']}, "
+        f"\nTokens/s; ratios are medians over rounds in which all took turns. {meta['hardware']['cpu']}, "
         f"{meta['hardware']['cores']} shared cores, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
         f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )
+
+
+def passes(names: Sequence[str]) -> str:
+    """Return how fast passes over a text are, against the dense model's."""
+    rows, sources = [], []
+    for name in names:
+        document = load(name)
+        meta = document["meta"]
+        hardware = meta["hardware"]
+        where = hardware["gpu"] if "gpu" in hardware else f"{hardware['threads']} CPU cores"
+        for record in document["records"]:
+            rows.append(
+                [
+                    f"{record['model'].split('.Q')[0]}, {where}",
+                    f"`{record['method']}`, {record['decision']}",
+                    f"{record['dense_tokens_per_s']:,.0f}",
+                    f"{record['share_of_dense']:.0%}",
+                    f"{record['share_of_dense_low']:.0%} to {record['share_of_dense_high']:.0%}",
+                    f"{record['calibration_tokens_per_s']:,.0f}",
+                ]
+            )
+        said = hardware.get("gpu") or hardware["cpu"]
+        sources.append(
+            f"{said}, commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; "
+            f"`benchmarks/results/{name}.json`."
+        )
+    head = [
+        "model",
+        "method",
+        "dense, tokens/s",
+        "sparse pass of it",
+        "lowest to highest round",
+        "calibration, tokens/s",
+    ]
+    return table(head, rows) + "\n" + "\n".join(sources) + "\n"
 
 
 def _run(record: dict[str, Any]) -> str:
