@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -251,6 +252,14 @@ def test_short_dtypes_are_compared_with_nothing_dropped(dtype, dropping, monkeyp
     # What is written afterwards drops.
     assert torch.equal(loop.run(4), expected)
     assert all(site.realised_sparsity > 0.5 for site in countdown.status(model))
+
+
+def test_a_model_copied_under_inference_mode_decodes_outside_of_it():
+    model = llama(torch.bfloat16)
+    made_sparse(model, per_term=0.5)
+    with torch.inference_mode():
+        other = copy.deepcopy(model)
+    assert torch.equal(DecodeLoop(other, IDS, new_tokens=4).run(4), own_text(model, 4))
 
 
 def test_a_model_that_prepares_no_positions_counts_by_itself(monkeypatch):

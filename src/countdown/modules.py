@@ -228,20 +228,21 @@ class SparseModule(nn.Module):
         exact = self.per_term
         super()._apply(fn, recurse)
         self.per_term = exact.to(self.per_term.device)
-        self._free_counters()
+        self._free_buffers()
         self.lay_out()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled module."""
         super().__setstate__(state)
-        self._free_counters()
+        self._free_buffers()
 
-    def _free_counters(self) -> None:
-        # Made under inference_mode, the counters could not be counted up outside of it.
-        if self.counters.is_inference():
-            with torch.inference_mode(False):
-                self.counters = self.counters.clone()
+    def _free_buffers(self) -> None:
+        # Made under inference_mode, they could not be written to outside of it, as counting does and the decode loop.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                with torch.inference_mode(False):
+                    self._buffers[name] = buffer.clone()
 
 
 def _follow_weights(module: nn.Module, _: object) -> None:
