@@ -220,8 +220,7 @@ def random_rows(name: str) -> str:
     rows = [[f"{length} bytes", *(found[t, length, s] for t, s in cases)] for length in lengths]
     meta = document["meta"]
     return table(["a row", *head], rows) + (
-        f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, "
-        f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+        f"\nGB/s of the rows that are read, unaided → fetched ahead. {meta['hardware']['cpu']}, {_from(name, meta)}\n"
     )
 
 
@@ -244,8 +243,7 @@ def busy_cores(name: str) -> str:
     head = ["busy processes", f"{threads} threads, as by default", *arms[1:], "the first over one thread"]
     return table(head, rows) + (
         f"\nTokens/s; ratios are medians over rounds in which all took turns. {meta['hardware']['cpu']}, "
-        f"{meta['hardware']['cores']} shared cores, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
-        f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+        f"{meta['hardware']['cores']} shared cores, {_from(name, meta)}\n"
     )
 
 
@@ -268,11 +266,7 @@ def passes(names: Sequence[str]) -> str:
                     f"{record['calibration_tokens_per_s']:,.0f}",
                 ]
             )
-        said = hardware.get("gpu") or hardware["cpu"]
-        sources.append(
-            f"{said}, commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; "
-            f"`benchmarks/results/{name}.json`."
-        )
+        sources.append(f"{hardware.get('gpu') or hardware['cpu']}, {_from(name, meta)}\n")
     head = [
         "model",
         "method",
@@ -281,7 +275,7 @@ def passes(names: Sequence[str]) -> str:
         "lowest to highest round",
         "calibration, tokens/s",
     ]
-    return table(head, rows) + "\n" + "\n".join(sources) + "\n"
+    return table(head, rows, left=2) + "\n" + "".join(sources)
 
 
 def _run(record: dict[str, Any]) -> str:
@@ -301,6 +295,10 @@ def _source(name: str, document: dict[str, Any]) -> str:
     bandwidth = f"{first['bandwidth'] / 1e12:.2f} TB/s" if gpu else f"{first['bandwidth'] / 1e9:.1f} GB/s"
     return (
         f"{gpu or meta['hardware']['cpu']}, {first['dtype']}, {'copy' if gpu else 'read'} bandwidth {bandwidth}, torch "
-        f"{meta['versions']['torch']}, commit {meta['commit'][:8]}, {meta['date'][:10]}; "
-        f"`{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+        f"{meta['versions']['torch']}, {_from(name, meta)}\n"
     )
+
+
+def _from(name: str, meta: dict[str, Any]) -> str:
+    """Return where figures come from."""
+    return f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`."

@@ -110,6 +110,19 @@ def test_products_of_a_copy_are_the_same_in_blocks_of_rows(bits, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("leading", [(), (0,), (7,), (2, 3)], ids=str)
+def test_products_of_steps_in_two_halves(leading, bits, monkeypatch):
+    # What a GPU does, but for the product itself, which a CPU sums in float32 when its inputs are.
+    monkeypatch.setattr(symmetric, "_multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    matrix = quantise(torch.randn(37, 100), torch.ones(100), bits)
+    steps, size = token_steps(torch.randn(*leading, 100))
+    bias = torch.randn(37)
+    expected = (steps * size).double() @ matrix.values().double().T + bias
+    torch.testing.assert_close(matrix.product_of_steps(steps, size, bias).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e4])
 def test_two_halves_in_bfloat16_hold_a_copy_exactly(bits, size):
     values = quantise(torch.randn(50, 128) * size, torch.ones(128), bits).values()

@@ -91,12 +91,12 @@ class Symmetric(Weight):
         return (product if bias is None else product + bias.float()).to(x.dtype)
 
     def product_of_steps(self, steps: Tensor, size: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `Weight.product_of_steps`; on CUDA a product of bfloat16, which loses nothing and sums in float32."""
-        if not steps.is_cuda:
+        """See `Weight.product_of_steps`; where it can be one of bfloat16, which loses nothing, summed in float32."""
+        if not _multiplies_bfloat16(steps.device):
             return super().product_of_steps(steps, size, bias)
-        exact = steps.flatten(0, -2).bfloat16().repeat(1, 2)
+        exact = steps.reshape(-1, self.shape[1]).bfloat16().repeat(1, 2)
         products = [torch.mm(exact, halves(rows).t(), out_dtype=torch.float32) for rows in self._unpacked()]
-        product = torch.cat(products, dim=-1).view(*steps.shape[:-1], -1) * size
+        product = torch.cat(products, dim=-1).view(*steps.shape[:-1], self.shape[0]) * size
         return product if bias is None else product + bias.float()
 
     def _unpacked(self) -> Iterator[Tensor]:
@@ -251,6 +251,11 @@ def _unpack(packed: Tensor, width: int, bits: int) -> Tensor:
         below += field
     levels: Tensor = sum(fields[1:], fields[0])
     return levels
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has products of bfloat16 that are summed in float32: NVIDIA's from Ampere on."""
+    return device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def halves(values: Tensor) -> Tensor:
