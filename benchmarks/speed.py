@@ -224,6 +224,36 @@ def random_rows(name: str) -> str:
     )
 
 
+def linears(name: str) -> str:
+    """Return µs of sparse linears and the dense ones, by what reads the same input and by threads."""
+    document = load(name)
+    meta = document["meta"]
+    gpu = "gpu" in meta["hardware"]
+    against = ["dense", "fused"] if gpu else ["dense"]
+    rows = []
+    for record in document["records"]:
+        shapes = "; ".join(f"{d} → {' + '.join(map(str, heights))}" for d, *heights in record["shapes"])
+        rows.append(
+            [
+                f"{record['linears']} ({shapes})" if len(record["shapes"]) == 1 else record["linears"],
+                *([] if gpu else [str(record["threads"])]),
+                f"{record['sparsity']:.0%}",
+                *(f"{record[f'{arm}_us']:.1f}" for arm in against),
+                f"{record['sparse_us']:.1f}",
+                *(f"**{record[f'speedup_over_{arm}']:.2f}**" for arm in against),
+                f"{record['over_floor']:.2f}",
+            ]
+        )
+    arms = ["dense, µs", "fused, µs"] if gpu else ["dense, µs"]
+    head = ["linears", *([] if gpu else ["threads"]), "sparsity", *arms, "sparse, µs"]
+    head += ["× dense", "× fused", "over the floor"] if gpu else ["× dense", "over the floor"]
+    dtype, rate = document["records"][0]["dtype"], document["records"][0]["bytes_s"]
+    return table(head, rows) + (
+        f"\nOne token; medians over rounds in which all took turns. Floor: bytes of active channels at {rate / 1e9:.0f} GB/s. "
+        f"{meta['hardware'].get('gpu') or meta['hardware']['cpu']}, {dtype}, {_from(name, meta)}\n"
+    )
+
+
 def busy_cores(name: str) -> str:
     """Return tokens/s of the decode loop beside busy processes, on the usual threads and on one."""
     document = load(name)

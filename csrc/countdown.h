@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 7
+#define COUNTDOWN_ABI 8
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
@@ -27,12 +27,13 @@ enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU,
 /* How rows of weights are stored, in the order of FORMATS in formats.hpp; plain ones as the dtypes above. */
 enum countdown_format { COUNTDOWN_PLAIN_FLOAT32, COUNTDOWN_PLAIN_BFLOAT16, COUNTDOWN_PLAIN_FLOAT16 };
 /* What makes the active sets, in the order of DECIDERS in deciders.hpp: a projection, both of them, a copy of both in
- * few bits, or the caller. */
+ * few bits, the input itself, or the caller. */
 enum countdown_decider {
     COUNTDOWN_BY_UP,
     COUNTDOWN_BY_GATE,
     COUNTDOWN_BY_COEFFICIENT,
     COUNTDOWN_BY_COPY,
+    COUNTDOWN_BY_INPUT,
     COUNTDOWN_GIVEN,
 };
 /* Of a token: what decides decides; every neuron is active, and nothing is counted; none is, and the result is the bias
@@ -58,17 +59,18 @@ typedef struct {
 typedef struct {
     int64_t by;
     const float *per_term; /* [h] thresholds, or NULL where active sets are given */
-    const uint8_t *active; /* [T, h], each 0 or 1: those that are given */
+    const uint8_t *active; /* [T, h], each 0 or 1: those that are given, of a linear by input too */
     const uint8_t *phases; /* [T], read anew at each run; NULL where all are generated */
     int64_t words, groups; /* of a row of the copies, 0 without them */
     countdown_copy gate, up;
 } countdown_decision;
 
-/* A sum over active terms, the neurons of a gated FFN, for 1 to 8 tokens. */
+/* A sum over active terms for 1 to 8 tokens: the neurons of a gated FFN, or by input the d = h input channels of a
+ * linear, whose one matrix is `down`. */
 typedef struct {
     int64_t dtype, tokens, d, h, outputs, activation; /* dtype: of x and y */
     const void *x;                                    /* [T, d] */
-    countdown_weight gate, up, down;                  /* rows of d, d, and outputs */
+    countdown_weight gate, up, down;                  /* h rows of d, of d, and of outputs */
     countdown_decision decision;
     uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
     int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */

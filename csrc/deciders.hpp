@@ -55,6 +55,17 @@ struct ByCoefficient {
     }
 };
 
+// An input channel's coefficient is the input.
+struct ByInput {
+    static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
+        terms.read_inputs(start, count, values);
+    }
+
+    static void coefficients(const Terms &terms, const Block &block, const Rows &, float *factors) {
+        memcpy(factors, block.values, size_t(block.count * terms.call.tokens) * sizeof(float));
+    }
+};
+
 // Of a neuron that others found active nothing is known.
 struct Unknown {
     static void coefficients(const Terms &terms, const Block &block, const Rows &down, float *factors) {
@@ -82,6 +93,7 @@ static constexpr Decider DECIDERS[] = {
     {ByGate::score, ByGate::coefficients, &Terms::up},
     {ByCoefficient::score, ByCoefficient::coefficients, &Terms::down},
     {ByCopy::score, ByCopy::coefficients, &Terms::gate},
+    {ByInput::score, ByInput::coefficients, &Terms::down},
     {nullptr, Unknown::coefficients, &Terms::gate},
 };
 

@@ -67,8 +67,8 @@ class Sum {
     }
 
     void decide(int64_t start, int64_t count, float *values, uint8_t *masks) const {
+        if (decider_.score) decider_.score(terms_, start, count, values);
         if (call_.decision.active) return read_given(start, count, masks);
-        decider_.score(terms_, start, count, values);
         const float *thresholds = call_.decision.per_term + start;
         const int whole = terms_.seen.whole, present = terms_.seen.present;
         // NaN is active.

@@ -21,7 +21,8 @@ struct Found {
     char padding[45];         // a line of its own for each part
 };
 
-// The dtype in which tokens are multiplied: that of x where products with both matrices take it, else float32.
+// The dtype in which tokens are multiplied: that of x where products with both matrices take it, else float32, as of a
+// linear, whose one matrix is multiplied with floats.
 static int64_t operand_of(const countdown_sum_call &call) {
     bool taken = FORMATS[call.gate.format].operand == call.dtype && FORMATS[call.up.format].operand == call.dtype;
     return taken ? call.dtype : int64_t(COUNTDOWN_FLOAT32);
@@ -142,6 +143,15 @@ class Terms {
             add_bias(gate, start + k, g + k * call.tokens);
             add_bias(up, start + k, u + k * call.tokens);
         }
+    }
+
+    // Entries of the tokens themselves, which are floats where there is no gate, [count, T].
+    void read_inputs(int64_t start, int64_t count, float *values) const {
+        const float *tokens = reinterpret_cast<const float *>(tokens_) + start;
+        if (call.tokens == 1) return void(memcpy(values, tokens, size_t(count) * sizeof(float)));
+        for (int64_t k = 0; k < count; ++k)
+            for (int64_t t = 0; t < call.tokens; ++t)
+                values[k * call.tokens + t] = tokens[t * space_.tokens_width + k];
     }
 
     // [count, T], as the dense FFN rounds what it projects, so that active sets are those of the reference.

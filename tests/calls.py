@@ -49,6 +49,14 @@ class Ops:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
         return self.op("sparse")(*tensors, per_channel, counters, phases, **options)
 
+    def select_linear(self, x, weight, bias, per_channel, *, phases=None, **how) -> Tensor:
+        tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
+        return self.op("select")(*tensors, per_channel, phases, **options)
+
+    def given_linear(self, x, weight, bias, active) -> Tensor:
+        tensors, options = arguments(x, [weight], [bias], kind="linear", activation="")
+        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+
 
 REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)
 

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import deciders, dense_kernels, kernels, launch, loaders
+from countdown.ops.triton import deciders, dense_kernels, kernels, launch, linear_kernels, loaders
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # An argument is described by its type, a tuple by those of its parts; what is no type is a constant. A size is an int
@@ -37,7 +37,7 @@ def main() -> None:
     shared = {}
     for d, h in ((576, 1536), (4096, 14336)):
         for x, w in (("bf16", "bf16"), ("fp32", "fp32"), ("fp32", "bf16")):
-            described = [*_of_rows(d, h, x, w, found), *_of_tiles(d, h, x, w, found)]
+            described = [*_of_rows(d, h, x, w, found), *_of_tiles(d, h, x, w, found), *_of_linears(d, h, x, w, found)]
             if x == w:
                 described += _dense(d, h, x, found)
             for name, kernel, config, arguments in described:
@@ -81,6 +81,24 @@ def _of_rows(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
     }  # fmt: skip
     listed = weights | {"listed": "*i32", "listed_count": "*i32", "partial": "*fp32", "d": d}
     yield "listed", kernels.sum_listed, launch.listed(d, h, ITEMSIZE[w], found), listed
+
+
+def _of_linears(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
+    """Yield the kernels of sparse linears that read one input."""
+    for name, tokens, heights in (("together", 1, [d, h, h]), ("tokens", 8, [h])):
+        config, _, splits = launch.channels(d, heights, ITEMSIZE[w], tokens, found, counting=True)
+        sizes = {"h0": SIZE, "h1": SIZE, "h2": SIZE}
+        yield f"linear {name}", linear_kernels.sum_channels, config, sizes | {
+            "x": f"*{x}", "x_stride": SIZE, "weights": (*(f"*{w}",) * 3, *(SIZE,) * 3), "thresholds": ("*fp32",) * 3,
+            "active_set": None, "phases": "*u8", "counters": ("*i64",) * 3, "partial": "*fp32", "tiles": INT, "d": SIZE,
+            "LOAD": loaders.plain, "COUNTING": len(heights),
+        }  # fmt: skip
+        yield f"finish {name}", linear_kernels.finish, launch.finish(heights, splits, tokens), sizes | {
+            "partial": "*fp32", "biases": (f"*{w}",) * 3, "y": f"*{x}", "splits": INT, "tokens": INT, "HAS_BIAS": True,
+        }  # fmt: skip
+    yield "channels", linear_kernels.select_channels, launch.channel_selection(d, 8), {
+        "x": f"*{x}", "x_stride": SIZE, "thresholds": "*fp32", "phases": "*u8", "active_set": "*i8", "d": SIZE,
+    }  # fmt: skip
 
 
 def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:

@@ -212,3 +212,73 @@ def check_mixed(
     expected = oracle.combine(a, u, found.cpu(), on_cpu(weights), on_cpu(biases))
     assert oracle.relative_error(y.cpu(), expected) <= 3 * tolerance(dtype, ops)
     assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)
+
+
+def linear(d: int, out: int, dtype: torch.dtype, device: str, *, bias: bool = False, seed: int = 0):
+    """Random weight [out, d], laid out by input channel, and bias."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(d, out, generator=generator) / d**0.5).to(dtype).to(device).t()
+    return weight, torch.randn(out, generator=generator).to(dtype).to(device) if bias else None
+
+
+def check_linear(
+    tokens: int, d: int, out: int, dtype: torch.dtype, device: str, *, share: float, weight_dtype=None,
+    phases: list[int] | None = None, bias: bool = False, seed: int = 0, ops: Ops = TRITON,
+) -> None:  # fmt: skip
+    """A sparse linear against float64: values, counters, active sets, and the same from `select` and `given`.
+
+    An input is its own indicator, so active sets are exact in every dtype; a third of thresholds are inputs themselves.
+    """
+    weight, offset = linear(d, out, weight_dtype or dtype, device, bias=bias, seed=seed)
+    x = inputs(tokens, d, dtype, device, seed)
+    sizes = x.cpu().float().abs()
+    thresholds = sizes.quantile(share) * torch.rand(d, generator=torch.Generator().manual_seed(seed)).mul(0.4).add(0.8)
+    thresholds[::3] = sizes[seed % tokens, ::3]
+    active = ~(sizes <= thresholds)
+    now = None
+    if phases is not None:
+        now = torch.tensor(phases, dtype=torch.uint8)
+        active = (active | (now == PROMPT)[:, None]) & (now != PADDING)[:, None]
+        x[(now == PADDING).to(device), d // 2] = torch.nan
+    generated = torch.ones(tokens, dtype=torch.bool) if now is None else now == GENERATED
+    how = {"decision": "threshold", "drop": int(share * d), "indicator": "input"}
+    given_phases, per_channel = None if now is None else now.to(device), thresholds.to(device)
+    counters = torch.tensor([3, 5], device=device)
+    with poisoned():
+        y = ops.sparse_linear(x, weight, offset, per_channel, counters, phases=given_phases, **how).cpu()
+        selected = ops.select_linear(x, weight, offset, per_channel, phases=given_phases, **how).cpu()
+        given = ops.given_linear(x, weight, offset, active.to(device)).cpu()
+    assert torch.equal(selected, active)
+    assert counters.tolist() == [3 + int(generated.sum()), 5 + int(active[generated].sum())]
+    expected = torch.where(active, x.cpu().double(), 0) @ weight.cpu().double().T
+    expected = expected if offset is None else expected + offset.cpu().double()
+    # One sum of few terms may cancel: as exact as what it is made of.
+    scale = torch.where(active, x.cpu().double().abs(), 0) @ weight.cpu().double().abs().T
+    allowed = tolerance(dtype, ops) * float(expected.norm()) + 1e-6 * float(scale.norm())
+    assert y.dtype == given.dtype == dtype
+    assert float((y.double() - expected).norm()) <= allowed
+    # What is given is summed as it is, padding too.
+    kept = slice(None) if now is None else now != PADDING
+    assert float((given.double() - expected)[kept].norm()) <= allowed
+
+
+def check_together(tokens: int, d: int, heights: list[int], dtype: torch.dtype, device: str, together) -> None:
+    """Linears that read the same x, side by side, against each by itself in the reference; with and without biases."""
+    x = inputs(tokens, d, dtype, device, 0)
+    each = [linear(d, out, dtype, device, bias=place != 1, seed=place) for place, out in enumerate(heights)]
+    thresholds = [torch.full((d,), 0.3 * (1 + place), device=device) for place in range(len(heights))]
+    counters = [torch.tensor([place, 7], device=device) for place in range(len(heights))]
+    with poisoned():
+        y = together(
+            x, [weight for weight, _ in each], [bias for _, bias in each], thresholds, counters,
+            formats=["plain"] * len(heights), selector="input", rule="threshold", drops=[d // 2] * len(heights),
+        )  # fmt: skip
+    first = 0
+    for place, ((weight, bias), out) in enumerate(zip(each, heights, strict=True)):
+        counted = torch.tensor([place, 7], device=device)
+        how = {"decision": "threshold", "drop": 0, "indicator": "input"}
+        expected = REFERENCE.sparse_linear(x, weight, bias, thresholds[place], counted, **how)
+        assert torch.equal(counters[place], counted)
+        assert oracle.relative_error(y[:, first : first + out].cpu(), expected.cpu().double()) <= 2 * tolerance(dtype)
+        first += out
+    assert y.shape == (tokens, first)

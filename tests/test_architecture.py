@@ -18,7 +18,7 @@ ROWS = [
     ["allocation", "selectors", "phase"],
     ["methods", "ops", "sites"],
     ["modules", "replay"],
-    ["cost", "decoding"],
+    ["cost", "decoding", "one_token"],
     ["profiles"],
     ["sparsify", "calibration"],
     ["evaluation"],

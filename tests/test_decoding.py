@@ -53,11 +53,10 @@ def test_it_writes_what_generate_writes():
         started.run(1)
 
 
-def test_sparse_it_writes_what_generate_writes(tokenizer, text):
+@pytest.mark.parametrize("name", ["m-countdown", "teal"])
+def test_sparse_it_writes_what_generate_writes(name, tokenizer, text):
     model = llama()
-    profile = countdown.calibrate(
-        model, tokenizer, text, method("m-countdown", sparsity=0.5), tokens=512, progress=False
-    )
+    profile = countdown.calibrate(model, tokenizer, text, method(name, sparsity=0.5), tokens=512, progress=False)
     countdown.sparsify_(model, profile)
     expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
     countdown.reset_counters(model)

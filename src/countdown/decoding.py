@@ -12,10 +12,8 @@ a model is refused whose steps are not all alike, and the first replay must give
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +23,12 @@ from torch import Tensor, nn
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.loading import cache_argument, check_context
 from countdown.modules import sparse_modules
+from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 
-ATTENTION = "countdown"
 # Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
 WARM_UP = 4
-# Linears of one launch.
-MOST_TOGETHER = 3
 TILE = 512
 DEVICES = ("cuda", "cpu")
 # How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖; what shares
@@ -154,7 +150,7 @@ class DecodeLoop:
         """Return the logits `[1, vocabulary]` of a step as `generate` does it; keep the linears that it runs."""
         given = self._prepared.step(self.token)
         # What a step runs: linears, those that read one input together.
-        self.linears, output = _siblings(self.model, given)
+        self.linears, output = siblings(self.model, given)
         logits: Tensor = output.logits[:, -1].clone()
         return logits
 
@@ -173,7 +169,7 @@ class DecodeLoop:
             for positions in self._positions:
                 positions.add_(1)
 
-        with _one_token(self.model, self.linears):
+        with one_token(self.model, self.linears):
             try:
                 if not self.token.is_cuda:
                     return recorded(step)
@@ -397,122 +393,6 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step()
     return graph
-
-
-@contextmanager
-def _one_token(model: Any, groups: list[list[nn.Linear]]) -> Iterator[None]:
-    """Within the context, linears of one token, a group a launch, and its attention run in our kernels."""
-    switched = model.config._attn_implementation == "sdpa"
-    before = [(config, config._attn_implementation) for config in _configs(model)]
-    try:
-        if switched:
-            model.set_attn_implementation(_register_attention())
-        for linears in groups:
-            for linear, forward in zip(linears, _projections(linears), strict=True):
-                vars(linear)["forward"] = forward
-        yield
-    finally:
-        for linear in (linear for linears in groups for linear in linears):
-            vars(linear).pop("forward", None)
-        # Not by `set_attn_implementation`, which does not take what it finds in parts that were never set.
-        for config, attention in before if switched else ():
-            config._attn_implementation = attention
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    """Yield the configs of a model and its parts, a part's after that of the whole, which sets it too."""
-    from transformers import PreTrainedModel
-
-    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for config in waiting:
-        yield config
-        parts = (getattr(config, name, None) for name in config.sub_configs)
-        waiting.extend(part for part in parts if part is not None)
-
-
-def _siblings(model: Any, given: dict[str, Any]) -> tuple[list[list[nn.Linear]], Any]:
-    """Return the linears that a step runs, those in a row that read the very same input together; and its output."""
-    seen: list[tuple[nn.Linear, Tensor]] = []
-    bare = [module for module in model.modules() if _bare(module)]
-
-    def keep(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # Some linears run over the whole cache, as those of latent attention.
-        if args[0].numel() == linear.in_features:
-            seen.append((linear, args[0]))  # type: ignore[arg-type]
-
-    hooks = [linear.register_forward_pre_hook(keep) for linear in bare]
-    try:
-        output = model(**given)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups: list[list[nn.Linear]] = []
-    for place, (linear, x) in enumerate(seen):
-        same = place > 0 and x is seen[place - 1][1] and linear.weight.dtype == groups[-1][-1].weight.dtype
-        if same and len(groups[-1]) < MOST_TOGETHER:
-            groups[-1].append(linear)
-        else:
-            groups.append([linear])
-    # One that runs twice in a step would overwrite what the other of its group waits for.
-    runs = Counter(id(linear) for linear, _ in seen)
-    return [group for group in groups if all(runs[id(linear)] == 1 for linear in group)], output
-
-
-def _bare(module: nn.Module) -> bool:
-    """Return whether a module is a linear with nothing put on it that would be bypassed."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    # A weight of another class, as quantised ones are, computes in its own way.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooked
-
-
-def _projections(linears: list[nn.Linear]) -> list[Callable[[Tensor], Tensor]]:
-    """Return a forward for each of the linears: the first computes all, the others take what is theirs."""
-    sizes = [linear.out_features for linear in linears]
-    waiting: dict[int, Tensor] = {}
-
-    def compute(x: Tensor) -> Tensor:
-        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-        y: Tensor = torch.ops.countdown.project_one(x.reshape(1, -1), weights, biases)
-        parts = y.view(*x.shape[:-1], -1).split(sizes, dim=-1)
-        waiting.update(enumerate(parts[1:], start=1))
-        first: Tensor = parts[0]
-        return first
-
-    return [compute, *(partial(_take, waiting, place) for place in range(1, len(linears)))]
-
-
-def _take(waiting: dict[int, Tensor], place: int, x: Tensor) -> Tensor:
-    return waiting.pop(place)
-
-
-def _register_attention() -> str:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    return ATTENTION
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """One query attending to all keys; see `attend_one`."""
-    if key.shape != value.shape:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)  # type: ignore[no-any-return]
-    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: Tensor = torch.ops.countdown.attend_one(query, key, value, mask, scale)
-    return out.transpose(1, 2), None
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -161,18 +161,18 @@ class SparseModule(nn.Module):
             x: The input.
             phases: uint8, one for each token, or None where all are generated; see `countdown.phase`.
         """
-        arguments, options = self._call()
+        arguments, options = self.arguments()
         # Not by `__getattr__`, twice at every call.
         per_term, counters = self._buffers["per_term"], self._buffers["counters"]
         return torch.ops.countdown.sparse(x, *arguments, per_term, counters, phases, **options)  # type: ignore[no-any-return]
 
     def active(self, x: Tensor) -> Tensor:
         """Return the active set of each token, bool `[..., terms]`, for x `[..., d]`, all of them generated."""
-        arguments, options = self._call()
+        arguments, options = self.arguments()
         return torch.ops.countdown.select(x, *arguments, self.per_term, None, **options)  # type: ignore[no-any-return]
 
-    def _call(self) -> tuple[tuple[list[Tensor], list[Tensor | None]], dict[str, Any]]:
-        """Return weights and biases, and the options of a call."""
+    def arguments(self) -> tuple[tuple[list[Tensor], list[Tensor | None]], dict[str, Any]]:
+        """Return weights and biases, and the options of a call; see `ops.call`."""
         # Not by the site's sum, which is made again of these: at every call of every FFN.
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []

@@ -117,7 +117,7 @@ def restore_(model: ModelT) -> ModelT:
 def sparse_twin(model: ModelT, profile: Profile) -> ModelT:
     """Return a sparsified copy of a dense model, which stays as it is.
 
-    The two share every weight but those that `sparsify_` stores in another layout, W_down.
+    The two share every weight but those that `sparsify_` stores in another layout: W_down, linears that are sparse.
 
     Args:
         model, profile: See `sparsify_`.

@@ -44,6 +44,29 @@ def test_proxies_against_float64(shape, dtype, tokens):
     cases.check_proxy(tokens, *shape, dtype, "cuda", activation="gelu_tanh", share=0.7, bias=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 91), (576, 192), (1031, 2053), (4096, 6144), (14336, 4096)], ids=str)
+def test_linears_against_float64(shape, dtype, tokens):
+    cases.check_linear(tokens, *shape, dtype, "cuda", share=0.5, bias=True)
+
+
+@pytest.mark.parametrize("shape", [(4096, 28672), (8192, 57344), (53248, 1024)], ids=str)
+def test_linears_of_large_models(shape):
+    cases.check_linear(1, *shape, torch.bfloat16, "cuda", share=0.5)
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_linears_in_phases(tokens):
+    phases = [(tokens + place) % 3 for place in range(tokens)]
+    cases.check_linear(tokens, 700, 300, torch.float16, "cuda", share=0.6, phases=phases, bias=True, seed=tokens)
+
+
+@pytest.mark.parametrize("heights", [[96], [40, 2100], [4096, 1024, 1024]], ids=str)
+def test_linears_together(heights):
+    cases.check_together(1, 4096, heights, torch.bfloat16, "cuda", OPS.sparse_together)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("by", ["up", "proxy-4"])
 @pytest.mark.parametrize(
@@ -112,7 +135,7 @@ def test_opcheck(tokens, phases):
     torch.library.opcheck(OPS.given.default, (*tensors, active), form)
 
 
-@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 @pytest.mark.parametrize("tokens", range(1, 9))
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 def test_phases(dtype, tokens, by):
@@ -121,7 +144,7 @@ def test_phases(dtype, tokens, by):
         cases.check_phases(phases, 576, 1536, dtype, "cuda", by=by, seed=tokens)
 
 
-@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 def test_tokens_and_weights_of_different_dtypes(dtype, tokens, by):
@@ -131,7 +154,7 @@ def test_tokens_and_weights_of_different_dtypes(dtype, tokens, by):
     cases.check_mixed(tokens, 1031, 2053, dtype, each, "cuda", by=by)
 
 
-@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_graph_replay_sees_changed_phases(tokens, by):
     weights, biases = cases.ffn(256, 1024, torch.bfloat16, "cuda", bias=True)
@@ -227,7 +250,7 @@ def test_static_cache_generation_is_compiled_and_the_same(sparse):
     assert {site.backend for site in countdown.status(model)} == {"triton"}
 
 
-@pytest.mark.parametrize("name", [None, "m-countdown", "d-proxy"])
+@pytest.mark.parametrize("name", [None, "m-countdown", "d-proxy", "teal"])
 def test_the_decode_loop_writes_what_generate_writes(name, tokenizer, text):
     model = llama(num_attention_heads=4, num_key_value_heads=2).cuda()
     if name:

@@ -36,7 +36,7 @@ def main() -> None:
         library.take_variant(draw.choice(library.variants))
         try:
             with library.watched() as row:
-                draw.choice([check_ffn, check_ffn, check_ffn, check_dense, check_small])(draw, seed)
+                draw.choice([check_ffn, check_ffn, check_linear, check_dense, check_small])(draw, seed)
             check_again(draw, library, row)
         except Exception:
             print(f"case {seed} failed", file=sys.stderr)
@@ -89,6 +89,18 @@ def check_ffn(draw: random.Random, seed: int) -> None:
     allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
     assert float((y.double() - expected).norm()) <= allowed
     assert float((given.double() - expected).norm()) <= allowed
+
+
+def check_linear(draw: random.Random, seed: int) -> None:
+    """One sparse linear of any size, dtypes and phases."""
+    tokens = draw.randint(1, 8)
+    phases = [draw.choice([GENERATED, GENERATED, PROMPT, PADDING]) for _ in range(tokens)]
+    dtypes = list(cases.TOLERANCE)
+    cases.check_linear(
+        tokens, draw.randint(1, draw.choice([40, 700])), draw.randint(1, draw.choice([40, 300])), draw.choice(dtypes),
+        "cpu", share=draw.random(), weight_dtype=draw.choice(dtypes), phases=draw.choice([None, phases]),
+        bias=draw.random() < 0.5, seed=seed, ops=CPU,
+    )  # fmt: skip
 
 
 def cast(draw: random.Random, weights: list, biases: list) -> tuple[torch.dtype, list, list]:

@@ -16,7 +16,7 @@ import kernel_cases as cases
 import oracle
 from calls import REFERENCE, TRITON
 from countdown.errors import ConfigError
-from countdown.ops.triton import ffn, launch
+from countdown.ops.triton import ffn, launch, linear
 from countdown.ops.triton.backend import Triton
 from countdown.phase import GENERATED, PADDING, PROMPT
 from crossing import crossed
@@ -125,20 +125,20 @@ PHASES = [
 ]  # fmt: skip
 
 
-@crossed(by=Triton.selectors, phases=PHASES, bias=[False, True])
+@crossed(by=Triton.selectors["ffn"], phases=PHASES, bias=[False, True])
 def test_phases(by, phases, bias):
     cases.check_phases(phases, 37, 91, torch.float32, DEVICE, by=by, bias=bias)
 
 
 @pytest.mark.parametrize("tokens", range(1, 9))
-@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 def test_phases_of_any_number_of_tokens_in_16_bits(by, tokens):
     phases = [(tokens + place) % 3 for place in range(tokens)]
     cases.check_phases(phases, 40, 33, torch.float16, DEVICE, by=by, seed=tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-@pytest.mark.parametrize("by", Triton.selectors)
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 def test_generated_tokens_with_their_phases_said_are_those_without(by, tokens):
     weights, biases = cases.ffn(24, 60, torch.float32, DEVICE, bias=True)
     x = cases.inputs(tokens, 24, torch.float32, DEVICE, 2)
@@ -158,14 +158,14 @@ MIXED = [(x, [w] * 3) for x in FLOATS for w in FLOATS if x != w]
 MIXED += [(x, [torch.bfloat16, torch.float32, torch.float16]) for x in FLOATS]
 
 
-@crossed(by=Triton.selectors, mixed=MIXED, tokens=[1, 2, 3])
+@crossed(by=Triton.selectors["ffn"], mixed=MIXED, tokens=[1, 2, 3])
 def test_tokens_and_weights_of_different_dtypes(by, mixed, tokens):
     cases.check_mixed(tokens, 40, 67, *mixed, DEVICE, by=by, seed=tokens)
 
 
 def test_the_tables_are_what_the_backend_says_it_takes():
-    assert set(ffn.DECIDERS) == set(Triton.selectors)
-    assert set(ffn.FORMATS) == set(Triton.formats)
+    assert set(ffn.DECIDERS) == set(Triton.selectors["ffn"])
+    assert set(ffn.FORMATS) == set(linear.FORMATS) == set(Triton.formats)
 
 
 LEFT = {

@@ -278,7 +278,7 @@ def _splits(model: nn.Module) -> bool:
     return sparse <= parts if sparse else bool(find_parts(model))
 
 
-def _parts(model: nn.Module, groups: list[list[nn.Linear]], ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
+def _parts(model: nn.Module, groups: list[list[Any]], ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
     """Return steps through the FFNs of a token, the linears of attention, and the head.
 
     Each part is timed by itself, captured or recorded, with the kernels of the step and the inputs that the prompt's

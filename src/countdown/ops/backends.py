@@ -18,7 +18,7 @@ from torch import Tensor
 
 from countdown.autocast import DEVICES, without_autocast
 from countdown.errors import ConfigError
-from countdown.ops import dense, reference
+from countdown.ops import dense, reference, together
 from countdown.ops.base import MOST_TOKENS, Backend
 from countdown.ops.call import SCHEMAS, Call
 from countdown.ops.cpu.backend import CPU
@@ -97,7 +97,7 @@ def register(backend: Backend) -> Backend:
     if backend.missing() is None:
         for op in SCHEMAS:
             LIBRARY.impl(op, adapted(backend, op), backend.key)
-        for name, function in backend.dense_ops().items():
+        for name, function in backend.step_ops().items():
             LIBRARY.impl(name, function, backend.key)
     return backend
 
@@ -143,7 +143,7 @@ def _register_all() -> None:
         LIBRARY.impl(op, adapted(None, op), "CompositeExplicitAutograd")
         for device, key in DEVICES.items():
             LIBRARY.impl(op, partial(_under_autocast, op, device), key)
-    for name, (schema, fake, function) in dense.OPS.items():
+    for name, (schema, fake, function) in (dense.OPS | together.OPS).items():
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"countdown::{name}", fake, lib=LIBRARY)  # type: ignore[arg-type]
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")

@@ -48,8 +48,8 @@ class Backend(ABC):
         """Return weights and parts as calls should have them; the very same objects where nothing changes."""
         return sum_.weights, [part.in_rows() for part in parts]
 
-    def dense_ops(self) -> Mapping[str, Callable[..., Tensor]]:
-        """Return implementations of `ops.dense`, by name."""
+    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+        """Return implementations of the ops of decode loops, those of `ops.dense` and `ops.together`, by name."""
         return {}
 
     @abstractmethod
@@ -66,35 +66,34 @@ class Backend(ABC):
 
 
 class Gathering(Backend):
-    """A backend whose kernels gather the rows of active neurons of gated FFNs, and what all such backends refuse."""
+    """A backend whose kernels gather the rows of active terms, and what all such backends refuse."""
 
-    kinds: ClassVar[Collection[str]] = ("ffn",)
     formats: ClassVar[Collection[str]] = (Plain.format,)
     part_formats: ClassVar[Collection[str]] = (Symmetric4.format, Tiles4.format)
     activations: ClassVar[Collection[str]] = ("silu", "gelu_tanh", "gelu", "relu")
-    selectors: ClassVar[Collection[str]]
+    selectors: ClassVar[Mapping[str, Collection[str]]]  # by kind of sum
 
     def refuses(
         self, sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, *, laid_out: bool = True
     ) -> str | None:
-        if sum_.kind not in self.kinds:
-            return f"it has no kernel for {'linear layers' if sum_.kind == 'linear' else sum_.kind}"
-        if selector is not None and (reason := self._refuses_decision(selector, parts, rule)):
+        if sum_.kind not in self.selectors:
+            return f"it has no kernel for sums of kind '{sum_.kind}'"
+        if selector is not None and (reason := self._refuses_decision(sum_.kind, selector, parts, rule)):
             return reason
         for weight in sum_.weights:
             if weight.format not in self.formats:
                 return f"it has no kernel for weights in format '{weight.format}'"
             if weight.format == Plain.format and weight.parts[0].dtype not in self.dtypes:
                 return f"it has no kernel for {weight.parts[0].dtype}"
-        if sum_.activation not in self.activations:
+        if sum_.activation and sum_.activation not in self.activations:
             return f"it has no kernel for activation '{sum_.activation}', only: {', '.join(self.activations)}"
         return _refuses_layout(sum_, laid_out)
 
-    def _refuses_decision(self, selector: Selector, parts: Sequence[Weight], rule: str) -> str | None:
+    def _refuses_decision(self, kind: str, selector: Selector, parts: Sequence[Weight], rule: str) -> str | None:
         if rule != "threshold":
             return f"decision '{rule}' needs a sort, which no kernel does"
-        if selector.name not in self.selectors:
-            return f"it has no kernel for selector '{selector.name}', only: {', '.join(self.selectors)}"
+        if selector.name not in self.selectors[kind]:
+            return f"it has no kernel for selector '{selector.name}', only: {', '.join(self.selectors[kind])}"
         for part in parts:
             if part.format not in self.part_formats:
                 return f"it has no kernel for a selector's weights in format '{part.format}'"
@@ -106,7 +105,8 @@ def _refuses_layout(sum_: Sum, laid_out: bool) -> str | None:
     if not all(_adjacent(weight, 1) for weight in first):
         return "rows of W_gate or W_up are not contiguous"
     if laid_out and not _adjacent(last, 0):
-        return "W_down is not laid out by neuron (sparsify_ does that; a parameter put in its place later is not)"
+        which = "W is not laid out by input channel" if sum_.kind == "linear" else "W_down is not laid out by neuron"
+        return f"{which} (sparsify_ does that; a parameter put in its place later is not)"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from countdown.ops.base import Gathering
 from countdown.ops.call import TENSORS, Call
 from countdown.ops.cpu import dense_ops, library
-from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FORMATS, SumCall
+from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FORMATS, MatrixView, SumCall
 from countdown.ops.request import requested
 from countdown.sums import Sum
 from countdown.weights import Weight
@@ -26,7 +27,7 @@ class CPU(Gathering):
     """See `ops.cpu`."""
 
     name, device, key, runs_on = "cpu", "cpu", "CPU", "CPUs"
-    selectors = ("up", "gate", "coefficient", "proxy-4")
+    selectors = MappingProxyType({"ffn": ("up", "gate", "coefficient", "proxy-4"), "linear": ("input",)})
 
     def __init__(self) -> None:
         # By what `_form_of` says of a call: the C call without addresses.
@@ -36,12 +37,12 @@ class CPU(Gathering):
         """See `Backend.missing`."""
         return library.missing()
 
-    def dense_ops(self) -> Mapping[str, Callable[..., Tensor]]:
-        """See `Backend.dense_ops`."""
+    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+        """See `Backend.step_ops`."""
         return {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
 
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
-        """W_down by neuron, proxies in tiles."""
+        """W_down by neuron, a linear by input channel, proxies in tiles."""
         *others, down = sum_.weights
         return [*others, down.by_column()], [_in_tiles(part) for part in parts]
 
@@ -89,15 +90,23 @@ def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
         outputs=call.sum.outputs,
         activation=ACTIVATIONS[call.sum.activation],
     )
-    views, rows_along = (form.gate, form.up, form.down), (0, 0, 1)
-    for view, weight, tensor, bias, dim in zip(views, call.sum.weights, weights, biases, rows_along, strict=False):
-        view.format, view.stride = FORMATS[weight.format, tensor.dtype], tensor.stride(dim) * tensor.itemsize
+    views = _views(form, len(biases))
+    for view, weight, tensor, bias in zip(views, call.sum.weights, weights, biases, strict=False):
+        along = tensor.stride(1 if view is views[-1] else 0)
+        view.format, view.stride = FORMATS[weight.format, tensor.dtype], along * tensor.itemsize
         view.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-    form.decision.by = DECIDERS[call.selector.name if call.selector else None]
+    # What is known of an input channel without a selector, its coefficient, no FFN knows of a neuron.
+    by = call.selector.name if call.selector else "input" if call.sum.kind == "linear" else None
+    form.decision.by = DECIDERS[by]
     if call.parts:
         levels, scales = weights[3:5]
         form.decision.words, form.decision.groups = levels.shape[1], scales.shape[1]
     return form
+
+
+def _views(call: SumCall, count: int) -> tuple[MatrixView, ...]:
+    """Return where the matrices of a sum stand in its call; the last is the one whose columns are summed."""
+    return (call.gate, call.up, call.down)[-count:]
 
 
 def _done(
@@ -112,7 +121,7 @@ def _done(
     call = SumCall.from_buffer_copy(form)
     call.x = x.data_ptr()
     decision = call.decision
-    for view, weight, bias in zip((call.gate, call.up, call.down), weights, biases, strict=False):
+    for view, weight, bias in zip(_views(call, len(biases)), weights, biases, strict=False):
         view.data = weight.data_ptr()
         if bias is not None:
             view.bias = bias.data_ptr()
@@ -123,7 +132,7 @@ def _done(
         if tensor is not None:
             setattr(call if name == "counters" else decision, name, tensor.data_ptr())
     result = _result(call, op, x)
-    library.library().run(call, [x, *weights, *biases, *tensors, result], weights=call.d * call.h)
+    library.library().run(call, [x, *weights, *biases, *tensors, result], weights=call.h * call.outputs)
     return result
 
 

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 7
+ABI = 8
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+# A linear has none, and nothing is activated.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "": 0}
 # Of weights, by the name of the format and the dtype of its first part.
 FORMATS = {("plain", dtype): place for dtype, place in DTYPES.items()}
 # Selectors, and None for who gives the active sets.
-DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy-4": 3, None: 4}
+DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy-4": 3, "input": 4, None: 5}
 # Weights of one matrix that are worth another thread.
 _GRAIN = 65536
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from countdown.ops.base import Gathering
+from countdown.ops.base import MOST_TOKENS, Gathering
 from countdown.ops.call import Call
+from countdown.ops.request import REFERENCE, requested
+from countdown.ops.together import calls_of, together
 from countdown.selectors import Selector
 from countdown.sums import Sum
 from countdown.weights import Weight
@@ -22,7 +26,7 @@ class Triton(Gathering):
     """See `ops.triton`."""
 
     name, device, key, runs_on = "triton", "cuda", "CUDA", "GPUs"
-    selectors = ("up", "gate", "proxy-4")
+    selectors = MappingProxyType({"ffn": ("up", "gate", "proxy-4"), "linear": ("input",)})
 
     def missing(self) -> str | None:
         """See `Backend.missing`."""
@@ -40,19 +44,32 @@ class Triton(Gathering):
         reason = super().refuses(sum_, selector, parts, rule, laid_out=laid_out)
         return reason or (other and f"it has no kernel for a copy in format '{other}'")
 
-    def dense_ops(self) -> Mapping[str, Callable[..., Tensor]]:
-        """See `Backend.dense_ops`."""
+    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+        """See `Backend.step_ops`."""
         from countdown.ops.triton import dense_ops
 
-        return {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
+        own = {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
+        return own | {"sparse_together": self._together}
+
+    def _together(self, x: Tensor, *args: Any, **names: Any) -> Tensor:
+        from countdown.ops.triton import linear
+
+        calls = calls_of(x, *args, **names)
+        alike = len({(call.sum.weights[0].format, call.sum.weights[0].parts[0].dtype) for call in calls}) == 1
+        taken = 1 <= calls[0].tokens <= MOST_TOKENS and x.dtype in self.dtypes and requested() != REFERENCE
+        if not (alike and taken) or any(self.refuses(c.sum, c.selector, c.parts, c.rule) for c in calls):
+            return together(x, *args, **names)
+        y: Tensor = linear.run_together(x, calls)
+        return y
 
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
-        """W_down by neuron, proxies in rows."""
+        """W_down by neuron, a linear by input channel, proxies in rows."""
         *others, down = sum_.weights
         return [*others, down.by_column()], [part.in_rows() for part in parts]
 
     def run(self, call: Call) -> Tensor:
         """See `Backend.run`."""
-        from countdown.ops.triton import ffn
+        from countdown.ops.triton import ffn, linear
 
-        return ffn.run(call.x, call)
+        y: Tensor = (linear if call.sum.kind == "linear" else ffn).run(call.x, call)
+        return y

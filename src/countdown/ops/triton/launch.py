@@ -23,6 +23,8 @@ from countdown.weights.symmetric import group_of, padded
 PAIR_WIDTH = 4096
 # Tokens are padded to the side of a matrix instruction.
 TILE_TOKENS = 16
+# Channels of a linear whose active set is a word.
+CHUNK = 64
 _KB = 1024
 
 
@@ -225,6 +227,52 @@ def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = Fal
     stages = stages if itemsize == 2 and not mixed else 1
     constants = {"T": TILE_TOKENS, "ROWS": rows, "COLUMNS": width, "STAGES": stages, "PRECISION": found.precision}
     return Launch((tiles, _ceil(h, each)), constants, 4), each
+
+
+def channels(
+    d: int, heights: list[int], itemsize: int, tokens: int, found: Hardware, *, counting: bool
+) -> tuple[Launch, int, int]:
+    """Return the launch of `sum_channels` of linears with so many outputs, its tiles of columns, and into how many
+    parts the channels of each are split.
+
+    Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more chunks a
+    program only where there are programs enough, so that partial sums stay few.
+    """
+    total = sum(heights)
+    wide = 2048 if tokens <= 2 and (total >= 8192 or d >= 8192) else 1024
+    width = _clamp(_power(max(heights)), 16, wide)
+    tiles = sum(_ceil(height, width) for height in heights)
+    chunks = 1
+    while chunks < 8 and tiles * _ceil(d, CHUNK * chunks) > 6 * found.multiprocessors:
+        chunks *= 2
+    rows = _clamp(16 * _KB // (width * itemsize), 1, 16)
+    splits = _ceil(d, CHUNK * chunks)
+    constants = {
+        "T": tokens,
+        "COLUMNS": width,
+        "CHUNKS": chunks,
+        "CHUNK": CHUNK,
+        "ROWS": rows,
+        "STAGES": _stages(rows * width * itemsize, 4, found.shared // 2),
+        "BLOCK": _counted(d),
+    }
+    return Launch((tiles * splits + (len(heights) if counting else 0),), constants, 4), tiles, splits
+
+
+def channel_selection(d: int, tokens: int) -> Launch:
+    """Return the launch of `select_channels`."""
+    return Launch((tokens,), {"BLOCK": _counted(d)}, 4)
+
+
+def finish(heights: list[int], splits: int, tokens: int) -> Launch:
+    """Return the launch of `finish`."""
+    constants = {"P": _power(splits), "COLUMNS": 32}
+    return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
+
+
+def _counted(d: int) -> int:
+    # Few enough that counting takes no more registers than summing does, in whose kernel it is done.
+    return _clamp(_power(d), 16, 1024)
 
 
 def reduction(d: int, programs: int, tokens: int) -> Launch:

@@ -1,0 +1,108 @@
+"""Sparse linears on a device that Triton compiles for: what kernels are given, workspaces, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from countdown.ops.base import contiguous, flat
+from countdown.ops.call import Call
+from countdown.ops.triton import launch, linear_kernels, loaders
+from countdown.sums import Sum
+
+# By weight format: how rows of channels are read; see `loaders`.
+FORMATS: dict[str, Any] = {"plain": loaders.plain}
+
+
+@launch.on_its_device
+def run(x: Tensor, call: Call) -> Tensor:
+    """Return the result of a call; see `Backend.run`.
+
+    Args:
+        x: The tokens, for the device.
+        call: Of one to `MOST_TOKENS` tokens.
+    """
+    x = flat(x)
+    if call.op == "select":
+        return _select(x, call)
+    thresholds = None if call.per_term is None else [call.per_term.contiguous()]
+    counters = None if call.counters is None else [call.counters]
+    active = None if call.active is None else call.active.contiguous().view(torch.int8)
+    y = _sum(x, [call.sum], thresholds, active, call.phases, counters)
+    return y.view(*call.x.shape[:-1], call.sum.outputs)
+
+
+@launch.on_its_device
+def run_together(x: Tensor, calls: Sequence[Call]) -> Tensor:
+    """Return the results of calls of `sparse` on the same x, side by side; see `ops.linears`."""
+    first = calls[0]
+    thresholds = [call.per_term.contiguous() for call in calls]  # type: ignore[union-attr]
+    y = _sum(flat(x), [call.sum for call in calls], thresholds, None, first.phases, [call.counters for call in calls])
+    return y.view(*first.x.shape[:-1], -1)
+
+
+def _select(x: Tensor, call: Call) -> Tensor:
+    active, d = call.empty(), x.shape[1]
+    assert call.per_term is not None
+    config = launch.channel_selection(d, len(x))
+    linear_kernels.select_channels[config.grid](
+        x, x.stride(0), call.per_term.contiguous(), call.phases, active.view(torch.int8), d,
+        **config.options(launch.hardware(x.device)),
+    )  # fmt: skip
+    return active
+
+
+def _sum(
+    x: Tensor,
+    sums: Sequence[Sum],
+    thresholds: Sequence[Tensor] | None,
+    active: Tensor | None,
+    phases: Tensor | None,
+    counters: Sequence[Tensor | None] | None,
+) -> Tensor:
+    """Return y `[T, Σ outputs]` of linears whose weights have one format and dtype.
+
+    Args:
+        x: `[T, d]`, entries of a token side by side.
+        sums: One to `MOST_TOGETHER` linears, their weights laid out by channel.
+        thresholds: Of each, float32 `[d]`; None where active sets are given.
+        active: int8 `[T, d]`: those, of one linear.
+        phases, counters: See `ops.call`; of each linear.
+    """
+    found = launch.hardware(x.device)
+    weights = [sum_.weights[0].parts[0] for sum_ in sums]
+    heights = [sum_.outputs for sum_ in sums]
+    tokens, d = x.shape
+    config, tiles, splits = launch.channels(
+        d, heights, weights[0].element_size(), tokens, found, counting=counters is not None
+    )
+    partial_sums = x.new_empty((splits, tokens, sum(heights)), dtype=torch.float32)
+    sizes = (*heights, 0, 0)[:3]
+    # How far channels are apart; where a matrix has one output, its stride may say anything.
+    strides = [weight.stride(1) for weight in weights]
+    linear_kernels.sum_channels[config.grid](
+        x, x.stride(0), (*_three(weights), *_three(strides)), thresholds and _three(thresholds), active, phases,
+        counters and _three(counters), partial_sums, *sizes, tiles, d,
+        LOAD=FORMATS[sums[0].weights[0].format], COUNTING=len(sums) if counters else 0, **config.options(found),
+    )  # fmt: skip
+    y = x.new_empty((tokens, sum(heights)))
+    last = launch.finish(heights, splits, tokens)
+    biases = [contiguous(sum_.biases)[0] for sum_ in sums]
+    has_bias = any(bias is not None for bias in biases)
+    some = [_bias(x, size, bias) for size, bias in zip(heights, biases, strict=True)] if has_bias else None
+    linear_kernels.finish[last.grid](
+        partial_sums, some and _three(some), y, *sizes, splits, tokens, HAS_BIAS=has_bias, **last.options(found)
+    )
+    return y
+
+
+def _bias(x: Tensor, size: int, bias: Tensor | None) -> Tensor:
+    return x.new_zeros(size) if bias is None else bias
+
+
+def _three(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Pad to three by what is not looked at."""
+    return (*values, *[values[0]] * (3 - len(values)))
