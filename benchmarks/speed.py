@@ -149,6 +149,20 @@ def calibration(name: str) -> str:
     )
 
 
+def commands(name: str) -> str:
+    """Return in a sentence how long the README's commands take, those of which succeeded."""
+    document = load(name)
+    found = []
+    for record in document["records"]:
+        # Without arguments, but with what makes two of them differ.
+        words = record["command"].removeprefix("countdown ").split(" MODEL")
+        said = " ".join([words[0].replace(" comparison", ""), *({"--quick", "--compare"} & set(words[-1].split()))])
+        if record["status"] == 0:
+            seconds = record["seconds"]
+            found.append(f"`{said}` {f'{seconds:.0f} s' if seconds < 60 else f'{seconds / 60:.1f} min'}")
+    return f"On {document['meta']['hardware']['cores']} CPU cores SmolLM2-135M takes: {', '.join(found)}"
+
+
 def shapes(name: str) -> str:
     """Return × dense and share of the floor by shape."""
     document = load(name)
@@ -249,7 +263,8 @@ def linears(name: str) -> str:
     head += ["× dense", "× fused", "over the floor"] if gpu else ["× dense", "over the floor"]
     dtype, rate = document["records"][0]["dtype"], document["records"][0]["bytes_s"]
     return table(head, rows) + (
-        f"\nOne token; medians over rounds in which all took turns. Floor: bytes of active channels at {rate / 1e9:.0f} GB/s. "
+        "\nOne token; medians over rounds in which all took turns. Floor: bytes of active channels at "
+        f"{rate / 1e9:.0f} GB/s. "
         f"{meta['hardware'].get('gpu') or meta['hardware']['cpu']}, {dtype}, {_from(name, meta)}\n"
     )
 

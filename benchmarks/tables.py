@@ -284,11 +284,11 @@ TABLES: dict[str, Callable[[], str]] = {
         ["cpu-decode-1.5b", "cpu-decode-1.5b-1-thread", "cpu-decode", "cpu-decode-1-thread"]
     ),
     "calibration-time": lambda: speed.calibration("calibration-time-smollm2"),
+    "readme-commands": lambda: speed.commands("readme-commands-smollm2"),
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "gpu-decode-h100": lambda: speed.decode("gpu-decode-h100"),
-    "gpu-decode-linears": lambda: speed.decode("gpu-decode-linears-h200"),
     "linears": lambda: speed.linears("linears-h200"),
     "cpu-linears": lambda: speed.linears("cpu-linears"),
     "cpu-ffn": lambda: speed.cpu_ffn("cpu-ffn"),
