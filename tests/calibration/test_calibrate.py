@@ -46,7 +46,8 @@ def kept(model, tokenizer, text):
 EVERY = [method(name, weighting=weighting) for name in method_names() for weighting in method_class(name).weightings]
 
 
-@pytest.mark.parametrize("config", EVERY, ids=str)
+# What sites share has a test of its own.
+@pytest.mark.parametrize("config", [config for config in EVERY if not config.shares_norms], ids=str)
 def test_multipliers_are_those_of_the_activations(config, model, tokenizer, text, kept):
     profile = calibrate(model, tokenizer, text, config, tokens=TOKENS, progress=False)
     for site in find_sites(model, [config.kind]):
@@ -297,3 +298,36 @@ def test_windows_fit_the_models_context(context, window, expected, tokenizer, te
 def test_a_window_that_does_not_fit_is_said(tokenizer, text):
     with pytest.raises(ConfigError, match="window is 100, longer than the model's context of 96"):
         calibrate(llama(max_position_embeddings=96), tokenizer, text, method("cats"), window=100, progress=False)
+
+
+def test_linears_that_read_one_input_share_norms_and_thresholds(tokenizer, text):
+    model = llama()
+    shared, own = (
+        calibrate(model, tokenizer, text, method("teal", weighting=weighting), tokens=512, progress=False)
+        .entries[0]
+        .sites
+        for weighting in ("shared-norm", "column-norm")
+    )
+    layer = model.model.layers[1]
+    for parent, path, names in (
+        (layer.self_attn, "self_attn", ["q_proj", "k_proj", "v_proj"]),
+        (layer.mlp, "mlp", ["gate_proj", "up_proj"]),
+        (layer.self_attn, "self_attn", ["o_proj"]),
+    ):
+        columns = torch.cat([getattr(parent, name).weight.detach().double() for name in names])
+        found = [shared[f"model.layers.1.{path}.{name}"] for name in names]
+        for artifacts in found:
+            torch.testing.assert_close(artifacts["multipliers"].double(), columns.norm(dim=0))
+            assert torch.equal(artifacts["thresholds"], found[0]["thresholds"])
+    q, k = (own[f"model.layers.1.self_attn.{name}"]["multipliers"] for name in ("q_proj", "k_proj"))
+    assert not torch.equal(q, k)
+
+
+def test_a_shared_norm_is_one_active_set(tokenizer, text):
+    model = llama()
+    profile = calibrate(model, tokenizer, text, method("wina", sparsity=0.5), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    attention = model.model.layers[1].self_attn
+    x = torch.randn(3, model.config.hidden_size)
+    assert torch.equal(attention.q_proj.active(x), attention.k_proj.active(x))
+    assert torch.equal(attention.q_proj.active(x), attention.v_proj.active(x))

@@ -70,8 +70,8 @@ def test_a_decision_that_a_method_does_not_offer_is_refused_with_its_reason():
         OnlyTopk()
 
 
-def test_wina_is_teal_with_column_norms():
-    assert method("wina", sparsity=0.4) == method("teal", sparsity=0.4, weighting="column-norm")
+def test_wina_is_teal_with_norms_that_are_shared():
+    assert method("wina", sparsity=0.4) == method("teal", sparsity=0.4, weighting="shared-norm")
 
 
 def test_chess_is_cats_with_rms_and_thresholds_on_the_inputs_of_q_and_o():

@@ -111,7 +111,7 @@ MethodName = Annotated[str | None, typer.Option("--method", callback=known_metho
 Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1. [0.5, or the profile's]")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
 Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
-Weighting = Annotated[str | None, typer.Option(help="none, rms or column-norm.")]
+Weighting = Annotated[str | None, typer.Option(help="none, rms, column-norm or shared-norm.")]
 Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3, for methods that have one.")]
 TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"

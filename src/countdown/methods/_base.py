@@ -35,7 +35,8 @@ class Method:
             what runs fast) or `topk` (for each token, the ⌊k·h⌋ terms of smallest weighted indicator are
             inactive, ties by lower index first: the papers' "ideal", for evaluation).
         weighting: What the indicator is multiplied by, for each term: `none`; `rms`, the root mean square
-            of the factor of s_i that the indicator does not see; `column-norm`, that times ‖w_i‖₂.
+            of the factor of s_i that the indicator does not see; `column-norm`, that times ‖w_i‖₂; `shared-norm`, of
+            linears, the norm over all columns that one input is multiplied with.
         allocation: A name of `allocation.ALLOCATIONS`: `uniform`, the same target everywhere; `global`, one budget for
             all modules of the entry, spent where calibration measured that it hurts least.
 
@@ -89,6 +90,11 @@ class Method:
         own = () if self.weighting == "none" or self.unseen is None else (Moment(self.unseen),)
         return (*own, *self.selector.moments)
 
+    @property
+    def shares_norms(self) -> bool:
+        """Whether sites that read the same input have the same multipliers, and so the same active sets."""
+        return self.weighting == "shared-norm"
+
     def artifacts(self) -> tuple[Artifact, ...]:
         """Return what a profile holds for each of its sites."""
         multipliers = () if self.weighting == "none" else (MULTIPLIERS,)
@@ -105,7 +111,8 @@ class Method:
 
         Args:
             moments: For each of `moments()`, its mean, float64 `[terms]`; of `input`, float64 `[inputs]`.
-            norms: ‖w_i‖₂, the norms of the columns that are summed, float64 `[terms]`.
+            norms: ‖w_i‖₂, the norms of the columns that are summed, float64 `[terms]`; of all sites that read the same
+                input taken together where it `shares_norms`.
 
         Returns:
             Multipliers m_i ≥ 0, float64 `[terms]`, or None where every one is 1.
@@ -113,7 +120,7 @@ class Method:
         if self.weighting == "none":
             return None
         rms = moments[Moment(self.unseen)].sqrt() if self.unseen else 1.0
-        return rms * norms if self.weighting == "column-norm" else rms * norms.new_ones(norms.shape)
+        return rms * norms.new_ones(norms.shape) if self.weighting == "rms" else rms * norms
 
     def drop(self, terms: int) -> int:
         """Return ⌊k·h⌋, how many of the `terms` the topk decision makes inactive."""

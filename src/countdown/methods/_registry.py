@@ -85,7 +85,7 @@ def method(name: str, **settings: Any) -> Method:
     """Return a method with its settings, e.g. `method("m-countdown", sparsity=0.7, weighting="rms")`.
 
     Args:
-        name: One of `method_names()`, or an alias (`wina` is `teal` with weighting `column-norm`).
+        name: One of `method_names()`, or an alias (`wina` is `teal` with weighting `shared-norm`).
         **settings: Fields of the method; see `Method`.
 
     Raises:

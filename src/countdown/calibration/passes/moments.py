@@ -30,8 +30,9 @@ class MomentsPass(Pass):
         wanting = run.wanting(self.name)
         moments = estimate(run, wanting) if any(one.method.moments() for one in wanting) else {}
         with memory_for(sum(beside_bytes([one.site], one.method) for one in wanting)):
+            norms = _norms(run, wanting)
             for one in wanting:
-                _prepare(one, moments.get(one.site.name, {}))
+                _prepare(one, moments.get(one.site.name, {}), norms)
 
 
 def estimate(run: Run, assigned: list[Assignment]) -> Moments:
@@ -65,11 +66,36 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
 
 
 @torch.no_grad()
-def _prepare(one: Assignment, moments: Mapping[Moment, Tensor]) -> None:
+def _norms(run: Run, assigned: list[Assignment]) -> dict[str, Tensor]:
+    """Return the norms of each weighted site's columns, float64 `[terms]`, by name."""
+    weighted = [one.site for one in assigned if one.method.weighting != "none"]
+    norms = {site.name: site.sum.weights[-1].column_norms().cpu() for site in weighted}
+    sharing = [one.site for one in assigned if one.method.shares_norms]
+    for group in same_inputs(run, sharing) if sharing else ():
+        together = torch.stack([norms[name] for name in group]).square().sum(dim=0).sqrt()
+        norms |= dict.fromkeys(group, together)
+    return norms
+
+
+def same_inputs(run: Run, sites: list[Site]) -> list[list[str]]:
+    """Return the names of sites by the input that they read, as the model runs: those of q, k and v together, say."""
+    readers: dict[int, dict[str, Tensor]] = {}
+
+    def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
+        # The input is held, so that no other takes its identity.
+        readers.setdefault(id(x), {})[site.name] = x
+
+    with decoding(run.model, sites, observe) as feed:
+        feed(run.sequences[0][None, :2])
+    return [list(names) for names in readers.values()]
+
+
+@torch.no_grad()
+def _prepare(one: Assignment, moments: Mapping[Moment, Tensor], norms: Mapping[str, Tensor]) -> None:
     """Add multipliers and the selector's artifacts, and make its parts."""
     method, sum_ = one.method, one.site.sum
     if method.weighting != "none":
-        multipliers = method.multipliers(moments, sum_.weights[-1].column_norms().cpu())
+        multipliers = method.multipliers(moments, norms[one.site.name])
         # Sparse modules compare in float32, so that is what is sketched and stored.
         one.artifacts |= {} if multipliers is None else {MULTIPLIERS.name: multipliers.float()}
     one.artifacts |= method.selector.prepare(moments)
