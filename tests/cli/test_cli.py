@@ -314,7 +314,9 @@ def test_evaluating_on_the_calibration_text_is_refused(model_folder, tmp_path):
 def test_ctrl_c_while_calibrating_leaves_nothing(model_folder, tmp_path):
     command = [sys.executable, "-m", "countdown", "calibrate", model_folder, "-o", "p", "--method", "cats"]
     command += ["--tokens", "65536"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    # What runs the tests may ignore it, as a shell's background jobs do.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, **heard) as process:
         for line in process.stderr:
             if line.startswith("calibrating"):
                 break
@@ -488,3 +490,11 @@ def test_a_method_from_outside_the_package(model_folder, tmp_path, forgotten):
         assert record["perplexity"] != record["dense_perplexity"]
     model = countdown.from_pretrained(str(model_folder), tmp_path / "threshold", device="cpu")
     assert countdown.status(model)[0].method == "sum-of-both"
+
+
+def test_an_interrupted_comparison_says_that_it_goes_on(monkeypatch, tmp_path, capsys):
+    from countdown.cli.compare import _stoppable
+
+    with pytest.raises(KeyboardInterrupt), _stoppable():
+        raise KeyboardInterrupt
+    assert "the same command goes on from there" in capsys.readouterr().err

@@ -143,6 +143,23 @@ def test_a_rival_that_does_not_fulfil_the_wish_is_called_so():
     assert "No quantised one fulfils it; nearest in loss: int4" in recommend(cells, Wish(max_loss=0.02), 4).reason
 
 
+def test_without_a_wish_the_rival_that_may_be_better_is_named_not_the_nearest_in_loss():
+    int4 = cell("int4", 0.01, 1.04, kind="quantised", interval=(0.81, 1.08))
+    int8 = cell("int8", 0.001, 0.74, kind="quantised", interval=(0.7, 0.8))
+    reason = recommend([dense(), cell("sparse", 0.1, 1.3, interval=(1.2, 1.4)), int4, int8], Wish(), 4).reason
+    assert "No quantised one is surely faster than dense, as far as measured; the best: int4, 1.04 times" in reason
+
+
+def test_a_least_speed_up_that_is_missed_names_the_fastest():
+    cells = [
+        dense(),
+        cell("sparse", 0.1, 1.5),
+        cell("int4", 0.0, 1.3, kind="quantised"),
+        cell("int8", 0.0, 0.8, kind="quantised"),
+    ]
+    assert "nearest in speed: int4" in recommend(cells, Wish(min_speedup=1.4), 4).reason
+
+
 @pytest.mark.parametrize("wish", [{"max_loss": 0.0}, {"max_loss": math.nan}, {"min_speedup": 1.0}])
 def test_wishes_that_mean_nothing(wish):
     with pytest.raises(ConfigError, match="expected more than"):

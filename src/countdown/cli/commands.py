@@ -366,7 +366,7 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Compare SmolLM2-135M dense, sparse and quantised on this CPU, offline; print the numbers and write a report."""
-    from countdown.demo import run_demo
+    from countdown.demo import find_model, run_demo
     from countdown.report.html import check_installed, write_report
 
     check_installed()
@@ -383,6 +383,7 @@ def demo(
     write_report(found, report)
     printing.print_comparison(printing.table_console(None), found)
     typer.echo(f"report: {report}")
+    typer.echo(f"next: countdown inspect {shlex.quote(str(find_model()))}")
 
 
 def _check_file_free(path: Path, *, overwrite: bool) -> None:

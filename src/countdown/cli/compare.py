@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -62,33 +64,44 @@ def compare(
 
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     folder = output or Path(f"{source.label.rpartition('/')[2]}-comparison")
-    found = run(
-        model,
-        methods=methods,
-        sparsities=sparsity,
-        max_loss=max_loss,
-        min_speedup=min_speedup,
-        quantised=quantised,
-        speed=not no_speed,
-        quick=quick,
-        windows=windows,
-        tokens=tokens,
-        text=text,
-        text_dir=text_dir,
-        prompt=PROMPT if prompt is None else prompt,
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        output=folder,
-        overwrite=overwrite,
-        fresh=fresh,
-        progress=o.show_progress(),
-        say=printing.say if o.show_progress() else lambda _: None,
-        on_cell=printing.say_cell if o.show_progress() else lambda _: None,
-        facts={} if commit is None else {"commit": commit},
-    )
+    with _stoppable():
+        found = run(
+            model,
+            methods=methods,
+            sparsities=sparsity,
+            max_loss=max_loss,
+            min_speedup=min_speedup,
+            quantised=quantised,
+            speed=not no_speed,
+            quick=quick,
+            windows=windows,
+            tokens=tokens,
+            text=text,
+            text_dir=text_dir,
+            prompt=PROMPT if prompt is None else prompt,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            output=folder,
+            overwrite=overwrite,
+            fresh=fresh,
+            progress=o.show_progress(),
+            say=printing.say if o.show_progress() else lambda _: None,
+            on_cell=printing.say_cell if o.show_progress() else lambda _: None,
+            facts={} if commit is None else {"commit": commit},
+        )
     printing.emit(json, found.document())
     printing.print_comparison(printing.table_console(json), found)
     printing.say(f"written to {folder}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the context, say of an interrupt that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        printing.say("stopped: what was measured is kept, and the same command goes on from there.")
+        raise

@@ -115,9 +115,26 @@ def _reason(best: Candidate, kept: Sequence[Candidate], candidates: Sequence[Can
     near = rest or [one for one in candidates if one.cell.kind not in (best.cell.kind, "dense")]
     if not near:
         return first
-    second = max(near, key=lambda one: one.merit(wish) if rest else -one.quality.loss)
-    what = f"Best of the {second.cell.kind} ones" if rest else f"No {second.cell.kind} one fulfils it; nearest in loss"
-    return f"{first} {what}: {_words(second)}."
+    if rest:
+        second = max(rest, key=lambda one: one.merit(wish))
+        return f"{first} Best of the {second.cell.kind} ones: {_words(second)}."
+    second = max(near, key=lambda one: _nearness(one, wish))
+    return f"{first} No {second.cell.kind} one {_missed(wish)}: {_words(second)}."
+
+
+def _nearness(one: Candidate, wish: Wish) -> float:
+    """Return what is largest of the one that comes nearest to a wish, of those that miss it."""
+    if wish.max_loss is not None:
+        return -one.quality.loss
+    return one.gain if wish.min_speedup is not None else one.merit(wish)
+
+
+def _missed(wish: Wish) -> str:
+    if wish.max_loss is not None:
+        return "fulfils it; nearest in loss"
+    if wish.min_speedup is not None:
+        return "fulfils it; nearest in speed"
+    return "is surely faster than dense, as far as measured; the best"
 
 
 def _words(one: Candidate) -> str:
