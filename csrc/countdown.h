@@ -40,7 +40,7 @@ enum countdown_decider {
  * alone. */
 enum countdown_phase { COUNTDOWN_GENERATED, COUNTDOWN_PROMPT, COUNTDOWN_PADDING };
 
-/* A matrix with a row a neuron, `stride` bytes apart: W_down is transposed. Its bias has a dtype of its own. */
+/* A matrix with a row a term, `stride` bytes apart: W_down and a linear are transposed. Its bias has a dtype of its own. */
 typedef struct {
     int64_t format;
     const void *data;

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import countdown
 from calls import made_sparse
-from countdown import decoding
+from countdown import decoding, one_token
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import cache_argument
@@ -356,3 +356,21 @@ def test_the_step_runs_in_our_projections_and_attention(monkeypatch):
     assert Operations.seen.count("countdown::project_one") == 4 * 3 + 1
     assert Operations.seen.count("countdown::attend_one") == 3
     assert not [name for name in Operations.seen if name in ("aten::mm", "aten::addmm", "aten::bmm")]
+
+
+def test_a_sparse_linear_with_a_forward_of_its_own_runs_by_itself(tokenizer, text, monkeypatch):
+    # As on a GPU, where linears that read the same input share a launch.
+    monkeypatch.setattr(one_token, "_on_gpu", lambda site: True)
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("teal", sparsity=0.5), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    loop = DecodeLoop(model, IDS, new_tokens=8)
+    assert [len(group) for group in loop.linears[:2]] == [3, 2]
+    assert torch.equal(loop.run(8), expected)
+    key = model.model.layers[0].self_attn.k_proj
+    before = key.forward
+    key.forward = lambda x: before(x) * 2
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
+    assert torch.equal(DecodeLoop(model, IDS, new_tokens=8).run(8), expected)
+    assert "forward" in vars(key)

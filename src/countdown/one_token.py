@@ -88,20 +88,33 @@ def siblings(model: Any, given: dict[str, Any]) -> tuple[list[list[Projection]],
 
 def _bare(module: nn.Module) -> bool:
     """Return whether a module is a linear with nothing put on it that would be bypassed."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     # A weight of another class, as quantised ones are, computes in its own way.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooked
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _shares_launches(module: nn.Module) -> bool:
     """Return whether a module is a sparse linear that kernels compute several of at once: on GPUs."""
-    if not isinstance(module, SparseModule) or module.kind != "linear" or module.forced_dense:
+    if not isinstance(module, SparseModule) or module.kind != "linear" or module.forced_dense or _hooked(module):
         return False
-    return module.per_term.is_cuda and module.refusal is None and not module.parts
+    return _on_gpu(module) and module.refusal is None and not module.parts
+
+
+def _on_gpu(site: SparseModule) -> bool:
+    return site.per_term.is_cuda
 
 
 def _alike(one: Projection, other: Projection) -> bool:
-    return type(one) is type(other) and one.weight.dtype == other.weight.dtype
+    if type(one) is not type(other) or one.weight.dtype != other.weight.dtype:
+        return False
+    return not isinstance(one, SparseModule) or _decision(one) == _decision(other)
+
+
+def _decision(site: Any) -> tuple[str, str]:
+    return site.selector.name, site.method.decision
 
 
 def _projections(linears: list[Projection]) -> list[Callable[[Tensor], Tensor]]:

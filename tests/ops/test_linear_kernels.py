@@ -10,6 +10,8 @@ from calls import CPU, REFERENCE, TRITON
 from countdown.ops.base import MOST_TOKENS
 from countdown.ops.cpu import library
 from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.sums.linear import Linear
+from countdown.weights import Plain
 from crossing import crossed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,3 +185,42 @@ def test_together_what_does_not_fit_is_said(change, said):
             formats=change.get("formats", ["plain"] * 2), selector="input", rule="threshold",
             drops=change.get("drops", [0, 0]),
         )  # fmt: skip
+
+
+def test_biases_of_different_dtypes_are_not_one_launch(monkeypatch):
+    # A compiled kernel picks one of several pointers, which must be of one type; the interpreter would not mind.
+    pytest.importorskip("triton")
+    from countdown.ops.triton import linear
+    from countdown.ops.triton.backend import Triton
+
+    monkeypatch.setattr(linear, "run_together", None)
+    x = cases.inputs(1, 30, torch.float32, DEVICE, 0)
+    weights = [cases.linear(30, 8, torch.float32, DEVICE, seed=seed)[0] for seed in (0, 1)]
+    biases = [torch.ones(8, device=DEVICE), torch.ones(8, device=DEVICE, dtype=torch.bfloat16)]
+    counters = [torch.zeros(2, dtype=torch.int64, device=DEVICE) for _ in weights]
+    y = Triton().step_ops()["sparse_together"](
+        x, weights, biases, [torch.full((30,), -1.0, device=DEVICE)] * 2, counters,
+        formats=["plain"] * 2, selector="input", rule="threshold", drops=[0, 0],
+    )  # fmt: skip
+    torch.testing.assert_close(y, torch.cat([x @ weight.T + 1 for weight in weights], dim=1))
+
+
+def test_a_missing_bias_is_zeros_in_the_dtype_of_those_that_are_there(monkeypatch):
+    pytest.importorskip("triton")
+    from countdown.ops.triton import linear, linear_kernels
+
+    given = []
+
+    class Kept:
+        def __getitem__(self, grid):
+            return lambda partial, biases, *args, **names: given.append([bias.dtype for bias in biases])
+
+    monkeypatch.setattr(linear_kernels, "finish", Kept())
+    x = cases.inputs(1, 30, torch.float32, DEVICE, 0)
+    weights = [cases.linear(30, 8, torch.bfloat16, DEVICE, seed=seed)[0] for seed in (0, 1)]
+    sums = [
+        Linear([Plain([weights[0]])], [torch.ones(8, device=DEVICE, dtype=torch.bfloat16)]),
+        Linear([Plain([weights[1]])], [None]),
+    ]
+    linear._sum(x, sums, [torch.zeros(30, device=DEVICE)] * 2, None, None, None)
+    assert given == [[torch.bfloat16] * 3]

@@ -111,8 +111,8 @@ def run(
     """Yield a record of the dense model, one of each sparse one in the same loop, and those of others if asked for.
 
     Args:
-        model: A dense model on a CUDA device or a CPU; left dense. Sparse ones are copies that share every weight but
-            W_down with it.
+        model: A dense model on a CUDA device or a CPU; left dense. Sparse ones are copies that share every weight
+            with it but W_down and linears that are themselves sparse.
         arms: Profiles of it, or methods that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         progress: Show progress on stderr.

@@ -71,10 +71,11 @@ def _norms(run: Run, assigned: list[Assignment]) -> dict[str, Tensor]:
     weighted = [one.site for one in assigned if one.method.weighting != "none"]
     norms = {site.name: site.sum.weights[-1].column_norms().cpu() for site in weighted}
     sharing = [one.site for one in assigned if one.method.shares_norms]
+    together: dict[str, Tensor] = {}
     for group in same_inputs(run, sharing) if sharing else ():
-        together = torch.stack([norms[name] for name in group]).square().sum(dim=0).sqrt()
-        norms |= dict.fromkeys(group, together)
-    return norms
+        of_all = torch.stack([norms[name] for name in group]).square().sum(dim=0).sqrt()
+        together |= {name: of_all for name in group if name not in together}
+    return norms | together
 
 
 def same_inputs(run: Run, sites: list[Site]) -> list[list[str]]:

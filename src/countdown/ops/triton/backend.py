@@ -55,7 +55,9 @@ class Triton(Gathering):
         from countdown.ops.triton import linear
 
         calls = calls_of(x, *args, **names)
+        # A kernel picks one of several pointers, which must be of one type.
         alike = len({(call.sum.weights[0].format, call.sum.weights[0].parts[0].dtype) for call in calls}) == 1
+        alike = alike and len({bias.dtype for call in calls for bias in call.sum.biases if bias is not None}) <= 1
         taken = 1 <= calls[0].tokens <= MOST_TOKENS and x.dtype in self.dtypes and requested() != REFERENCE
         if not (alike and taken) or any(self.refuses(c.sum, c.selector, c.parts, c.rule) for c in calls):
             return together(x, *args, **names)

@@ -63,7 +63,7 @@ def _sum(
     phases: Tensor | None,
     counters: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    """Return y `[T, Σ outputs]` of linears whose weights have one format and dtype.
+    """Return y `[T, Σ outputs]` of linears whose weights have one format and dtype, and whose biases have one.
 
     Args:
         x: `[T, d]`, entries of a token side by side.
@@ -91,16 +91,14 @@ def _sum(
     y = x.new_empty((tokens, sum(heights)))
     last = launch.finish(heights, splits, tokens)
     biases = [contiguous(sum_.biases)[0] for sum_ in sums]
-    has_bias = any(bias is not None for bias in biases)
-    some = [_bias(x, size, bias) for size, bias in zip(heights, biases, strict=True)] if has_bias else None
+    there = next((bias for bias in biases if bias is not None), None)
+    has_bias, some = there is not None, None
+    if there is not None:
+        some = [there.new_zeros(size) if b is None else b for size, b in zip(heights, biases, strict=True)]
     linear_kernels.finish[last.grid](
         partial_sums, some and _three(some), y, *sizes, splits, tokens, HAS_BIAS=has_bias, **last.options(found)
     )
     return y
-
-
-def _bias(x: Tensor, size: int, bias: Tensor | None) -> Tensor:
-    return x.new_zeros(size) if bias is None else bias
 
 
 def _three(values: Sequence[Any]) -> tuple[Any, ...]:

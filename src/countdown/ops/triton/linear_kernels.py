@@ -10,7 +10,8 @@ before are added. Rows that no token needs are not read; the others are read onc
 sums that `finish` adds in a fixed order: the same bits every time.
 
 Of a token that is not finite every channel is active by definition. Here its channels that are not finite are, which
-makes the same result: no sum with an infinity in it depends on what else is finite.
+makes the same result where weights are finite and sums of what is finite do not overflow: no other sum with an infinity
+in it depends on what else is finite.
 """
 
 from __future__ import annotations
