@@ -21,7 +21,9 @@ from countdown.report import formats as f
         (f.share(None), "–"),
         (f.change(0.016), "+1.6%"),
         (f.change(-0.016), "-1.6%"),
-        (f.change(-0.0001), "+0.0%"),
+        # An interval from -0.04% to -0.01% does not hold 0.
+        (f.change(-0.0001), "-0.0%"),
+        (f.change(-0.0), "+0.0%"),
         (f.change(math.inf), "+∞%"),
         (f.interval((-0.01, 0.02)), "-1.0% to +2.0%"),
         (f.interval((math.nan, 0.02)), ""),

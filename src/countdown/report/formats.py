@@ -28,9 +28,11 @@ def share(value: float | None, digits: int = 0) -> str:
 
 
 def change(value: float | None, digits: int = 1) -> str:
-    """Return a share with its sign: 0.016 is +1.6%."""
-    text = share(value, digits)
-    return text if text.startswith((NOT_MEASURED, "-")) else f"+{text}"
+    """Return a share with its sign, 0.016 is +1.6%, also where it rounds to 0: an interval says on which side it is."""
+    if value is None or not math.isfinite(value):
+        text = share(value, digits)
+        return text if text.startswith((NOT_MEASURED, "-")) else f"+{text}"
+    return f"{100 * value + 0.0:+,.{digits}f}%"  # of a negative zero 0.0 makes a zero
 
 
 def interval(ends: tuple[float, float] | None, digits: int = 1) -> str:
