@@ -29,3 +29,15 @@ def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     """Return a Markdown table, `left` of its columns aligned to the left."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join(row(cells) for cells in (head, rule, *rows)) + "\n"
+
+
+def said(given: list[str], model: str | None = None) -> list[str]:
+    """Return a script's arguments without the model, which is somewhere on this machine, and where results go."""
+    rest = iter([argument for argument in given if argument != model])
+    kept: list[str] = []
+    for argument in rest:
+        if argument in ("--output", "--commit"):
+            next(rest, None)
+        else:
+            kept.append(argument)
+    return kept

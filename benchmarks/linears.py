@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from countdown.benchmark.timing import Rounds, floor_rate, in_turn, relative_err
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 from countdown.results import meta, write
+from documents import said
 from quality import _commit
 
 GROUPS = {
@@ -60,7 +62,8 @@ def main() -> None:
     for threads in arguments.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         records += measured(groups, arguments)
-    header = meta("python benchmarks/linears.py", commit=arguments.commit or _commit())
+    command = shlex.join(["python", "benchmarks/linears.py", *said(sys.argv[1:])])
+    header = meta(command, commit=arguments.commit or _commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

@@ -30,6 +30,7 @@ from countdown.modules import running
 from countdown.profiles.profile import Profile
 from countdown.results import meta, write
 from countdown.text import WINDOW, windows
+from documents import said
 from quality import _commit
 
 METHODS = ("m-countdown", "cats", "d-countdown", "d-proxy", "teal")
@@ -58,25 +59,13 @@ def main() -> None:
     texts = [countdown.load_text("python-docs", split) for split in ("calibration", "evaluation")]
     rows = windows(tokenizer, texts[1].content, count=arguments.windows)
     windows(tokenizer, texts[0].content, count=arguments.tokens // WINDOW)  # is there as much
-    command = shlex.join(["python", "benchmarks/passes.py", "MODEL", *_said(sys.argv[1:], arguments.model)])
+    command = shlex.join(["python", "benchmarks/passes.py", "MODEL", *said(sys.argv[1:], arguments.model)])
     records = []
     for name in arguments.methods:
         for record in _of_method(model, tokenizer, texts[0], rows, name, arguments):
             records.append({"model": Path(arguments.model).name, "device": str(model.device), **record})
             print(records[-1], flush=True)
             write(arguments.output, {"meta": meta(command, commit=commit), "records": records})
-
-
-def _said(given: list[str], model: str) -> list[str]:
-    """Return the arguments without the model, which is somewhere on this machine, and where results go."""
-    rest = iter([argument for argument in given if argument != model])
-    kept: list[str] = []
-    for argument in rest:
-        if argument in ("--output", "--commit"):
-            next(rest, None)
-        else:
-            kept.append(argument)
-    return kept
 
 
 def _of_method(

@@ -56,13 +56,9 @@ struct ByCoefficient {
 };
 
 // An input channel's coefficient is the input.
-struct ByInput {
+struct ByInput : ByCoefficient {
     static void score(const Terms &terms, int64_t start, int64_t count, float *values) {
         terms.read_inputs(start, count, values);
-    }
-
-    static void coefficients(const Terms &terms, const Block &block, const Rows &, float *factors) {
-        memcpy(factors, block.values, size_t(block.count * terms.call.tokens) * sizeof(float));
     }
 };
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from countdown.ops.base import Gathering
 from countdown.ops.dense import check_attention, check_projections
 from countdown.ops.request import requested
 from countdown.ops.triton import dense_kernels, launch
+
+T = TypeVar("T")
 
 
 @launch.on_its_device
@@ -25,7 +30,7 @@ def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -
     some = [_bias(weight, bias) for weight, bias in zip(weights, biases, strict=True)] if has_bias else weights
     y = x.new_empty((1, sum(heights)))
     dense_kernels.project_one[config.grid](
-        x, *_three(weights), *_three(some), y, *(*heights, 0, 0)[:3], d, BIAS=has_bias, **config.options(found)
+        x, *three(weights), *three(some), y, *(*heights, 0, 0)[:3], d, BIAS=has_bias, **config.options(found)
     )
     return y
 
@@ -63,6 +68,6 @@ def _bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight.new_zeros(len(weight)) if bias is None else bias.contiguous()
 
 
-def _three(tensors: list[Tensor]) -> list[Tensor]:
-    """Pad to three: pointers to nothing that is read."""
-    return [*tensors, *tensors[:1] * (3 - len(tensors))]
+def three(values: Sequence[T]) -> tuple[T, ...]:
+    """Pad to three by what is not looked at: of kernels that compute one to three linears."""
+    return (*values, *[values[0]] * (3 - len(values)))

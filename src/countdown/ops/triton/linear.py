@@ -11,6 +11,7 @@ from torch import Tensor
 from countdown.ops.base import contiguous, flat
 from countdown.ops.call import Call
 from countdown.ops.triton import launch, linear_kernels, loaders
+from countdown.ops.triton.dense_ops import three
 from countdown.sums import Sum
 
 # By weight format: how rows of channels are read; see `loaders`.
@@ -37,7 +38,7 @@ def run(x: Tensor, call: Call) -> Tensor:
 
 @launch.on_its_device
 def run_together(x: Tensor, calls: Sequence[Call]) -> Tensor:
-    """Return the results of calls of `sparse` on the same x, side by side; see `ops.linears`."""
+    """Return the results of calls of `sparse` on the same x, side by side; see `ops.together`."""
     first = calls[0]
     thresholds = [call.per_term.contiguous() for call in calls]  # type: ignore[union-attr]
     y = _sum(flat(x), [call.sum for call in calls], thresholds, None, first.phases, [call.counters for call in calls])
@@ -81,11 +82,10 @@ def _sum(
     )
     partial_sums = x.new_empty((splits, tokens, sum(heights)), dtype=torch.float32)
     sizes = (*heights, 0, 0)[:3]
-    # How far channels are apart; where a matrix has one output, its stride may say anything.
     strides = [weight.stride(1) for weight in weights]
     linear_kernels.sum_channels[config.grid](
-        x, x.stride(0), (*_three(weights), *_three(strides)), thresholds and _three(thresholds), active, phases,
-        counters and _three(counters), partial_sums, *sizes, tiles, d,
+        x, x.stride(0), (*three(weights), *three(strides)), thresholds and three(thresholds), active, phases,
+        counters and three(counters), partial_sums, *sizes, tiles, d,
         LOAD=FORMATS[sums[0].weights[0].format], COUNTING=len(sums) if counters else 0, **config.options(found),
     )  # fmt: skip
     y = x.new_empty((tokens, sum(heights)))
@@ -96,11 +96,6 @@ def _sum(
     if there is not None:
         some = [there.new_zeros(size) if b is None else b for size, b in zip(heights, biases, strict=True)]
     linear_kernels.finish[last.grid](
-        partial_sums, some and _three(some), y, *sizes, splits, tokens, HAS_BIAS=has_bias, **last.options(found)
+        partial_sums, some and three(some), y, *sizes, splits, tokens, HAS_BIAS=has_bias, **last.options(found)
     )
     return y
-
-
-def _three(values: Sequence[Any]) -> tuple[Any, ...]:
-    """Pad to three by what is not looked at."""
-    return (*values, *[values[0]] * (3 - len(values)))
