@@ -50,8 +50,8 @@ using Clock = std::chrono::steady_clock;
 constexpr auto MOMENT = std::chrono::microseconds(100);
 // Where a worker that has lost its core was waited for, the caller goes on alone for so many times as long, and for twice
 // as long as the last time where that was of no use: then little of its time is spent waiting.
-constexpr int REST = 2;
-constexpr auto LONGEST_REST = std::chrono::seconds(1);
+constexpr int REST = 4;
+constexpr auto LONGEST_REST = std::chrono::seconds(3);
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
