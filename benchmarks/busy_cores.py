@@ -48,10 +48,11 @@ def main() -> None:
             for run in runs.values():
                 run()
             times = {name: list[float]() for name in runs}
-            for _ in range(arguments.rounds):
-                for name, run in runs.items():
+            for turn in range(arguments.rounds):
+                # Another begins each round: what one leaves behind would always slow the same one.
+                for name in turned(list(runs), turn):
                     started = time.perf_counter()
-                    run()
+                    runs[name]()
                     times[name].append(time.perf_counter() - started)
         records += [record(arguments, busy, name, times) for name in runs]
     header = meta("python benchmarks/busy_cores.py MODEL", commit=_commit())
@@ -75,6 +76,13 @@ def arms(model: str, tokens: int, steps: int) -> dict[str, Callable[[], object]]
         other = llama_cpp.Decoding(loaded, PROMPT[0].tolist(), tokens, OTHER.split()[1])
         runs[OTHER] = lambda: other.run(steps)
     return runs
+
+
+def turned(names: list[str], turn: int) -> list[str]:
+    """Return the names with another one first each turn, and the other way round every second time."""
+    first = turn // 2 % len(names)
+    order = names[first:] + names[:first]
+    return order if turn % 2 else order[::-1]
 
 
 @contextmanager
