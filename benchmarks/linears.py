@@ -5,7 +5,8 @@ python benchmarks/linears.py --output benchmarks/results/linears-NAME.json
 One token. Linears that read the same input are a group: one launch on a GPU. Dense they are each a product of cuBLAS,
 and `fused` one product of their weights put together; on a CPU the dense kernel of the decode loop. Every arm is timed
 in turn, captured or recorded, over as many copies of the weights as do not fit the cache. What computes wrong is not
-timed. The floor is the bytes of active channels at the memory's bandwidth.
+timed. The floor is the bytes of active channels at the memory's bandwidth, and of a low rank that stands for the
+others: `--alpha` adds R-Sparse, its factors random ones of the rank that it would have.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, floor_rate, in_turn, relative_error, timed
+from countdown.compensation import kept, rank
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 from countdown.results import meta, write
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--sparsity", type=float, action="append")
+    parser.add_argument("--alpha", type=float, action="append", help="of R-Sparse; 1 for none")
     parser.add_argument("--group", action="append", choices=list(GROUPS), help="these groups, and no row of all")
     parser.add_argument("--threads", type=int, action="append", help="on a CPU")
     parser.add_argument("--copies", type=int, help="of the weights")
@@ -65,6 +68,12 @@ def main() -> None:
     command = shlex.join(["python", "benchmarks/linears.py", *said(sys.argv[1:])])
     header = meta(command, commit=arguments.commit or _commit())
     write(arguments.output, {"meta": header, "records": records})
+
+
+# Sparsity and α.
+Form = tuple[float, float]
+# A threshold [d], and by copy and linear the factors of a low rank.
+Prepared = tuple[Tensor, list[list[list[Tensor]]]]
 
 
 class Group:
@@ -83,8 +92,25 @@ class Group:
     def nbytes(self) -> int:
         return int(self.whole[0].nbytes)
 
-    def threshold(self, sparsity: float) -> Tensor:
-        return self.x.float().abs().quantile(sparsity).expand(self.d).contiguous()
+    def bytes_read(self, form: Form) -> float:
+        """Of active channels, and of the factors of low ranks at the others."""
+        share = kept(self.d, *form) / self.d
+        ranks = [rank(self.d, height, *form) for height in self.heights]
+        low = sum(r * (self.d * (1 - share) + height) for r, height in zip(ranks, self.heights, strict=True))
+        return self.nbytes * share + low * self.x.element_size()
+
+    def prepare(self, form: Form) -> Prepared:
+        """Return the threshold that keeps so many channels, and the factors of each copy's linears."""
+        threshold = self.x.float().abs().quantile(1 - kept(self.d, *form) / self.d).expand(self.d).contiguous()
+        return threshold, [[self.factors(height, form) for height in self.heights] for _ in range(self.copies)]
+
+    def factors(self, height: int, form: Form) -> list[Tensor]:
+        """Return random B, laid out by channel, and A; none for α = 1."""
+        if form[1] == 1:
+            return []
+        size = rank(self.d, height, *form)
+        inner, outer = torch.randn(self.d, size).to(self.x), torch.randn(height, size).to(self.x)
+        return [(inner / self.d**0.5).t(), outer / size**0.5]
 
     def dense(self, copy: int) -> object:
         if self.x.is_cuda:
@@ -94,27 +120,35 @@ class Group:
     def fused(self, copy: int) -> Tensor:
         return F.linear(self.x, self.whole[copy])
 
-    def sparse(self, copy: int, threshold: Tensor) -> object:
+    def sparse(self, copy: int, prepared: Prepared) -> object:
         count, by = len(self.heights), {"selector": "input", "rule": "threshold"}
+        threshold, factors = prepared[0], prepared[1][copy]
+        weights = [[weight, *low] for weight, low in zip(self.channels[copy], factors, strict=True)]
+        by["compensation"] = "svd" if factors[0] else ""
         if self.x.is_cuda:
             return torch.ops.countdown.sparse_together(
-                self.x, self.channels[copy], [None] * count, [threshold] * count, self.counters,
-                formats=["plain"] * count, drops=[self.d // 2] * count, **by,
+                self.x, [part for some in weights for part in some], [None] * count, [threshold] * count, self.counters,
+                formats=["plain"] * sum(map(len, weights)), drops=[self.d // 2] * count, **by,
             )  # fmt: skip
         return [
             torch.ops.countdown.sparse(
-                self.x, [weight], [None], threshold, counters, None,
-                kind="linear", formats=["plain"], activation="", drop=self.d // 2, **by,
+                self.x, some, [None], threshold, counters, None,
+                kind="linear", formats=["plain"] * len(some), activation="", drop=self.d // 2, **by,
             )
-            for weight, counters in zip(self.channels[copy], self.counters, strict=True)
+            for some, counters in zip(weights, self.counters, strict=True)
         ]  # fmt: skip
 
-    def error(self, threshold: Tensor) -> float:
+    def error(self, prepared: Prepared) -> float:
         """How far `sparse` is from float64."""
-        kept = torch.where(self.x.float().abs() <= threshold, 0, self.x).double()
-        found = self.sparse(0, threshold)
+        small = self.x.float().abs() <= prepared[0]
+        expected = torch.where(small, 0, self.x).double() @ self.whole[0].double().T
+        if prepared[1][0][0]:
+            dropped = torch.where(small, self.x, 0).double()
+            low = [dropped @ inner.double().T @ outer.double().T for inner, outer in prepared[1][0]]
+            expected = expected + torch.cat(low, dim=-1)
+        found = self.sparse(0, prepared)
         y = found if isinstance(found, Tensor) else torch.cat(found, dim=-1)  # type: ignore[arg-type]
-        return relative_error(y, kept @ self.whole[0].double().T)
+        return relative_error(y, expected)
 
 
 def made(d: int, heights: list[int], arguments: argparse.Namespace) -> Group:
@@ -137,22 +171,26 @@ def measured(groups: dict[str, Group], arguments: argparse.Namespace) -> list[di
         steps[name, "dense"] = over(some, lambda group, copy: group.dense(copy))
         if device.type == "cuda":
             steps[name, "fused"] = over(some, lambda group, copy: group.fused(copy))
-        for sparsity in arguments.sparsity or (0.4, 0.5):
-            limits = {id(group): group.threshold(sparsity) for group in some}
-            errors[name, sparsity] = max(group.error(limits[id(group)]) for group in some)
-            if errors[name, sparsity] <= TOLERANCE[some[0].x.dtype]:
-                steps[name, sparsity] = over(some, partial(sparse, limits))
+        for form in forms(arguments):
+            prepared = {id(group): group.prepare(form) for group in some}
+            errors[name, form] = max(group.error(prepared[id(group)]) for group in some)
+            if errors[name, form] <= TOLERANCE[some[0].x.dtype]:
+                steps[name, form] = over(some, partial(sparse, prepared))
     ready = {key: step if device.type == "cuda" else recorded(step, everything=True) for key, step in steps.items()}
     runs = {RATE: floor_rate(device), **{key: timed(step, device) for key, step in ready.items()}}
     found = in_turn(runs, Rounds(arguments.rounds, arguments.rounds), label="measuring")
     rate = statistics.median(found.pop(RATE))
-    return [record(name, some, sparsity, found, errors, rate) for name, some in cases.items()
-            for sparsity in arguments.sparsity or (0.4, 0.5)]  # fmt: skip
+    return [record(name, some, form, found, errors, rate) for name, some in cases.items() for form in forms(arguments)]
 
 
-def sparse(limits: dict[int, Tensor], group: Group, copy: int) -> object:
-    """A group's linears, at its threshold among these."""
-    return group.sparse(copy, limits[id(group)])
+def forms(arguments: argparse.Namespace) -> list[Form]:
+    """Return what is measured."""
+    return [(sparsity, alpha) for alpha in arguments.alpha or [1.0] for sparsity in arguments.sparsity or (0.4, 0.5)]
+
+
+def sparse(prepared: dict[int, Prepared], group: Group, copy: int) -> object:
+    """A group's linears, with what is its own among these."""
+    return group.sparse(copy, prepared[id(group)])
 
 
 def over(groups: list[Group], step: Callable[[Group, int], object]) -> Callable[[], None]:
@@ -167,31 +205,31 @@ def over(groups: list[Group], step: Callable[[Group, int], object]) -> Callable[
 
 
 def record(
-    name: str, groups: list[Group], sparsity: float, times: dict[Any, list[float]], errors: dict[Any, float],
+    name: str, groups: list[Group], form: Form, times: dict[Any, list[float]], errors: dict[Any, float],
     rate: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what was measured of a case, in µs a copy."""
     copies = min(group.copies for group in groups)
-    size = sum(group.nbytes for group in groups)
     found: dict[str, Any] = {
         "linears": name,
         "shapes": [[group.d, *group.heights] for group in groups],
-        "sparsity": sparsity,
+        "sparsity": form[0],
+        "alpha": form[1],
         "dtype": str(groups[0].x.dtype).removeprefix("torch."),
         "copies": copies,
         "threads": torch.get_num_threads(),
         "bytes_s": rate,
-        "error": errors[name, sparsity],
-        "floor_us": size * (1 - sparsity) / rate * 1e6,
+        "error": errors[name, form],
+        "floor_us": sum(group.bytes_read(form) for group in groups) / rate * 1e6,
     }
-    if (name, sparsity) in times:
-        found["sparse_us"] = statistics.median(times[name, sparsity]) / copies
+    if (name, form) in times:
+        found["sparse_us"] = statistics.median(times[name, form]) / copies
         found["over_floor"] = found["sparse_us"] / found["floor_us"]
     for arm in ("dense", "fused"):
         if (name, arm) in times:
             found[f"{arm}_us"] = statistics.median(times[name, arm]) / copies
-            if (name, sparsity) in times:
-                found[f"speedup_over_{arm}"] = paired(times[name, arm], times[name, sparsity]).value
+            if (name, form) in times:
+                found[f"speedup_over_{arm}"] = paired(times[name, arm], times[name, form]).value
     print(
         {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}, file=sys.stderr
     )

@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 8
+#define COUNTDOWN_ABI 9
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
@@ -65,6 +65,12 @@ typedef struct {
     countdown_copy gate, up;
 } countdown_decision;
 
+/* What a linear adds for the input channels that a token drops: outer (inner (x of those)), of a low rank. */
+typedef struct {
+    int64_t rank;                  /* 0 where nothing is added */
+    countdown_weight inner, outer; /* h rows of rank, and outputs rows of rank; without biases */
+} countdown_compensation;
+
 /* A sum over active terms for 1 to 8 tokens: the neurons of a gated FFN, or by input the d = h input channels of a
  * linear, whose one matrix is `down`. */
 typedef struct {
@@ -72,6 +78,7 @@ typedef struct {
     const void *x;                                    /* [T, d] */
     countdown_weight gate, up, down;                  /* h rows of d, of d, and of outputs */
     countdown_decision decision;
+    countdown_compensation added; /* of a linear */
     uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
     int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */
     void *y;           /* [T, outputs] */

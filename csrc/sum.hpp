@@ -6,6 +6,7 @@
 #pragma once
 
 #include "deciders.hpp"
+#include "low_rank.hpp"
 #include "threads.hpp"
 
 namespace countdown::VARIANT {
@@ -18,7 +19,7 @@ class Sum {
         : call_(call), space_(space), part_(part), phase_(phase),
           terms_(call, space, part.index, phase == FIND ? Terms::READ : Terms::WAS_READ),
           decider_(DECIDERS[call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
-          sums_(space.sums + part.index * call.tokens * space.width) {}
+          low_rank_(call, space, part), sums_(space.sums + part.index * call.tokens * space.width) {}
 
     static int phases(const countdown_sum_call &call) { return call.selected ? 1 : PHASES; }
 
@@ -38,6 +39,7 @@ class Sum {
     const Terms terms_;
     const Decider &decider_;
     const int64_t rows_at_once_;
+    const LowRank low_rank_;
     float *const sums_;
 
     int64_t first_of(int64_t part, int64_t total) const { return total * part / part_.count; }
@@ -51,12 +53,14 @@ class Sum {
     void find() {
         int64_t first = first_decided(part_.index), stop = first_decided(part_.index + 1), place = first;
         int64_t active = 0;
+        if (low_rank_.is_there()) low_rank_.begin();
         for (int64_t start = first; start < stop; start += CHUNK) {
             int64_t count = least(CHUNK, stop - start);
             uint8_t masks[CHUNK] = {};
             float values[CHUNK * MOST_TOKENS];
             terms_.clear(values, count);
             decide(start, count, values, masks);
+            if (low_rank_.is_there()) low_rank_.add(start, count, values, masks, terms_.seen.present);
             if (call_.selected)
                 write_selected(start, count, masks);
             else
@@ -185,15 +189,30 @@ class Sum {
         int64_t vectors = space_.width / Vec::width;
         int64_t first = first_of(part_.index, vectors) * Vec::width;
         int64_t stop = least(call_.outputs, first_of(part_.index + 1, vectors) * Vec::width);
-        for (int64_t t = 0; t < call_.tokens; ++t)
-            for (int64_t c = first; c < stop; c += Vec::width) {
-                int64_t count = least(Vec::width, stop - c);
-                Vec total = total_of(t, c);
-                if (terms_.down.bias.data) total = total + terms_.down.bias.vector(c, count);
-                as_type(call_.dtype, [&](auto like) {
-                    store(static_cast<decltype(like) *>(call_.y) + t * call_.outputs + c, total, count);
-                });
-            }
+        float added[Vec::width * MOST_TOKENS] = {};
+        if (low_rank_.is_there()) low_rank_.gather();
+        for (int64_t c = first; c < stop; c += Vec::width) {
+            int64_t count = least(Vec::width, stop - c);
+            if (low_rank_.is_there()) low_rank_.outputs(c, count, added);
+            for (int64_t t = 0; t < call_.tokens; ++t) write(t, c, count, added + t);
+        }
+    }
+
+    // The outputs of a token from c on; what is added to the next one is T entries further.
+    void write(int64_t t, int64_t c, int64_t count, const float *added) const {
+        Vec total = total_of(t, c);
+        if (terms_.down.bias.data) total = total + terms_.down.bias.vector(c, count);
+        if (low_rank_.is_there()) total = total + of_token(added);
+        as_type(call_.dtype, [&](auto like) {
+            store(static_cast<decltype(like) *>(call_.y) + t * call_.outputs + c, total, count);
+        });
+    }
+
+    Vec of_token(const float *added) const {
+        if (call_.tokens == 1) return load(added);
+        float own[Vec::width];
+        for (int64_t k = 0; k < Vec::width; ++k) own[k] = added[k * call_.tokens];
+        return load(own);
     }
 
     Vec total_of(int64_t t, int64_t c) const {

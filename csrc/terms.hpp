@@ -35,7 +35,9 @@ struct SumSpace {
     float *values;   // [T] of a place: what is known of the coefficient
     Found *found;
     float *sums;     // [parts, T, width]
-    int64_t width, tokens_width;
+    float *inner;    // [parts, T, rank_width]: of dropped input channels, in as many entries as the low rank has
+    float *low;      // [parts, T, rank_width]: the same of all parts, added by each for itself
+    int64_t width, tokens_width, rank_width;
     int64_t entries;  // of a token, as floats, that copies are multiplied with
     char *own;        // of each part: tokens, one of them as floats, and its quantised ones
     int64_t tokens_bytes, own_bytes, bytes;
@@ -51,6 +53,9 @@ struct SumSpace {
         values = space.take<float>(call.h * call.tokens);
         found = space.take<Found>(parts);
         sums = space.take<float>(parts * call.tokens * width);
+        rank_width = ceil_to(call.added.rank, PADDING);
+        inner = space.take<float>(parts * call.tokens * rank_width);
+        low = space.take<float>(parts * call.tokens * rank_width);
         tokens_bytes = ceil_to(call.tokens * tokens_width * (operand_of(call) == COUNTDOWN_FLOAT32 ? 4 : 2), 64);
         own_bytes = tokens_bytes + entries * 4 + call.tokens * Quantised::bytes(decision.words, decision.groups);
         own_bytes = ceil_to(own_bytes, 64);  // no line is of two parts

@@ -17,6 +17,10 @@ from countdown.sites.ffn import find_ffns
 from countdown.weights import Plain, Weight
 
 
+# The options of an op to which active sets are given.
+FORM = ("kind", "formats", "activation", "compensation")
+
+
 class Ops:
     """Calls of one backend.
 
@@ -43,7 +47,7 @@ class Ops:
 
     def given_ffn(self, x, weights, biases, active, *, activation) -> Tensor:
         tensors, options = arguments(x, weights, biases, activation=activation)
-        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+        return self.op("given")(*tensors, active, **{k: options[k] for k in FORM})
 
     def sparse_linear(self, x, weight, bias, per_channel, counters, *, phases=None, **how) -> Tensor:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
@@ -53,9 +57,9 @@ class Ops:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
         return self.op("select")(*tensors, per_channel, phases, **options)
 
-    def given_linear(self, x, weight, bias, active) -> Tensor:
-        tensors, options = arguments(x, [weight], [bias], kind="linear", activation="")
-        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+    def given_linear(self, x, weight, bias, active, *, added=()) -> Tensor:
+        tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", added=added)
+        return self.op("given")(*tensors, active, **{k: options[k] for k in FORM})
 
 
 REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)
@@ -72,9 +76,11 @@ def arguments(
     indicator: str = "up",
     decision: str = "threshold",
     drop: int = 0,
+    added: Sequence[Tensor] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of an op before its own tensors, and its options."""
-    stored = [weight if isinstance(weight, Weight) else Plain([weight]) for weight in (*weights, *(proxy or ()))]
+    every = (*weights, *(proxy or ()), *added)
+    stored = [weight if isinstance(weight, Weight) else Plain([weight]) for weight in every]
     options = {
         "kind": kind,
         "formats": [weight.format for weight in stored],
@@ -82,6 +88,7 @@ def arguments(
         "selector": indicator,
         "rule": decision,
         "drop": drop,
+        "compensation": "svd" if added else "",
     }
     return (x, [part for weight in stored for part in weight.parts], list(biases)), options
 

@@ -85,16 +85,21 @@ def _of_rows(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
 
 def _of_linears(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
     """Yield the kernels of sparse linears that read one input."""
-    for name, tokens, heights in (("together", 1, [d, h, h]), ("tokens", 8, [h])):
-        config, _, splits = launch.channels(d, heights, ITEMSIZE[w], tokens, found, counting=True)
-        sizes = {"h0": SIZE, "h1": SIZE, "h2": SIZE}
-        yield f"linear {name}", linear_kernels.sum_channels, config, sizes | {
-            "x": f"*{x}", "x_stride": SIZE, "weights": (*(f"*{w}",) * 3, *(SIZE,) * 3), "thresholds": ("*fp32",) * 3,
-            "active_set": None, "phases": "*u8", "counters": ("*i64",) * 3, "partial": "*fp32", "tiles": INT, "d": SIZE,
+    cases = (("together", 1, [d, h, h], []), ("tokens", 8, [h], []), ("low rank", 1, [d, h, h], [60, 20, 20]))
+    for name, tokens, heights, ranks in cases:
+        form = launch.channels(d, heights, ranks, ITEMSIZE[w], tokens, found, counting=True)
+        sizes = {"sizes": (SIZE,) * 6}
+        matrices = (*(f"*{w}",) * 3, *(SIZE,) * 3)
+        yield f"linear {name}", linear_kernels.sum_channels, form.launch, sizes | {
+            "x": f"*{x}", "x_stride": SIZE, "weights": matrices, "inner": matrices if ranks else None,
+            "thresholds": ("*fp32",) * 3,
+            "active_set": None, "phases": "*u8", "counters": ("*i64",) * 3, "partial": "*fp32",
+            "tiles": INT, "low_tiles": INT, "splits": INT, "d": SIZE,
             "LOAD": loaders.plain, "COUNTING": len(heights),
         }  # fmt: skip
-        yield f"finish {name}", linear_kernels.finish, launch.finish(heights, splits, tokens), sizes | {
-            "partial": "*fp32", "biases": (f"*{w}",) * 3, "y": f"*{x}", "splits": INT, "tokens": INT, "HAS_BIAS": True,
+        yield f"finish {name}", linear_kernels.finish, launch.finish(heights, ranks, form.splits, tokens), sizes | {
+            "partial": "*fp32", "outer": matrices if ranks else None,
+            "biases": (f"*{w}",) * 3, "y": f"*{x}", "splits": INT, "tokens": INT, "HAS_BIAS": True,
         }  # fmt: skip
     yield "channels", linear_kernels.select_channels, launch.channel_selection(d, 8), {
         "x": f"*{x}", "x_stride": SIZE, "thresholds": "*fp32", "phases": "*u8", "active_set": "*i8", "d": SIZE,

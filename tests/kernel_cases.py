@@ -221,13 +221,21 @@ def linear(d: int, out: int, dtype: torch.dtype, device: str, *, bias: bool = Fa
     return weight, torch.randn(out, generator=generator).to(dtype).to(device) if bias else None
 
 
+def low_rank(d: int, out: int, rank: int, dtype: torch.dtype, device: str, *, seed: int = 0):
+    """Random factors [rank, d], laid out by input channel, and [out, rank]."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    inner = (torch.randn(d, rank, generator=generator) / d**0.5).to(dtype).to(device).t()
+    return inner, (torch.randn(out, rank, generator=generator) / max(rank, 1) ** 0.5).to(dtype).to(device)
+
+
 def check_linear(
     tokens: int, d: int, out: int, dtype: torch.dtype, device: str, *, share: float, weight_dtype=None,
-    phases: list[int] | None = None, bias: bool = False, seed: int = 0, ops: Ops = TRITON,
+    phases: list[int] | None = None, bias: bool = False, seed: int = 0, ops: Ops = TRITON, rank: int | None = None,
 ) -> None:  # fmt: skip
     """A sparse linear against float64: values, counters, active sets, and the same from `select` and `given`.
 
-    An input is its own indicator, so active sets are exact in every dtype; a third of thresholds are inputs themselves.
+    With a rank, random factors of it stand for the channels that are dropped. An input is its own indicator, so active
+    sets are exact in every dtype; a third of thresholds are inputs themselves.
     """
     weight, offset = linear(d, out, weight_dtype or dtype, device, bias=bias, seed=seed)
     x = inputs(tokens, d, dtype, device, seed)
@@ -242,18 +250,25 @@ def check_linear(
         x[(now == PADDING).to(device), d // 2] = torch.nan
     generated = torch.ones(tokens, dtype=torch.bool) if now is None else now == GENERATED
     how = {"decision": "threshold", "drop": int(share * d), "indicator": "input"}
+    added = () if rank is None else low_rank(d, out, rank, weight_dtype or dtype, device, seed=seed)
     given_phases, per_channel = None if now is None else now.to(device), thresholds.to(device)
     counters = torch.tensor([3, 5], device=device)
     with poisoned():
-        y = ops.sparse_linear(x, weight, offset, per_channel, counters, phases=given_phases, **how).cpu()
+        y = ops.sparse_linear(x, weight, offset, per_channel, counters, phases=given_phases, added=added, **how).cpu()
         selected = ops.select_linear(x, weight, offset, per_channel, phases=given_phases, **how).cpu()
-        given = ops.given_linear(x, weight, offset, active.to(device)).cpu()
+        given = ops.given_linear(x, weight, offset, active.to(device), added=added).cpu()
     assert torch.equal(selected, active)
     assert counters.tolist() == [3 + int(generated.sum()), 5 + int(active[generated].sum())]
     expected = torch.where(active, x.cpu().double(), 0) @ weight.cpu().double().T
     expected = expected if offset is None else expected + offset.cpu().double()
     # One sum of few terms may cancel: as exact as what it is made of.
     scale = torch.where(active, x.cpu().double().abs(), 0) @ weight.cpu().double().abs().T
+    if added:
+        dropped = ~active if now is None else ~active & (now != PADDING)[:, None]
+        inner, outer = (factor.cpu().double() for factor in added)
+        inputs_ = torch.where(dropped, x.cpu().double(), 0)
+        expected = expected + inputs_ @ inner.T @ outer.T
+        scale = scale + inputs_.abs() @ inner.abs().T @ outer.abs().T
     allowed = tolerance(dtype, ops) * float(expected.norm()) + 1e-6 * float(scale.norm())
     assert y.dtype == given.dtype == dtype
     assert float((y.double() - expected).norm()) <= allowed
@@ -262,21 +277,26 @@ def check_linear(
     assert float((given.double() - expected)[kept].norm()) <= allowed
 
 
-def check_together(tokens: int, d: int, heights: list[int], dtype: torch.dtype, device: str, together) -> None:
+def check_together(
+    tokens: int, d: int, heights: list[int], dtype: torch.dtype, device: str, together, ranks: list[int] | None = None
+) -> None:
     """Linears that read the same x, side by side, against each by itself in the reference; with and without biases."""
     x = inputs(tokens, d, dtype, device, 0)
     each = [linear(d, out, dtype, device, bias=place != 1, seed=place) for place, out in enumerate(heights)]
     thresholds = [torch.full((d,), 0.3 * (1 + place), device=device) for place in range(len(heights))]
     counters = [torch.tensor([place, 7], device=device) for place in range(len(heights))]
+    added = [low_rank(d, out, rank, dtype, device) for out, rank in zip(heights, ranks, strict=True)] if ranks else []
+    weights = [[weight, *(added[place] if added else ())] for place, (weight, _) in enumerate(each)]
     with poisoned():
         y = together(
-            x, [weight for weight, _ in each], [bias for _, bias in each], thresholds, counters,
-            formats=["plain"] * len(heights), selector="input", rule="threshold", drops=[d // 2] * len(heights),
+            x, [part for parts in weights for part in parts], [bias for _, bias in each], thresholds, counters,
+            formats=["plain"] * sum(map(len, weights)), selector="input", rule="threshold",
+            drops=[d // 2] * len(heights), compensation="svd" if added else "",
         )  # fmt: skip
     first = 0
     for place, ((weight, bias), out) in enumerate(zip(each, heights, strict=True)):
         counted = torch.tensor([place, 7], device=device)
-        how = {"decision": "threshold", "drop": 0, "indicator": "input"}
+        how = {"decision": "threshold", "drop": 0, "indicator": "input", "added": added[place] if added else ()}
         expected = REFERENCE.sparse_linear(x, weight, bias, thresholds[place], counted, **how)
         assert torch.equal(counters[place], counted)
         assert oracle.relative_error(y[:, first : first + out].cpu(), expected.cpu().double()) <= 2 * tolerance(dtype)

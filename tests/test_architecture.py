@@ -15,7 +15,7 @@ ROWS = [
     ["artifacts", "registry", "text", "loading", "results"],
     ["weights"],
     ["sums"],
-    ["allocation", "selectors", "phase"],
+    ["allocation", "compensation", "selectors", "phase"],
     ["methods", "ops", "sites"],
     ["modules", "replay"],
     ["cost", "decoding", "one_token"],

@@ -82,7 +82,7 @@ def _masked_forward(site, module):
         else:
             ranked = (value * module.per_term).argsort(dim=-1, stable=True)
             active = torch.ones_like(value, dtype=torch.bool)
-            active.scatter_(-1, ranked[..., : int(0.6 * module.terms)], False)
+            active.scatter_(-1, ranked[..., : module.method.drop(module.terms)], False)
         coefficients = math.prod(factors, start=1.0)
         return site.sum.combine(coefficients * active)
 

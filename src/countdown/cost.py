@@ -65,18 +65,36 @@ def token_bytes(model: nn.Module, sites: Sequence[Site]) -> TokenBytes:
 
 
 def beside_bytes(sites: Sequence[Site], method: Method) -> int:
-    """Return the bytes that a method's selector keeps beside the weights of these sites, those of its kind."""
-    return sum(method.selector.part_bytes(site.sum) for site in sites if site.kind == method.kind)
+    """Return the bytes that a method keeps beside the weights of these sites, those of its kind."""
+    return sum(_part_bytes(site, method.at(site.name, method.sparsity)) for site in sites if site.kind == method.kind)
 
 
-def weights_read(sites: Sequence[Site], method: Method, active: float) -> float:
-    """Return the share of these sites' weight bytes that a token reads where this share of their terms is active."""
-    return sum(method.selector.bytes_read(site.sum, active) for site in sites) / sum(site.nbytes for site in sites)
+def _part_bytes(site: Site, method: Method) -> int:
+    sum_, added = site.sum, method.compensation
+    return method.selector.part_bytes(sum_) + (0 if added is None else added.part_bytes(sum_))
+
+
+def weights_read(sites: Sequence[Site], method: Method, active: float | None = None) -> float:
+    """Return the share of these sites' weight bytes that a token reads.
+
+    Args:
+        sites: Some.
+        method: Theirs.
+        active: The share of their terms that is active; None for what the method aims at.
+    """
+    read = (_bytes_read(site, method.at(site.name, method.sparsity), active) for site in sites)
+    return sum(read) / sum(site.nbytes for site in sites)
+
+
+def _bytes_read(site: Site, method: Method, active: float | None) -> float:
+    sum_, added = site.sum, method.compensation
+    share = 1 - method.dropped if active is None else active
+    return method.selector.bytes_read(sum_, share) + (0.0 if added is None else added.bytes_read(sum_, share))
 
 
 def ceiling(bytes_: TokenBytes, sites: Sequence[Site], method: Method) -> Ceiling:
     """Return what a method can gain at its sparsity, by bytes alone."""
-    read = weights_read(sites, method, 1 - method.sparsity)
+    read = weights_read(sites, method)
     return Ceiling(
         method=method.name,
         sparsity=method.sparsity,

@@ -43,6 +43,7 @@ class SparseModule(nn.Module):
         apply_to: `decode` (the prompt is dense) or `all`.
         artifacts: What calibration left for the site.
         parts: The selector's own weights, where they are made already.
+        added: Those of the compensation, likewise.
 
     Raises:
         ProfileError: The selector needs an artifact that is not there.
@@ -61,6 +62,7 @@ class SparseModule(nn.Module):
         apply_to: str,
         artifacts: Artifacts | None = None,
         parts: Sequence[Weight] | None = None,
+        added: Sequence[Weight] | None = None,
     ) -> None:
         super().__init__()
         self.site, self.method, self.phases, self.apply_to = site, method, phases, apply_to
@@ -71,6 +73,7 @@ class SparseModule(nn.Module):
             "selector": self.selector.name,
             "rule": method.decision,
             "drop": method.drop(self.terms),
+            "compensation": self.compensation,
         }
         self._artifacts = {one.name: (artifacts or {}).get(one.name) for one in self.selector.artifacts}
         for name, value in self._artifacts.items():
@@ -85,8 +88,8 @@ class SparseModule(nn.Module):
             counters = torch.zeros(2, dtype=torch.int64, device=site.device)
             self.register_buffer("counters", counters, persistent=False)
         self.parts = tuple(part.to(site.device) for part in parts or ())
-        if parts is None:
-            self.make_parts()
+        self.added = tuple(part.to(site.device) for part in added or ())
+        self.make_parts(selector=parts is None, compensation=added is None)
         # Weights that are loaded come in the layout of a checkpoint, and other parts follow from them.
         self.register_load_state_dict_post_hook(_follow_weights)
         self.eval()
@@ -95,6 +98,12 @@ class SparseModule(nn.Module):
     def selector(self) -> Selector:
         """What decides."""
         return self.method.selector
+
+    @property
+    def compensation(self) -> str:
+        """The name of what is added for inactive terms, "" for nothing."""
+        found = self.method.compensation
+        return "" if found is None else found.name
 
     @property
     def dense(self) -> nn.Module:
@@ -117,7 +126,14 @@ class SparseModule(nn.Module):
         return self._chosen().name
 
     def _chosen(self, *, laid_out: bool = True) -> Chosen:
-        return backends.choose(self.site.sum, self.selector, self.parts, self.method.decision, laid_out=laid_out)
+        return backends.choose(
+            self.site.sum,
+            self.selector,
+            self.parts,
+            self.method.decision,
+            compensation=self.compensation,
+            laid_out=laid_out,
+        )
 
     def release(self) -> nn.Module:
         """Return the dense module as it was given, its weights laid out as linears have them."""
@@ -182,20 +198,23 @@ class SparseModule(nn.Module):
             weights += weight.parts
             biases.append(bias)
             formats.append(weight.format)
-        for part in self.parts:
+        for part in (*self.parts, *self.added):
             weights += part.parts
             formats.append(part.format)
         return (weights, biases), {"formats": formats, **self._options}
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of the selector's parts beside the weights, those that fill a last tile included."""
-        return sum(part.nbytes for part in self.parts)
+        """Bytes of the parts beside the weights, those that fill a last tile included."""
+        return sum(part.nbytes for part in (*self.parts, *self.added))
 
-    def make_parts(self) -> None:
-        """Make the selector's parts from the weights as they are now."""
+    def make_parts(self, *, selector: bool = True, compensation: bool = True) -> None:
+        """Make the parts of the selector and of the compensation from the weights as they are now."""
         with torch.inference_mode(False), torch.no_grad(), without_autocast():
-            self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
+            if selector:
+                self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
+            if compensation and (making := self.method.compensation):
+                self.added = making.make(self.site.sum)
 
     def lay_out(self) -> None:
         """Store the weights, and the selector's parts, as the backend that will compute wants them.
@@ -205,6 +224,8 @@ class SparseModule(nn.Module):
         with torch.inference_mode(False), without_autocast():
             parts = [part.to(self.per_term.device) for part in self.parts]
             sum_ = self.site.sum
+            if making := self.method.compensation:
+                self.added = making.fitted(sum_, self.added)
             weights, laid_out = self._chosen(laid_out=False).lay_out(sum_, parts)
             self.site.store(self.site.linears, weights)
             self.parts = tuple(laid_out)
@@ -256,18 +277,23 @@ def _follow_weights(module: nn.Module, _: object) -> None:
 Observer = Callable[[Site, Sum, Tensor, tuple[Tensor, ...]], Tensor | None]
 
 
+# Called with a site, its input and which terms are dropped, bool [..., terms]; returns what is added for these.
+Adder = Callable[[Site, Tensor, Tensor], Tensor | None]
+
+
 class ObservedSite(nn.Module):
     """A site that shows its factors as it computes; stands in during calibration.
 
     Args:
         site: What to stand in for.
         observe: Called at every forward.
+        add: Called where terms are dropped.
     """
 
-    def __init__(self, site: Site, observe: Observer) -> None:
+    def __init__(self, site: Site, observe: Observer, add: Adder) -> None:
         super().__init__()
         self._site = site
-        self._observe = observe
+        self._observe, self._add = observe, add
         # The model's parameters are there meanwhile, under their names.
         self._modules, self._parameters = site.module._modules, site.module._parameters
 
@@ -277,7 +303,11 @@ class ObservedSite(nn.Module):
         factors = sum_.project(x)
         active = self._observe(self._site, sum_, x, factors)
         coefficients = product_of(factors)
-        return sum_.combine(coefficients if active is None else torch.where(active, coefficients, 0))
+        if active is None:
+            return sum_.combine(coefficients)
+        y = sum_.combine(torch.where(active, coefficients, 0))
+        added = self._add(self._site, x, ~active)
+        return y if added is None else y + added
 
     def __getattr__(self, name: str) -> Any:
         # Models look at more of a linear than its forward: at the dtype of its weight, say.
@@ -288,11 +318,13 @@ class ObservedSite(nn.Module):
 
 
 @contextmanager
-def observed(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iterator[None]:
-    """Within the context, call `observe` at every forward of every site."""
+def observed(
+    model: nn.Module, sites: Sequence[Site], observe: Observer, add: Adder = lambda *_: None
+) -> Iterator[None]:
+    """Within the context, call `observe` at every forward of every site, and `add` where it drops terms."""
     try:
         for site in sites:
-            model.set_submodule(site.name, ObservedSite(site, observe))
+            model.set_submodule(site.name, ObservedSite(site, observe, add))
         yield
     finally:
         for site in sites:

@@ -113,8 +113,8 @@ def _alike(one: Projection, other: Projection) -> bool:
     return not isinstance(one, SparseModule) or _decision(one) == _decision(other)
 
 
-def _decision(site: Any) -> tuple[str, str]:
-    return site.selector.name, site.method.decision
+def _decision(site: Any) -> tuple[str, str, str]:
+    return site.selector.name, site.method.decision, site.compensation
 
 
 def _projections(linears: list[Projection]) -> list[Callable[[Tensor], Tensor]]:
@@ -147,6 +147,7 @@ def _sparse(x: Tensor, sites: list[Any]) -> Tensor:
     return torch.ops.countdown.sparse_together(  # type: ignore[no-any-return]
         x, weights, biases, per_term, counters, formats=formats, selector=options[0]["selector"],
         rule=options[0]["rule"], drops=[of_site["drop"] for of_site in options],
+        compensation=options[0]["compensation"],
     )  # fmt: skip
 
 

@@ -51,6 +51,13 @@ def test_linears_against_float64(shape, dtype, tokens):
     cases.check_linear(tokens, *shape, dtype, "cuda", share=0.5, bias=True)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("rank", [0, 1, 20, 205])
+@pytest.mark.parametrize("shape", [(37, 91), (1031, 2053), (4096, 1024)], ids=str)
+def test_low_ranks_for_dropped_channels(shape, rank, tokens):
+    cases.check_linear(tokens, *shape, torch.bfloat16, "cuda", share=0.5, bias=True, rank=rank)
+
+
 @pytest.mark.parametrize("shape", [(4096, 28672), (8192, 57344), (53248, 1024)], ids=str)
 def test_linears_of_large_models(shape):
     cases.check_linear(1, *shape, torch.bfloat16, "cuda", share=0.5)
@@ -63,8 +70,10 @@ def test_linears_in_phases(tokens):
 
 
 @pytest.mark.parametrize("heights", [[96], [40, 2100], [4096, 1024, 1024]], ids=str)
-def test_linears_together(heights):
-    cases.check_together(1, 4096, heights, torch.bfloat16, "cuda", OPS.sparse_together)
+@pytest.mark.parametrize("ranked", [False, True])
+def test_linears_together(heights, ranked):
+    ranks = [20, 1, 33][: len(heights)] if ranked else None
+    cases.check_together(1, 4096, heights, torch.bfloat16, "cuda", OPS.sparse_together, ranks)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8])

@@ -99,7 +99,7 @@ def check_linear(draw: random.Random, seed: int) -> None:
     cases.check_linear(
         tokens, draw.randint(1, draw.choice([40, 700])), draw.randint(1, draw.choice([40, 300])), draw.choice(dtypes),
         "cpu", share=draw.random(), weight_dtype=draw.choice(dtypes), phases=draw.choice([None, phases]),
-        bias=draw.random() < 0.5, seed=seed, ops=CPU,
+        bias=draw.random() < 0.5, seed=seed, ops=CPU, rank=draw.choice([None, draw.randint(0, 80)]),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import torch
 import kernel_cases as cases
 from calls import CPU, REFERENCE, TRITON
 from countdown.ops.base import MOST_TOKENS
+from countdown.ops.call import Call
 from countdown.ops.cpu import library
 from countdown.phase import GENERATED, PADDING, PROMPT
 from countdown.sums.linear import Linear
@@ -40,6 +41,12 @@ def test_against_float64(where, shape, dtype, tokens, share, bias):
     cases.check_linear(tokens, *shape, dtype, device, share=share, bias=bias, seed=sum(shape), ops=ops)
 
 
+@crossed(shape=SHAPES, rank=[0, 1, 7, 33, 130], dtype=cases.TOLERANCE, tokens=[1, 2, 5, 8], share=[0.0, 0.5, 0.95])
+def test_a_low_rank_for_dropped_channels(where, shape, rank, dtype, tokens, share):
+    ops, device = where
+    cases.check_linear(tokens, *shape, dtype, device, share=share, bias=rank % 2 == 1, seed=rank, ops=ops, rank=rank)
+
+
 @crossed(dtype=cases.TOLERANCE, weight_dtype=cases.TOLERANCE, tokens=[1, 3])
 def test_weights_of_another_dtype(where, dtype, weight_dtype, tokens):
     ops, device = where
@@ -55,7 +62,9 @@ def test_weights_of_another_dtype(where, dtype, weight_dtype, tokens):
 )  # fmt: skip
 def test_phases(where, phases):
     ops, device = where
-    cases.check_linear(len(phases), 90, 40, torch.float32, device, share=0.6, phases=phases, bias=True, ops=ops)
+    for rank in (None, 5):
+        how = {"phases": phases, "bias": True, "ops": ops, "rank": rank}
+        cases.check_linear(len(phases), 90, 40, torch.float32, device, share=0.6, **how)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -156,20 +165,23 @@ def test_together_in_one_launch(heights, tokens, monkeypatch):
 
     launched = []
     monkeypatch.setattr(linear, "_sum", lambda *args, _sum=linear._sum: launched.append(len(args[1])) or _sum(*args))
-    cases.check_together(tokens, 150, heights, torch.float32, DEVICE, Triton().step_ops()["sparse_together"])
-    assert launched == [len(heights)]
+    own = Triton().step_ops()["sparse_together"]
+    for ranks in (None, [19, 0, 1][: len(heights)]):
+        cases.check_together(tokens, 150, heights, torch.float32, DEVICE, own, ranks)
+    assert launched == [len(heights)] * 2
 
 
 @pytest.mark.parametrize("heights", [[20], [33, 7], [70, 24, 24]], ids=str)
 def test_together_as_torch_dispatches(heights):
-    cases.check_together(2, 150, heights, torch.float32, DEVICE, torch.ops.countdown.sparse_together)
+    for ranks in (None, [19, 0, 1][: len(heights)]):
+        cases.check_together(2, 150, heights, torch.float32, DEVICE, torch.ops.countdown.sparse_together, ranks)
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"drops": [0]}, "has not 2 entries"),
-        ({"formats": ["plain"] * 4}, "expected 1 to 3"),
+        ({"drops": [0]}, "are not those of 2 linears"),
+        ({"formats": ["plain"] * 3}, "are not those of 2 linears"),
         ({"formats": ["plain"] * 2, "more": 1}, "tensors more"),
         ({"threshold": torch.float64}, "expected float32"),
     ],
@@ -213,7 +225,7 @@ def test_a_missing_bias_is_zeros_in_the_dtype_of_those_that_are_there(monkeypatc
 
     class Kept:
         def __getitem__(self, grid):
-            return lambda partial, biases, *args, **names: given.append([bias.dtype for bias in biases])
+            return lambda partial, outer, biases, *args, **names: given.append([bias.dtype for bias in biases])
 
     monkeypatch.setattr(linear_kernels, "finish", Kept())
     x = cases.inputs(1, 30, torch.float32, DEVICE, 0)
@@ -222,5 +234,6 @@ def test_a_missing_bias_is_zeros_in_the_dtype_of_those_that_are_there(monkeypatc
         Linear([Plain([weights[0]])], [torch.ones(8, device=DEVICE, dtype=torch.bfloat16)]),
         Linear([Plain([weights[1]])], [None]),
     ]
-    linear._sum(x, sums, [torch.zeros(30, device=DEVICE)] * 2, None, None, None)
+    calls = [Call("sparse", x, sum_) for sum_ in sums]
+    linear._sum(x, calls, [torch.zeros(30, device=DEVICE)] * 2, None, None, None)
     assert given == [[torch.bfloat16] * 3]

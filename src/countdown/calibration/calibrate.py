@@ -135,7 +135,14 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
     owners = match(
         [(entry.pattern, entry.method.kind) for entry in recipe.entries], [(site.name, site.kind) for site in sites]
     )
-    assigned = [Assignment(site, recipe.entries[owners[site.name]].method) for site in sites if site.name in owners]
+    for place, entry in enumerate(recipe.entries):
+        entry.method.check_sites([name for name, owner in owners.items() if owner == place])
+    methods = {name: recipe.entries[owner].method for name, owner in owners.items()}
+    assigned = [
+        Assignment(site, found.at(site.name, found.sparsity))
+        for site in sites
+        if (found := methods.get(site.name)) is not None
+    ]
     for one in assigned:
         check_untouched(one.site)
     run = Run(model, sequences, _shuffled(sequences, _loaded(texts)), recipe, assigned, owners, progress)

@@ -219,7 +219,7 @@ def _judged(
         restore_(model)
     config = profile.entries[0].method
     loss = found.perplexity / found.dense_perplexity - 1
-    return Trial(config, found.kl, loss, weights_read(sites, config, 1 - config.sparsity))
+    return Trial(config, found.kl, loss, weights_read(sites, config))
 
 
 def _highest(judge: Callable[[float], Trial], max_loss: float) -> Trial:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from countdown.allocation import ALLOCATIONS
 from countdown.artifacts import MULTIPLIERS, THRESHOLDS, Artifact, Moment
+from countdown.compensation import Compensation
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from torch import Tensor
 
     from countdown.selectors import Selector
@@ -121,6 +124,23 @@ class Method:
             return None
         rms = moments[Moment(self.unseen)].sqrt() if self.unseen else 1.0
         return rms * norms.new_ones(norms.shape) if self.weighting == "rms" else rms * norms
+
+    def check_sites(self, names: Sequence[str]) -> None:
+        """Raise ConfigError unless the settings are for the sites of these names."""
+
+    def at(self, name: str, sparsity: float) -> Self:
+        """Return the method of one site, by its name, with its share of what is allocated."""
+        return replace(self, sparsity=sparsity)
+
+    @property
+    def dropped(self) -> float:
+        """The share of inactive terms that it aims at, of one site."""
+        return self.sparsity
+
+    @property
+    def compensation(self) -> Compensation | None:
+        """What is added for inactive terms, of one site; None for nothing."""
+        return None
 
     def drop(self, terms: int) -> int:
         """Return ⌊k·h⌋, how many of the `terms` the topk decision makes inactive."""

@@ -57,9 +57,17 @@ class Chosen:
         return self.backend.lay_out(sum_, parts)
 
 
-def choose(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, *, laid_out: bool = True) -> Chosen:
+def choose(
+    sum_: Sum,
+    selector: Selector,
+    parts: Sequence[Weight],
+    rule: str,
+    *,
+    compensation: str = "",
+    laid_out: bool = True,
+) -> Chosen:
     """Return what computes calls of this form where the weights are; see `Backend.refuses`."""
-    reason = _refuses(sum_, selector, parts, rule, laid_out)
+    reason = _refuses(sum_, selector, parts, rule, compensation, laid_out)
     return Chosen(BACKENDS[sum_.weights[0].device.type], None) if reason is None else Chosen(None, reason)
 
 
@@ -70,7 +78,9 @@ def missing(name: str) -> str | None:
     return next(backend.missing() for backend in BACKENDS.values() if backend.name == name)
 
 
-def _refuses(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, laid_out: bool) -> str | None:
+def _refuses(
+    sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, compensation: str, laid_out: bool
+) -> str | None:
     device = sum_.weights[0].device.type
     if device not in BACKENDS:
         there = " and ".join(backend.runs_on for backend in BACKENDS.values())
@@ -79,7 +89,9 @@ def _refuses(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, 
     other = next((one for one in BACKENDS.values() if one.name == wanted), backend)
     if other is not backend:
         return f"it runs on {other.runs_on}, and the weights are on {device}"
-    return missing(backend.name) or backend.refuses(sum_, selector, parts, rule, laid_out=laid_out)
+    return missing(backend.name) or backend.refuses(
+        sum_, selector, parts, rule, compensation=compensation, laid_out=laid_out
+    )
 
 
 def register(backend: Backend) -> Backend:
@@ -114,7 +126,8 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
         return result
     call = Call.of(op, *args, **kwargs)
     wanted = requested()
-    reason = backend.refuses(call.sum, call.selector, call.parts, call.rule)
+    compensation = "" if call.compensation is None else call.compensation.name
+    reason = backend.refuses(call.sum, call.selector, call.parts, call.rule, compensation=compensation)
     if call.x.dtype not in backend.dtypes:
         reason = f"it has no kernel for {call.x.dtype}"
     if reason and wanted == backend.name and op == "sparse":

@@ -33,7 +33,14 @@ class Backend(ABC):
 
     @abstractmethod
     def refuses(
-        self, sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, *, laid_out: bool = True
+        self,
+        sum_: Sum,
+        selector: Selector | None,
+        parts: Sequence[Weight],
+        rule: str,
+        *,
+        compensation: str = "",
+        laid_out: bool = True,
     ) -> str | None:
         """Return why calls of this form are not for this backend, None if they are.
 
@@ -41,6 +48,7 @@ class Backend(ABC):
             sum_: What is summed.
             selector, parts: What decides, and its weights; None and none where active sets are given.
             rule: `threshold` or `topk`.
+            compensation: The name of what is added for inactive terms, "" for nothing.
             laid_out: Whether weights are laid out already, or will be.
         """
 
@@ -72,12 +80,22 @@ class Gathering(Backend):
     part_formats: ClassVar[Collection[str]] = (Symmetric4.format, Tiles4.format)
     activations: ClassVar[Collection[str]] = ("silu", "gelu_tanh", "gelu", "relu")
     selectors: ClassVar[Mapping[str, Collection[str]]]  # by kind of sum
+    compensations: ClassVar[Collection[str]] = ()
 
     def refuses(
-        self, sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, *, laid_out: bool = True
+        self,
+        sum_: Sum,
+        selector: Selector | None,
+        parts: Sequence[Weight],
+        rule: str,
+        *,
+        compensation: str = "",
+        laid_out: bool = True,
     ) -> str | None:
         if sum_.kind not in self.selectors:
             return f"it has no kernel for sums of kind '{sum_.kind}'"
+        if compensation and compensation not in self.compensations:
+            return f"it has no kernel for compensation '{compensation}'"
         if selector is not None and (reason := self._refuses_decision(sum_.kind, selector, parts, rule)):
             return reason
         for weight in sum_.weights:

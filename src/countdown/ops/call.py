@@ -6,7 +6,8 @@ them: neurons h of an FFN, input channels of a linear.
 | argument | shape, dtype | meaning |
 |---|---|---|
 | x | [..., d] | input of the FFN or linear |
-| weights | parts of the sum's weights, then of the selector's | see `weights`; their dtype need not be that of x |
+| weights | parts of the sum's weights, then of the selector's, of the | see `weights`; their dtype need not be |
+|         | compensation's                                             | that of x                              |
 | biases | one for each weight of the sum, [rows] or None | added to its product |
 | per_term | [terms], float32 | rule threshold: τ_i; rule topk: multipliers m_i |
 | counters | [2], int64 | incremented by the generated tokens and by the active terms summed over these |
@@ -20,6 +21,7 @@ them: neurons h of an FFN, input channels of a linear.
 |      | `topk` | the `drop` terms of smallest indicator · m_i are inactive, ties by lower index first |
 | drop | int, 0 ≤ drop ≤ terms | used by topk; of a threshold, about how many are inactive, for launches |
 | activation | a key of `sums.activations.ACTIVATIONS`, "" without one | act |
+| compensation | a name of `compensation.COMPENSATIONS`, "" without one | what is added for inactive terms |
 
 Of a generated token whose x holds a NaN or an infinity, every term is active: it is computed as in the dense model.
 
@@ -37,17 +39,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from countdown.compensation import COMPENSATIONS, Compensation
 from countdown.selectors import SELECTORS, Selector
 from countdown.sums import SUMS, Sum
 from countdown.weights import FORMATS, Weight
 
 RULES = ("threshold", "topk")
 _SUM = "Tensor x, Tensor[] weights, Tensor?[] biases"
-_FORM = "str kind, str[] formats, str activation"
+_FORM = 'str kind, str[] formats, str activation, str compensation=""'
 _DECISION = "str selector, str rule, int drop"
 SCHEMAS = {
-    "sparse": f"({_SUM}, Tensor per_term, Tensor(a!) counters, Tensor? phases, *, {_FORM}, {_DECISION}) -> Tensor",
-    "select": f"({_SUM}, Tensor per_term, Tensor? phases, *, {_FORM}, {_DECISION}) -> Tensor",
+    "sparse": f"({_SUM}, Tensor per_term, Tensor(a!) counters, Tensor? phases, *, {_DECISION}, {_FORM}) -> Tensor",
+    "select": f"({_SUM}, Tensor per_term, Tensor? phases, *, {_DECISION}, {_FORM}) -> Tensor",
     "given": f"({_SUM}, Tensor active, *, {_FORM}) -> Tensor",
 }
 # What an op takes beside x, weights and biases, in order.
@@ -63,10 +66,12 @@ class Call:
         sum_: What is summed.
         active, per_term, counters, phases, rule, drop: See above.
         selector, parts: What decides, and its weights.
+        compensation, added: What is added for inactive terms, and its weights.
     """
 
     __slots__ = (
-        "active", "counters", "drop", "op", "parts", "per_term", "phases", "rule", "selector", "sum", "terms", "x",
+        "active", "added", "compensation", "counters", "drop", "op", "parts", "per_term", "phases", "rule", "selector",
+        "sum", "terms", "x",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +88,10 @@ class Call:
         parts: Sequence[Weight] = (),
         rule: str = "threshold",
         drop: int = 0,
+        compensation: type[Compensation] | None = None,
+        added: Sequence[Weight] = (),
     ) -> None:
+        self.compensation, self.added = compensation, tuple(added)
         self.op, self.x, self.sum, self.terms = op, x, sum_, sum_.terms
         self.per_term, self.counters, self.phases, self.active = per_term, counters, phases, active
         self.selector, self.parts, self.rule, self.drop = selector, tuple(parts), rule, drop
@@ -102,6 +110,7 @@ class Call:
         selector: str | None = None,
         rule: str = "threshold",
         drop: int = 0,
+        compensation: str = "",
     ) -> Call:
         """Return the call that an op's arguments make, checked.
 
@@ -111,13 +120,13 @@ class Call:
         """
         sum_class, decider = SUMS.get(kind), None if selector is None else SELECTORS.get(selector)
         d, terms = x.shape[-1], tensors[0].shape[-1] if tensors[0] is not None and tensors[0].dim() else 0
-        shapes = (*sum_class.shapes(d, terms), *(() if decider is None else decider.shapes(d, terms)))
-        built = _put_together(formats, weights, shapes)
-        count = len(sum_class.roles)
-        sum_ = sum_class(built[:count], biases, activation)
+        adding = COMPENSATIONS.get(compensation) if compensation else None
+        shapes = [source.shapes(d, terms) if source else () for source in (sum_class, decider, adding)]
+        built = iter(_put_together(formats, weights, [shape for some in shapes for shape in some]))
+        own, parts, added = ([next(built) for _ in some] for some in shapes)
         call = cls(
-            op, x, sum_, selector=decider, parts=built[count:], rule=rule, drop=drop,
-            **dict(zip(TENSORS[op], tensors, strict=True)),
+            op, x, sum_class(own, biases, activation), selector=decider, parts=parts, rule=rule, drop=drop,
+            compensation=adding, added=added, **dict(zip(TENSORS[op], tensors, strict=True)),
         )  # fmt: skip
         call.check()
         return call
@@ -137,6 +146,8 @@ class Call:
         """Raise ValueError unless the arguments fit together."""
         self.sum.check(self.x)
         self._check_devices()
+        if self.compensation and (problem := self.compensation.problem(self.sum, self.added)):
+            raise ValueError(f"of compensation '{self.compensation.name}' {problem}")
         if self.op == "given":
             return self._check_active()
         self._check_decision()
@@ -148,7 +159,7 @@ class Call:
 
     def _check_devices(self) -> None:
         """The dispatcher takes mixed devices, and the op of one of them would read addresses of another."""
-        weights = (part for weight in (*self.sum.weights, *self.parts) for part in weight.parts)
+        weights = (part for weight in (*self.sum.weights, *self.parts, *self.added) for part in weight.parts)
         given = (*weights, *self.sum.biases, self.per_term, self.counters, self.phases, self.active)
         elsewhere = {str(tensor.device) for tensor in given if tensor is not None and tensor.device != self.x.device}
         if elsewhere:

@@ -47,7 +47,13 @@ def run(call: Call) -> Tensor:
         return active
     if call.counters is not None:
         _count(call, active)
-    return call.sum.combine(torch.where(active, product_of(factors), 0))
+    y = call.sum.combine(torch.where(active, product_of(factors), 0))
+    return y if call.compensation is None else y + call.compensation.added(call.x, _dropped(call, active), call.added)
+
+
+def _dropped(call: Call, active: Tensor) -> Tensor:
+    """Return which terms of each token are to be compensated for: of padding nothing is computed."""
+    return ~active if call.phases is None else ~active & (call.phases.view(*call.x.shape[:-1], 1) != PADDING)
 
 
 def _decided(call: Call, factors: tuple[Tensor, ...]) -> Tensor:

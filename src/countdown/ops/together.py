@@ -1,7 +1,8 @@
 """An op of decode loops: tokens through several sparse linears that read the same input, in one launch if there is one.
 
 `sparse_together`: x [..., d] through one to `MOST_TOGETHER` linears, each with thresholds and counters of its own,
-their outputs side by side: [..., Σ outputs]. All tokens are generated. Else as `sparse`, see `ops.call`.
+their outputs side by side: [..., Σ outputs]. All tokens are generated. Weights and formats are those of the first
+linear, its compensation's among them, then those of the next. Else as `sparse`, see `ops.call`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from countdown.weights import FORMATS
 MOST_TOGETHER = 3
 SCHEMA = (
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] per_term, Tensor(a!)[] counters, *, str[] formats, "
-    "str selector, str rule, int[] drops) -> Tensor"
+    'str selector, str rule, int[] drops, str compensation="") -> Tensor'
 )
 
 
@@ -32,24 +33,28 @@ def calls_of(
     selector: str,
     rule: str,
     drops: Sequence[int],
+    compensation: str = "",
 ) -> list[Call]:
     """Return the call of each linear, checked.
 
     Raises:
         ValueError: They do not fit together.
     """
-    if not 1 <= len(formats) <= MOST_TOGETHER:
-        raise ValueError(f"formats has {len(formats)} entries, expected 1 to {MOST_TOGETHER}, one for each linear")
-    if any(len(given) != len(formats) for given in (biases, per_term, counters, drops)):
-        raise ValueError(f"biases, per_term, counters or drops has not {len(formats)} entries, one for each linear")
+    count = len(per_term)
+    if not 1 <= count <= MOST_TOGETHER:
+        raise ValueError(f"per_term has {count} entries, expected 1 to {MOST_TOGETHER}, one for each linear")
+    if any(len(given) != count for given in (biases, counters, drops)) or len(formats) % count:
+        raise ValueError(f"formats, biases, counters or drops are not those of {count} linears, as per_term has")
     calls, rest = [], list(weights)
-    for place, name in enumerate(formats):
-        count = len(FORMATS.get(name).part_names)
-        parts, rest = rest[:count], rest[count:]
+    each = len(formats) // count
+    for place in range(count):
+        own = formats[place * each : (place + 1) * each]
+        size = sum(len(FORMATS.get(name).part_names) for name in own)
+        parts, rest = rest[:size], rest[size:]
         calls.append(
             Call.of(
-                "sparse", x, parts, [biases[place]], per_term[place], counters[place], None,
-                kind="linear", formats=[name], activation="", selector=selector, rule=rule, drop=drops[place],
+                "sparse", x, parts, [biases[place]], per_term[place], counters[place], None, kind="linear",
+                formats=own, activation="", selector=selector, rule=rule, drop=drops[place], compensation=compensation,
             )
         )  # fmt: skip
     if rest:
@@ -64,12 +69,13 @@ def together(x: Tensor, *args: list[Tensor], **names: object) -> Tensor:
 
 
 def _sparse(call: Call) -> Tensor:
-    (weight,) = call.sum.weights
+    weights = (*call.sum.weights, *call.added)
     assert call.selector is not None
     y: Tensor = torch.ops.countdown.sparse(
-        call.x, list(weight.parts), list(call.sum.biases), call.per_term, call.counters, None,
-        kind="linear", formats=[weight.format], activation="",
+        call.x, [part for weight in weights for part in weight.parts], list(call.sum.biases), call.per_term,
+        call.counters, None, kind="linear", formats=[weight.format for weight in weights], activation="",
         selector=call.selector.name, rule=call.rule, drop=call.drop,
+        compensation="" if call.compensation is None else call.compensation.name,
     )  # fmt: skip
     return y
 

@@ -183,7 +183,7 @@ class Profile:
         chosen = {}
         for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
             for name, sparsity in allocated(entry, sizes).items():
-                method, found = replace(entry.method, sparsity=sparsity), entry.sites[name]
+                method, found = entry.method.at(name, sparsity), entry.sites[name]
                 per_term = _per_term(name, method, found, self._axes(name)["terms"])
                 chosen[name] = Setting(method, per_term, found, self._stored((by_name[name], method.selector, found)))
         if self.proxies and any(one.method.selector.artifacts and one.parts is None for one in chosen.values()):
@@ -450,9 +450,11 @@ def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor
     multipliers = torch.ones(terms, dtype=torch.float32, device="cpu") if multipliers is None else multipliers
     if method.decision == "topk":
         return multipliers
+    if method.dropped >= 1:
+        return torch.full_like(multipliers, torch.inf)
     if THRESHOLDS.name not in found:
         raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
-    return _thresholds(threshold_at(found[THRESHOLDS.name], method.sparsity), multipliers)
+    return _thresholds(threshold_at(found[THRESHOLDS.name], method.dropped), multipliers)
 
 
 def _thresholds(tau: float, multipliers: Tensor) -> Tensor:

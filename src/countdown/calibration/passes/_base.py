@@ -16,7 +16,7 @@ from countdown.errors import CountdownError, UnsupportedModelError, told
 from countdown.finite import not_finite
 from countdown.memory import batches
 from countdown.methods import Method
-from countdown.modules import Observer, observed
+from countdown.modules import Adder, Observer, observed
 from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
 from countdown.registry import Registry, instances_of
@@ -35,12 +35,27 @@ class Assignment:
         method: Its method; its sparsity is the target.
         artifacts: What passes found, by name.
         parts: The selector's weights, once its artifacts are there.
+        added: The compensation's, those of sparsity 0, of which others are a part.
     """
 
     site: Site
     method: Method
     artifacts: dict[str, Tensor] = field(default_factory=dict)
     parts: Sequence[Weight] = ()
+    added: Sequence[Weight] = ()
+
+    def make_parts(self) -> None:
+        """Make the weights of the selector and of the compensation."""
+        sum_ = self.site.sum
+        self.parts = self.method.selector.make(sum_, self.artifacts)
+        if widest := self.method.at(self.site.name, 0.0).compensation:
+            self.added = widest.make(sum_)
+
+    def added_at(self, sparsity: float, x: Tensor, dropped: Tensor) -> Tensor:
+        """Return what the compensation adds at a sparsity, `[..., outputs]`; see `Compensation.added`."""
+        compensation = self.method.at(self.site.name, sparsity).compensation
+        assert compensation is not None
+        return compensation.added(x, dropped, compensation.cut(self.site.sum, self.added))
 
     def indicator(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted indicator, float32 `[..., terms]`, for the site's input and factors."""
@@ -114,9 +129,11 @@ register = PASSES.register
 
 
 @contextmanager
-def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iterator[Callable[[Tensor], None]]:
+def decoding(
+    model: nn.Module, sites: Sequence[Site], observe: Observer, add: Adder = lambda *_: None
+) -> Iterator[Callable[[Tensor], None]]:
     """Within the context, the function given runs the decoder on token ids `[sequences, length]`, and `observe` sees
-    the sites. It raises CountdownError if activations were not finite.
+    the sites, `add` those where it drops terms. It raises CountdownError if activations were not finite.
 
     The head is left out: the vocabulary's logits cost more than a layer.
     """
@@ -137,7 +154,7 @@ def decoding(model: nn.Module, sites: Sequence[Site], observe: Observer) -> Iter
             raise UnsupportedModelError(f"{type(model).__name__} does not run on text alone: {told(error)}") from error
         finite.check()
 
-    with torch.inference_mode(), observed(model, sites, checked):
+    with torch.inference_mode(), observed(model, sites, checked, add):
         yield feed
 
 

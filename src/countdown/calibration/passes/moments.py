@@ -94,13 +94,13 @@ def same_inputs(run: Run, sites: list[Site]) -> list[list[str]]:
 @torch.no_grad()
 def _prepare(one: Assignment, moments: Mapping[Moment, Tensor], norms: Mapping[str, Tensor]) -> None:
     """Add multipliers and the selector's artifacts, and make its parts."""
-    method, sum_ = one.method, one.site.sum
+    method = one.method
     if method.weighting != "none":
         multipliers = method.multipliers(moments, norms[one.site.name])
         # Sparse modules compare in float32, so that is what is sketched and stored.
         one.artifacts |= {} if multipliers is None else {MULTIPLIERS.name: multipliers.float()}
     one.artifacts |= method.selector.prepare(moments)
-    one.parts = method.selector.make(sum_, one.artifacts)
+    one.make_parts()
 
 
 register(MomentsPass())

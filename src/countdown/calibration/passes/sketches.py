@@ -14,6 +14,7 @@ from torch import Tensor
 from countdown.artifacts import POINTS
 from countdown.calibration.passes._base import Assignment, Run, decoding, never_ran
 from countdown.calibration.sketch import MagnitudeSketch
+from countdown.methods import Method
 from countdown.progress import track
 from countdown.sites import Site
 from countdown.sums import Sum
@@ -89,7 +90,7 @@ def sketch_sparse(
         CountdownError: An activation is not finite.
     """
     passing = _SparsePass(run.assigned, losses)
-    with decoding(run.model, [one.site for one in run.assigned], passing.observe) as feed:
+    with decoding(run.model, [one.site for one in run.assigned], passing.observe, passing.add) as feed:
         for batch in track(run.batches(sequences), f"calibrating, {label}", show=run.progress):
             passing.levels = [next(schedule) for _ in batch]
             feed(batch)
@@ -120,12 +121,26 @@ class _SparsePass:
         rows, losses = value.reshape(by_sequence), None if lost is None else lost.reshape(by_sequence)
         active = torch.ones_like(rows, dtype=torch.bool)
         for place, levels in enumerate(self.levels):
-            level = levels[site.name]
-            sketch = self.sketches[site.name].by_level.setdefault(level, MagnitudeSketch(site.device))
+            dropped = self._method(site, levels).dropped
+            sketch = self.sketches[site.name].by_level.setdefault(dropped, MagnitudeSketch(site.device))
             sketch.add(rows[place], None if losses is None else losses[place])
-            if level:
-                active[place] = rows[place] > sketch.quantile(level).float()
+            if dropped >= 1:
+                active[place] = False
+            elif dropped:
+                active[place] = rows[place] > sketch.quantile(dropped).float()
         return active.view(value.shape)
+
+    def _method(self, site: Site, levels: Mapping[str, float]) -> Method:
+        return self._assigned[site.name].method.at(site.name, levels[site.name])
+
+    def add(self, site: Site, x: Tensor, dropped: Tensor) -> Tensor | None:
+        """Return what a site's compensation adds; see `modules.Adder`."""
+        if self._assigned[site.name].method.compensation is None:
+            return None
+        one, by_sequence = self._assigned[site.name], (len(self.levels), -1, site.terms)
+        rows = zip(self.levels, x.reshape(by_sequence), dropped.reshape(by_sequence), strict=True)
+        added = [one.added_at(levels[site.name], *of_sequence) for levels, *of_sequence in rows]
+        return torch.stack(added).view(*x.shape[:-1], -1)
 
     def _lost(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
         if site.name not in self._norms:

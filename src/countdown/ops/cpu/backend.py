@@ -20,7 +20,7 @@ from countdown.weights.symmetric import Symmetric4
 
 # Forms of calls that are kept: shapes times numbers of tokens, of which a model has few.
 _MOST_FORMS = 1024
-_NAMES = ("kind", "activation", "selector", "rule", "drop")
+_NAMES = ("kind", "activation", "selector", "rule", "drop", "compensation")
 
 
 class CPU(Gathering):
@@ -28,6 +28,7 @@ class CPU(Gathering):
 
     name, device, key, runs_on = "cpu", "cpu", "CPU", "CPUs"
     selectors = MappingProxyType({"ffn": ("up", "gate", "coefficient", "proxy-4"), "linear": ("input",)})
+    compensations = ("svd",)
 
     def __init__(self) -> None:
         # By what `_form_of` says of a call: the C call without addresses.
@@ -56,12 +57,18 @@ class CPU(Gathering):
         parts = [_in_tiles(part) for part in call.parts]
         args: tuple[Any, ...] = (
             call.x.contiguous(),
-            [*(weight.parts[0] for weight in call.sum.weights), *_contiguous(t for part in parts for t in part.parts)],
+            [
+                *(weight.parts[0] for weight in call.sum.weights),
+                *_contiguous(t for part in parts for t in part.parts),
+                *_by_rank(call.added),
+            ],
             [bias if bias is None or bias.dtype in DTYPES else bias.float() for bias in _contiguous(call.sum.biases)],
             *_contiguous(getattr(call, name) for name in TENSORS[call.op]),
         )
         names: dict[str, Any] = {"kind": call.sum.kind, "activation": call.sum.activation}
-        names["formats"] = [weight.format for weight in (*call.sum.weights, *parts)]
+        names["formats"] = [weight.format for weight in (*call.sum.weights, *parts, *call.added)]
+        if call.compensation is not None:
+            names["compensation"] = call.compensation.name
         if call.selector is not None:
             names |= {"selector": call.selector.name, "rule": call.rule, "drop": call.drop}
         if len(self._forms) >= _MOST_FORMS:
@@ -101,6 +108,10 @@ def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
     if call.parts:
         levels, scales = weights[3:5]
         form.decision.words, form.decision.groups = levels.shape[1], scales.shape[1]
+    if call.added:
+        form.added.rank = call.added[0].shape[0]
+        for view, tensor, along in zip((form.added.inner, form.added.outer), weights[-2:], (1, 0), strict=True):
+            view.format, view.stride = FORMATS["plain", tensor.dtype], tensor.stride(along) * tensor.itemsize
     return form
 
 
@@ -128,6 +139,8 @@ def _done(
     if decision.words:
         for view, levels, scales in zip((decision.gate, decision.up), weights[3::2], weights[4::2], strict=True):
             view.levels, view.scales = levels.data_ptr(), scales.data_ptr()
+    if call.added.rank:
+        call.added.inner.data, call.added.outer.data = (tensor.data_ptr() for tensor in weights[-2:])
     for name, tensor in zip(TENSORS[op], tensors, strict=True):
         if tensor is not None:
             setattr(call if name == "counters" else decision, name, tensor.data_ptr())
@@ -151,6 +164,14 @@ def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
 def _contiguous(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
     """Yield tensors that kernels can index: biases of interleaved rows are strided."""
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _by_rank(added: Sequence[Weight]) -> Iterator[Tensor]:
+    """Yield the low-rank weights of a compensation as kernels read them: a row a channel, a row an output."""
+    if added:
+        inner, outer = added
+        yield inner.by_column().parts[0]
+        yield outer.in_rows().parts[0]
 
 
 def _in_tiles(part: Weight) -> Weight:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from countdown.ops import cpu
 
-ABI = 8
+ABI = 9
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
@@ -54,6 +54,12 @@ class Decision(ctypes.Structure):
     )
 
 
+class CompensationView(ctypes.Structure):
+    """`countdown_compensation`."""
+
+    _fields_ = (("rank", _Int), ("inner", MatrixView), ("outer", MatrixView))
+
+
 class SumCall(ctypes.Structure):
     """`countdown_sum_call`."""
 
@@ -62,6 +68,7 @@ class SumCall(ctypes.Structure):
         ("x", _Pointer),
         *((name, MatrixView) for name in ("gate", "up", "down")),
         ("decision", Decision),
+        ("added", CompensationView),
         *((name, _Pointer) for name in ("selected", "counters", "y", "workspace")),
     )
 

@@ -27,6 +27,7 @@ class Triton(Gathering):
 
     name, device, key, runs_on = "triton", "cuda", "CUDA", "GPUs"
     selectors = MappingProxyType({"ffn": ("up", "gate", "proxy-4"), "linear": ("input",)})
+    compensations = ("svd",)
 
     def missing(self) -> str | None:
         """See `Backend.missing`."""
@@ -37,11 +38,11 @@ class Triton(Gathering):
         return None
 
     def refuses(
-        self, sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, *, laid_out: bool = True
+        self, sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, **how: Any
     ) -> str | None:
         """See `Backend.refuses`."""
         other = next((part.format for part in parts if part.format not in PARTS), None)
-        reason = super().refuses(sum_, selector, parts, rule, laid_out=laid_out)
+        reason = super().refuses(sum_, selector, parts, rule, **how)
         return reason or (other and f"it has no kernel for a copy in format '{other}'")
 
     def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:

@@ -229,11 +229,22 @@ def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = Fal
     return Launch((tiles, _ceil(h, each)), constants, 4), each
 
 
+@dataclass(frozen=True)
+class Channels:
+    """The launch of `sum_channels`, with its tiles of columns, those of low ranks, and into how many parts the channels
+    of each are split.
+    """
+
+    launch: Launch
+    tiles: int
+    low_tiles: int
+    splits: int
+
+
 def channels(
-    d: int, heights: list[int], itemsize: int, tokens: int, found: Hardware, *, counting: bool
-) -> tuple[Launch, int, int]:
-    """Return the launch of `sum_channels` of linears with so many outputs, its tiles of columns, and into how many
-    parts the channels of each are split.
+    d: int, heights: list[int], ranks: list[int], itemsize: int, tokens: int, found: Hardware, *, counting: bool
+) -> Channels:
+    """Return the launch for linears with so many outputs, and low ranks if any.
 
     Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more chunks a
     program only where there are programs enough, so that partial sums stay few.
@@ -247,6 +258,8 @@ def channels(
         chunks *= 2
     rows = _clamp(16 * _KB // (width * itemsize), 1, 16)
     splits = _ceil(d, CHUNK * chunks)
+    low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
+    low_tiles = sum(_ceil(rank, low_width) for rank in ranks)
     constants = {
         "T": tokens,
         "COLUMNS": width,
@@ -254,9 +267,12 @@ def channels(
         "CHUNK": CHUNK,
         "ROWS": rows,
         "STAGES": _stages(rows * width * itemsize, 4, found.shared // 2),
+        "LOW_COLUMNS": low_width,
+        "LOW_ROWS": _clamp(16 * _KB // (low_width * itemsize), 1, CHUNK),
         "BLOCK": _counted(d),
     }
-    return Launch((tiles * splits + (len(heights) if counting else 0),), constants, 4), tiles, splits
+    programs = (tiles + low_tiles) * splits + (len(heights) if counting else 0)
+    return Channels(Launch((programs,), constants, 4), tiles, low_tiles, splits)
 
 
 def channel_selection(d: int, tokens: int) -> Launch:
@@ -264,9 +280,9 @@ def channel_selection(d: int, tokens: int) -> Launch:
     return Launch((tokens,), {"BLOCK": _counted(d)}, 4)
 
 
-def finish(heights: list[int], splits: int, tokens: int) -> Launch:
+def finish(heights: list[int], ranks: list[int], splits: int, tokens: int) -> Launch:
     """Return the launch of `finish`."""
-    constants = {"P": _power(splits), "COLUMNS": 32}
+    constants = {"P": _power(splits), "COLUMNS": 32, "RANK": _clamp(_power(max(ranks, default=1)), 16, 64)}
     return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
 
 

@@ -12,7 +12,6 @@ from countdown.ops.base import contiguous, flat
 from countdown.ops.call import Call
 from countdown.ops.triton import launch, linear_kernels, loaders
 from countdown.ops.triton.dense_ops import three
-from countdown.sums import Sum
 
 # By weight format: how rows of channels are read; see `loaders`.
 FORMATS: dict[str, Any] = {"plain": loaders.plain}
@@ -32,7 +31,7 @@ def run(x: Tensor, call: Call) -> Tensor:
     thresholds = None if call.per_term is None else [call.per_term.contiguous()]
     counters = None if call.counters is None else [call.counters]
     active = None if call.active is None else call.active.contiguous().view(torch.int8)
-    y = _sum(x, [call.sum], thresholds, active, call.phases, counters)
+    y = _sum(x, [call], thresholds, active, call.phases, counters)
     return y.view(*call.x.shape[:-1], call.sum.outputs)
 
 
@@ -41,7 +40,7 @@ def run_together(x: Tensor, calls: Sequence[Call]) -> Tensor:
     """Return the results of calls of `sparse` on the same x, side by side; see `ops.together`."""
     first = calls[0]
     thresholds = [call.per_term.contiguous() for call in calls]  # type: ignore[union-attr]
-    y = _sum(flat(x), [call.sum for call in calls], thresholds, None, first.phases, [call.counters for call in calls])
+    y = _sum(flat(x), calls, thresholds, None, first.phases, [call.counters for call in calls])
     return y.view(*first.x.shape[:-1], -1)
 
 
@@ -58,44 +57,55 @@ def _select(x: Tensor, call: Call) -> Tensor:
 
 def _sum(
     x: Tensor,
-    sums: Sequence[Sum],
+    calls: Sequence[Call],
     thresholds: Sequence[Tensor] | None,
     active: Tensor | None,
     phases: Tensor | None,
     counters: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    """Return y `[T, Σ outputs]` of linears whose weights have one format and dtype, and whose biases have one.
+    """Return y `[T, Σ outputs]` of linears whose weights have one format and dtype, and whose biases have one dtype.
 
     Args:
         x: `[T, d]`, entries of a token side by side.
-        sums: One to `MOST_TOGETHER` linears, their weights laid out by channel.
+        calls: One to `MOST_TOGETHER` linears, their weights laid out by channel; all compensated for, or none.
         thresholds: Of each, float32 `[d]`; None where active sets are given.
         active: int8 `[T, d]`: those, of one linear.
         phases, counters: See `ops.call`; of each linear.
     """
     found = launch.hardware(x.device)
-    weights = [sum_.weights[0].parts[0] for sum_ in sums]
-    heights = [sum_.outputs for sum_ in sums]
+    weights = [call.sum.weights[0].parts[0] for call in calls]
+    inner, outer = _factors(calls)
+    heights, ranks = [call.sum.outputs for call in calls], [len(factor) for factor in inner]
     tokens, d = x.shape
-    config, tiles, splits = launch.channels(
-        d, heights, weights[0].element_size(), tokens, found, counting=counters is not None
-    )
-    partial_sums = x.new_empty((splits, tokens, sum(heights)), dtype=torch.float32)
-    sizes = (*heights, 0, 0)[:3]
-    strides = [weight.stride(1) for weight in weights]
+    form = launch.channels(d, heights, ranks, weights[0].element_size(), tokens, found, counting=counters is not None)
+    config, splits = form.launch, form.splits
+    partial_sums = x.new_empty((splits, tokens, sum(heights) + sum(ranks)), dtype=torch.float32)
+    sizes = (*(*heights, 0, 0)[:3], *(*ranks, 0, 0, 0)[:3])
     linear_kernels.sum_channels[config.grid](
-        x, x.stride(0), (*three(weights), *three(strides)), thresholds and three(thresholds), active, phases,
-        counters and three(counters), partial_sums, *sizes, tiles, d,
-        LOAD=FORMATS[sums[0].weights[0].format], COUNTING=len(sums) if counters else 0, **config.options(found),
+        x, x.stride(0), _apart(weights, 1), _apart(inner, 1), thresholds and three(thresholds), active, phases,
+        counters and three(counters), partial_sums, sizes, form.tiles, form.low_tiles, splits, d,
+        LOAD=FORMATS[calls[0].sum.weights[0].format], COUNTING=len(calls) if counters else 0, **config.options(found),
     )  # fmt: skip
     y = x.new_empty((tokens, sum(heights)))
-    last = launch.finish(heights, splits, tokens)
-    biases = [contiguous(sum_.biases)[0] for sum_ in sums]
+    last = launch.finish(heights, ranks, splits, tokens)
+    biases = [contiguous(call.sum.biases)[0] for call in calls]
     there = next((bias for bias in biases if bias is not None), None)
     has_bias, some = there is not None, None
     if there is not None:
         some = [there.new_zeros(size) if b is None else b for size, b in zip(heights, biases, strict=True)]
     linear_kernels.finish[last.grid](
-        partial_sums, some and three(some), y, *sizes, splits, tokens, HAS_BIAS=has_bias, **last.options(found)
-    )
+        partial_sums, _apart(outer, 0), some and three(some), y, sizes, splits, tokens, HAS_BIAS=has_bias,
+        **last.options(found),
+    )  # fmt: skip
     return y
+
+
+def _factors(calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return B, laid out by channel, and A of each low rank that stands for dropped channels; none where none does."""
+    added = [call.added for call in calls if call.added]
+    return [b.by_column().parts[0] for b, _ in added], [a.in_rows().parts[0] for _, a in added]
+
+
+def _apart(matrices: Sequence[Tensor], dim: int) -> tuple[Tensor | int, ...] | None:
+    """Return three matrices and how far their rows, along a dimension, are apart; None for none."""
+    return (*three(matrices), *three([one.stride(dim) for one in matrices])) if matrices else None

@@ -9,6 +9,10 @@ bits of a word, so that the addresses of rows follow from registers, and rows to
 before are added. Rows that no token needs are not read; the others are read once for all tokens. Programs leave partial
 sums that `finish` adds in a fixed order: the same bits every time.
 
+Where a low rank stands for dropped channels, z += A (B (x ⊙ ¬m)), the columns of B are rows of up to three more
+matrices, whose programs read what the others leave out. Their sums stand behind the outputs, and `finish` multiplies
+them with the rows of A.
+
 Of a token that is not finite every channel is active by definition. Here its channels that are not finite are, which
 makes the same result where weights are finite and sums of what is finite do not overflow: no other sum with an infinity
 in it depends on what else is finite.
@@ -21,6 +25,7 @@ import triton.language as tl
 
 from countdown.ops.triton.kernel_parts import (
     GENERATED,
+    PADDING,
     add_bias,
     begin,
     in_phase,
@@ -29,13 +34,20 @@ from countdown.ops.triton.kernel_parts import (
 
 
 @triton.jit
-def _place(tile, h0, h1, COLUMNS: tl.constexpr):
-    """Which linear a tile is of, which tile of that, and where its outputs begin."""
-    before1 = tl.cdiv(h0, COLUMNS)
-    before2 = before1 + tl.cdiv(h1, COLUMNS)
-    member = (tile >= before1).to(tl.int32) + (tile >= before2).to(tl.int32)
-    first = tl.where(member == 0, 0, tl.where(member == 1, before1, before2))
-    offset = tl.where(member == 0, 0, tl.where(member == 1, h0, h0 + h1))
+def _place(tile, sizes, COLUMNS: tl.constexpr):
+    """Which matrix a tile is of, which tile of that, and where its sums begin."""
+    member = tl.full([], 0, tl.int32)
+    first = tl.full([], 0, tl.int32)
+    offset = tl.full([], 0, tl.int32)
+    before = 0
+    begins = 0
+    for place in tl.static_range(len(sizes) - 1):
+        before += tl.cdiv(sizes[place], COLUMNS)
+        begins += sizes[place]
+        later = tile >= before
+        member += later.to(tl.int32)
+        first = tl.where(later, before, first)
+        offset = tl.where(later, begins, offset)
     return member, tile - first, offset
 
 
@@ -56,8 +68,8 @@ def _decided(xv, threshold):
 
 
 @triton.jit
-def _active(x, x_stride, thresholds, active_set, phases, t: tl.constexpr, i, d):
-    """Whether token t needs channels i."""
+def _active(x, x_stride, thresholds, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, i, d):
+    """Whether token t needs channels i; or, if DROPPED, leaves them out."""
     here = i < d
     if active_set is None:
         xv = tl.load(x + t * x_stride + i, mask=here, other=0.0).to(tl.float32)
@@ -66,17 +78,22 @@ def _active(x, x_stride, thresholds, active_set, phases, t: tl.constexpr, i, d):
             active = in_phase(active, tl.load(phases + t))
     else:
         active = tl.load(active_set + t * d + i, mask=here, other=0) != 0
+    if DROPPED:
+        active = ~active
+        if phases is not None:
+            active = active & (tl.load(phases + t) != PADDING)
     return here & active
 
 
 @triton.jit
-def _words(x, x_stride, thresholds, active_set, phases, t: tl.constexpr, first, d,
+def _words(x, x_stride, thresholds, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, d,
            CHUNKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """The channels that token t needs of each chunk, int64 with a bit for each."""
     k = tl.arange(0, CHUNK)
     words = ()
     for chunk in tl.static_range(CHUNKS):
-        active = _active(x, x_stride, thresholds, active_set, phases, t, first + chunk * CHUNK + k, d)
+        i = first + chunk * CHUNK + k
+        active = _active(x, x_stride, thresholds, active_set, phases, DROPPED, t, i, d)
         words = words + (tl.sum(active.to(tl.int64) << k.to(tl.int64), 0),)
     return words
 
@@ -116,7 +133,7 @@ def _count_of(x, x_stride, thresholds, counters, phases, d, T: tl.constexpr, BLO
 
 @triton.jit
 def _sums(
-    x, x_stride, w, stride, c, inside, thresholds, active_set, phases, first, d,
+    x, x_stride, w, stride, c, inside, thresholds, active_set, phases, DROPPED: tl.constexpr, first, d,
     LOAD: tl.constexpr, T: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -124,7 +141,7 @@ def _sums(
     words = ()
     sums = ()
     for t in tl.static_range(T):
-        words = words + (_words(x, x_stride, thresholds, active_set, phases, t, first, d, CHUNKS, CHUNK),)
+        words = words + (_words(x, x_stride, thresholds, active_set, phases, DROPPED, t, first, d, CHUNKS, CHUNK),)
         sums = sums + (tl.zeros(c.shape, tl.float32),)
     for start in tl.range(0, CHUNKS * CHUNK, ROWS, num_stages=STAGES):
         i = first + start + tl.arange(0, ROWS)
@@ -141,15 +158,24 @@ def _sums(
 
 
 @triton.jit
+def _store(partial, sums, split, total, offset, c, h):
+    for t in tl.static_range(len(sums)):
+        to = partial + (split * len(sums) + t) * total + offset
+        tl.store(to + c, sums[t], mask=c < h, eviction_policy="evict_last")
+
+
+@triton.jit
 def sum_channels(
-    x, x_stride, weights, thresholds, active_set, phases, counters, partial, h0, h1, h2, tiles, d,
+    x, x_stride, weights, inner, thresholds, active_set, phases, counters, partial, sizes, tiles, low_tiles, splits, d,
     LOAD: tl.constexpr, COUNTING: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Σ over the active channels of this program's chunks, for its tile of columns.
 
-    x [T, d], three weights and how far their rows are apart, three thresholds [d] (or one active_set [T, d] int8) →
-    partial [splits, T, h0 + h1 + h2] float32. The first COUNTING programs count instead, one a linear: three counters.
+    x [T, d], three weights and how far their rows are apart, the same of B or None, three thresholds [d] (or one
+    active_set [T, d] int8) → partial [splits, T, Σ sizes] float32; `sizes` are the columns of three weights, then of
+    three B. The first COUNTING programs count instead, one a linear: three counters. The next are of B.
     """
     begin(PDL)
     program = tl.program_id(0) - COUNTING
@@ -159,48 +185,98 @@ def sum_channels(
             own = _one_of(place, thresholds[0], thresholds[1], thresholds[2])
             counter = _one_of(place, counters[0], counters[1], counters[2])
             _count_of(x, x_stride, own, counter, phases, d, T, BLOCK)
+    total = _total(sizes)
+    if inner is not None:
+        if (program >= 0) & (program < low_tiles * splits):
+            outputs = sizes[0] + sizes[1] + sizes[2]
+            member, tile, offset = _place(program % low_tiles, (sizes[3], sizes[4], sizes[5]), LOW_COLUMNS)
+            split = program // low_tiles
+            w = _one_of(member, inner[0], inner[1], inner[2])
+            stride = _one_of(member, inner[3], inner[4], inner[5])
+            h = _one_of(member, sizes[3], sizes[4], sizes[5])
+            limits = None
+            if active_set is None:
+                limits = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
+            c = tile * LOW_COLUMNS + tl.arange(0, LOW_COLUMNS)
+            sums = _sums(
+                x, x_stride, w, stride, c, c < h, limits, active_set, phases, True, split * CHUNKS * CHUNK, d,
+                LOAD, T, CHUNKS, CHUNK, LOW_ROWS, STAGES,
+            )  # fmt: skip
+            _store(partial, sums, split, total, outputs + offset, c, h)
+        program -= low_tiles * splits
     if program >= 0:
         # Neighbours read neighbouring columns of the same rows.
-        member, tile, offset = _place(program % tiles, h0, h1, COLUMNS)
+        member, tile, offset = _place(program % tiles, (sizes[0], sizes[1], sizes[2]), COLUMNS)
         w = _one_of(member, weights[0], weights[1], weights[2])
         stride = _one_of(member, weights[3], weights[4], weights[5])
         limits = None
         if active_set is None:
             limits = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-        h = _one_of(member, h0, h1, h2)
+        h = _one_of(member, sizes[0], sizes[1], sizes[2])
         split = program // tiles
         c = tile * COLUMNS + tl.arange(0, COLUMNS)
         sums = _sums(
-            x, x_stride, w, stride, c, c < h, limits, active_set, phases, split * CHUNKS * CHUNK, d,
+            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, split * CHUNKS * CHUNK, d,
             LOAD, T, CHUNKS, CHUNK, ROWS, STAGES,
         )  # fmt: skip
-        total = h0 + h1 + h2
-        for t in tl.static_range(T):
-            to = partial + (split * T + t) * total + offset
-            tl.store(to + c, sums[t], mask=c < h, eviction_policy="evict_last")
+        _store(partial, sums, split, total, offset, c, h)
+
+
+@triton.jit
+def _total(sizes):
+    total = sizes[0]
+    for place in tl.static_range(1, len(sizes)):
+        total += sizes[place]
+    return total
+
+
+@triton.jit
+def _low_rank(partial, outer, stride, c, inside, rank, first, total, splits, tokens, t,
+              P: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
+    """Rows c of A times the sums of the rank that `first` and the entries after it hold, float32 [columns]."""
+    p = tl.arange(0, P)
+    z = tl.zeros(c.shape, tl.float32)
+    for start in range(0, rank, RANK):
+        k = start + tl.arange(0, RANK)
+        low = tl.load(
+            partial + (p[:, None] * tokens + t) * total + first + k[None, :],
+            mask=(p < splits)[:, None] & (k < rank)[None, :], other=0.0, eviction_policy="evict_last",
+        )  # fmt: skip
+        rows = tl.load(outer + c[:, None] * stride + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
+        z += tl.sum(rows.to(tl.float32) * tl.sum(low, 0)[None, :], 1)
+    return z
 
 
 @triton.jit
 def finish(
-    partial, biases, y, h0, h1, h2, splits, tokens, HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    partial, outer, biases, y, sizes, splits, tokens, HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
+    RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, tokens, h0 + h1 + h2] → y [tokens, h0 + h1 + h2], added in order."""
-    member, tile, offset = _place(tl.program_id(0), h0, h1, COLUMNS)
+    """partial [splits, tokens, Σ sizes], added in order, → y [tokens, h0 + h1 + h2]; of three A, or None, the rows and
+    how far they are apart.
+    """
+    member, tile, offset = _place(tl.program_id(0), (sizes[0], sizes[1], sizes[2]), COLUMNS)
     t = tl.program_id(1)
-    h = _one_of(member, h0, h1, h2)
+    h = _one_of(member, sizes[0], sizes[1], sizes[2])
     c = tile * COLUMNS + tl.arange(0, COLUMNS)
     p = tl.arange(0, P)
-    total = h0 + h1 + h2
+    outputs = sizes[0] + sizes[1] + sizes[2]
+    total = _total(sizes)
     begin(PDL)
     v = tl.load(
         partial + (p[:, None] * tokens + t) * total + offset + c[None, :],
         mask=(p < splits)[:, None] & (c < h)[None, :], other=0.0, eviction_policy="evict_last",
     )  # fmt: skip
     z = tl.sum(v, 0)
+    if outer is not None:
+        matrix = _one_of(member, outer[0], outer[1], outer[2])
+        stride = _one_of(member, outer[3], outer[4], outer[5])
+        rank = _one_of(member, sizes[3], sizes[4], sizes[5])
+        first = outputs + _one_of(member, 0, sizes[3], sizes[3] + sizes[4])
+        z += _low_rank(partial, matrix, stride, c, c < h, rank, first, total, splits, tokens, t, P, RANK)
     if HAS_BIAS:
         z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
-    tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
+    tl.store(y + t * outputs + offset + c, z.to(y.dtype.element_ty), mask=c < h)
 
 
 @triton.jit

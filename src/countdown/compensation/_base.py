@@ -1,0 +1,83 @@
+"""The base of every compensation, and the list of them. This file needs no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, ClassVar
+
+from countdown.registry import Registry, classes_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from countdown.sums import Sum
+    from countdown.weights import Weight
+
+    Shape = tuple[int | None, int | None]
+
+
+class Compensation(ABC):
+    """Adds to the sum over a token's active terms what stands for the others.
+
+    It keeps weights of its own, its parts, which are made from a site's. Ops receive it by name, with its parts, which
+    follow those of the selector.
+
+    A subclass is a frozen dataclass, of which equal ones are the same compensation; what an instance holds says how
+    large its parts are.
+    """
+
+    name: ClassVar[str]  # under which ops receive it
+
+    @staticmethod
+    @abstractmethod
+    def shapes(d: int, terms: int) -> tuple[Shape, ...]:
+        """Return rows and columns of each part for inputs of size d; None where they do not follow."""
+
+    @staticmethod
+    @abstractmethod
+    def problem(sum_: Sum, parts: Sequence[Weight]) -> str | None:
+        """Return why parts do not fit a sum, None if they do."""
+
+    @staticmethod
+    @abstractmethod
+    def added(x: Tensor, dropped: Tensor, parts: Sequence[Weight]) -> Tensor:
+        """Return what is added `[..., outputs]`, in the dtype of x; the truth that kernels are tested against.
+
+        Args:
+            x: The input `[..., d]`.
+            dropped: Which terms each token drops, bool `[..., terms]`; none of one that is computed densely, nor of
+                padding.
+            parts: The compensation's own weights.
+        """
+
+    @abstractmethod
+    def make(self, sum_: Sum) -> tuple[Weight, ...]:
+        """Return the parts for a site."""
+
+    @abstractmethod
+    def cut(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
+        """Return the parts that `make` would return, out of those of a lower sparsity."""
+
+    @abstractmethod
+    def fitted(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
+        """Return the parts in the dtype and on the device of the sum's weights, as kernels read them."""
+
+    @abstractmethod
+    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
+        """Return the names of the parts, under which they are stored, and the format in which `make` returns each."""
+
+    @abstractmethod
+    def part_bytes(self, sum_: Sum) -> int:
+        """Return the bytes of the parts that `make` would return."""
+
+    @abstractmethod
+    def bytes_read(self, sum_: Sum, active: float) -> float:
+        """Return the bytes of its parts that a token reads where this share of the terms is active."""
+
+
+COMPENSATIONS: Registry[type[Compensation]] = Registry(
+    "compensation", "countdown.compensation", name=attrgetter("name"), check=classes_of(Compensation)
+)
+register = COMPENSATIONS.register
