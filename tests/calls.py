@@ -16,7 +16,6 @@ from countdown.sites.decoder import decoder_of
 from countdown.sites.ffn import find_ffns
 from countdown.weights import Plain, Weight
 
-
 # The options of an op to which active sets are given.
 FORM = ("kind", "formats", "activation", "compensation")
 
