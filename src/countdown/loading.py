@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown import hub
 from countdown.config import check_choice
 from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError, told
 from countdown.memory import ran_out
@@ -25,6 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # How a file begins that git-lfs has not fetched.
 _LFS = b"version https://git-lfs"
+_LOG = logging.getLogger("countdown")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class Source:
         gguf_file: The file in that folder, for GGUF.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the repository ships.
+        cached_only: The hub cannot be reached: take what its cache has.
     """
 
     name: str
     gguf_file: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    cached_only: bool = False
 
     @classmethod
     def parse(
@@ -50,7 +54,8 @@ class Source:
         """Tell a folder, a GGUF file and a hub id apart.
 
         Raises:
-            ConfigError: A path that does not exist, or a folder that holds no model.
+            ConfigError: A path that does not exist, a folder that holds no model, or a model that is on the hub alone
+                while the hub cannot be reached.
         """
         if not isinstance(model, str | os.PathLike):
             raise ConfigError(f"the model is of type {type(model).__name__}, expected a hub id or a path.")
@@ -74,7 +79,7 @@ class Source:
             raise ConfigError(
                 f"model {model} {what}; expected a folder with config.json, a .gguf file or a hub id such as org/name."
             )
-        return cls(model, None, revision, trust_remote_code)
+        return cls(model, None, revision, trust_remote_code, cached_only=_cached_only(model, revision))
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that every `from_pretrained` takes."""
@@ -89,6 +94,23 @@ class Source:
         if self.gguf_file:
             return Path(self.gguf_file).stem
         return Path(self.name).resolve().name if os.path.isdir(self.name) else self.name
+
+
+def _cached_only(name: str, revision: str | None) -> bool:
+    """Return whether a model of the hub must come from the cache, as the hub cannot be reached.
+
+    Raises:
+        ConfigError: And it is not there.
+    """
+    if hub.offline() or (problem := hub.unreached()) is None:
+        return False
+    if not hub.is_known(name, "config.json", revision):
+        raise ConfigError(
+            f"{name} is no local folder, and {problem}: give a folder or a GGUF file, or set HF_HUB_OFFLINE=1 to use "
+            "only what is cached."
+        )
+    _LOG.warning("%s: of %s, what is cached is used.", problem, name)
+    return True
 
 
 def resolve_device(device: str) -> torch.device:
@@ -366,7 +388,7 @@ def explained(source: Source) -> Iterator[None]:
         UnsupportedModelError: Anything else.
     """
     try:
-        with _quietly():
+        with _quietly(), hub.left_alone() if source.cached_only else nullcontext():
             yield
     except CountdownError:
         raise
@@ -435,12 +457,22 @@ def _explained(source: Source, error: Exception) -> CountdownError:
         return ConfigError(f"{named} cannot be loaded: {pointer} is a pointer of git-lfs to a file; run: git lfs pull")
     if _is_damaged(source):
         return ConfigError(f"{named} cannot be loaded: it is cut short or damaged; get it again.")
+    if source.cached_only or hub.lacks(error):
+        return ConfigError(_not_cached(source, error))
     if isinstance(error, OSError):
         return ConfigError(f"{named} cannot be loaded: {told(error)}")
     return UnsupportedModelError(
         f"{named} cannot be loaded: {told(error).rstrip('.')}. A file of it is damaged, or not for "
         f"transformers {version('transformers')}."
     )
+
+
+def _not_cached(source: Source, error: Exception) -> str:
+    if source.cached_only:  # what transformers says of a cache with holes is misleading, so it comes last
+        problem = "cannot be loaded from what of it is cached, and the hub could not be reached"
+        return f"{source.name} {problem}: {told(error)}"
+    why = "HF_HUB_OFFLINE is set" if hub.offline() else "the hub could not be reached"
+    return f"{source.name} cannot be loaded: it, or a file of it, is not in the hub's cache, and {why}."
 
 
 def _pointer(source: Source) -> str | None:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import constants
 from test_cli import run
 
 from countdown.cli import main
@@ -258,3 +259,14 @@ def test_a_short_context_is_calibrated_and_evaluated_in_windows_that_fit(model_f
     result = run("evaluate", "m", "--profile", "p", "--window", "200", cwd=tmp_path)
     assert result.returncode == 2
     assert "window is 200, longer than the model's context of 96" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect MODEL", "compare MODEL", "generate MODEL hello", "benchmark decode MODEL"]
+)
+def test_without_the_hub_a_command_says_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    done = run(*command.replace("MODEL", "org/name").split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: org/name is no local folder, and the hub.*set HF_HUB_OFFLINE=1.*\n", done.stderr)
