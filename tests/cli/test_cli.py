@@ -433,7 +433,7 @@ def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
     mine = ["--method", "m-countdown", "--tokens", "1024"]
     result = spawn("calibrate", model_folder, "-o", "q", *mine, cwd=tmp_path)
     assert result.stdout == "q\n"
-    assert "calibrating, thresholds of m-countdown: done\n" in result.stderr
+    assert "calibrating (1 of 1), thresholds of m-countdown: done\n" in result.stderr
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stderr
     quiet = run("calibrate", model_folder, "-o", "r", *mine, "-q", cwd=tmp_path)
