@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -451,6 +452,14 @@ def test_a_folder_is_extended(run, tmp_path):
         "dense", "m-countdown × rms at 0.5", "m-countdown × rms at 0.6", "m-countdown × rms at 0.8", "int8", "int4",
     ]  # fmt: skip
     assert {cell.label: cell for cell in found.cells}.items() >= {cell.label: cell for cell in first.cells}.items()
+
+
+def test_the_seconds_in_a_comparison_are_called_those_of_its_last_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter([0.0, 100.0, 200.0, 207.0]).__next__))
+    assert run(speed=False, output=tmp_path / "out").meta["this_run_took_s"] == 100
+    meta = run(speed=False, sparsities=[0.6], output=tmp_path / "out").meta
+    assert meta["this_run_took_s"] == 7
+    assert "took_s" not in meta
 
 
 def test_a_folder_of_another_comparison_is_refused_before_anything_loads(run, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def compare(
     if advice is None:
         caveats.append(nearest(cells, wish))
     about = _about(session, wish, found[0].outcomes, caveats)
-    about |= {"rough": quick, "took_s": round(time.perf_counter() - started, 1)}
+    about |= {"rough": quick, "this_run_took_s": round(time.perf_counter() - started, 1)}
     comparison = Comparison(meta(**facts or {}, **about), cells, advice)
     if folder is not None:
         _save(comparison, folder, session, plan)
