@@ -20,6 +20,7 @@ from countdown import hub
 from countdown.config import check_choice
 from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError, told
 from countdown.memory import ran_out
+from countdown.noise import quiet_imports
 from countdown.text import WINDOW
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -420,22 +421,16 @@ def foreign(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Within the context transformers shows its bars in a terminal alone, and nothing of what torchao misses, which it
-    imports where it is installed."""
+    """Within the context transformers shows its bars in a terminal alone, and says nothing of what it imports."""
     from transformers.utils import logging as bars
 
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
     hidden = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         if hidden:
             bars.disable_progress_bar()
-        yield
+        with quiet_imports():
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if hidden:
             bars.enable_progress_bar()
 
