@@ -38,6 +38,9 @@ def test_what_does_not_exist_is_said(tmp_path):
         Source.parse(str(tmp_path / "missing.gguf"))
     with pytest.raises(ConfigError, match="does not exist; expected a folder"):
         Source.parse(str(tmp_path / "missing"))
+    # And not looked for on the hub.
+    with pytest.raises(ConfigError, match=r"^model file missing\.GGUF does not exist\.$"):
+        Source.parse("missing.GGUF")
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ConfigError, match=r"no config\.json.*Did you mean .*a\.gguf"):
         Source.parse(str(tmp_path))

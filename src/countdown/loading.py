@@ -62,9 +62,10 @@ class Source:
             raise ConfigError(f"the model is of type {type(model).__name__}, expected a hub id or a path.")
         model = os.fspath(model)
         path = Path(os.path.expanduser(model))
-        if revision and (path.suffix == ".gguf" or path.is_dir()):
+        is_gguf = path.suffix.lower() == ".gguf"
+        if revision and (is_gguf or path.is_dir()):
             raise ConfigError(f"--revision belongs to models on the hub, but {model} is local.")
-        if path.suffix == ".gguf":
+        if is_gguf:
             if not path.is_file():
                 raise ConfigError(f"model file {model} does not exist.")
             return cls(str(path.parent), path.name, None, trust_remote_code)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import constants
-from test_cli import run
+from test_cli import run, spawn
 
 from countdown.cli import main
 from countdown.errors import UnsupportedModelError
@@ -259,6 +259,13 @@ def test_a_short_context_is_calibrated_and_evaluated_in_windows_that_fit(model_f
     result = run("evaluate", "m", "--profile", "p", "--window", "200", cwd=tmp_path)
     assert result.returncode == 2
     assert "window is 200, longer than the model's context of 96" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "org/missing.GGUF"])
+def test_of_a_missing_gguf_file_nobody_else_says_anything(name, tmp_path):
+    done = spawn("inspect", name, cwd=tmp_path, env={"HF_HUB_OFFLINE": "0"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: model file {name} does not exist.\n"
 
 
 @pytest.mark.parametrize(
