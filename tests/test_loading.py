@@ -135,10 +135,10 @@ def test_bars_of_transformers_are_for_terminals(terminal, model_folder, monkeypa
         seen.append((bars.is_progress_bar_enabled(), logging.getLogger("torchao").isEnabledFor(logging.WARNING)))
         return real(source)
 
-    real = loading._auto_class
+    real, level = loading._auto_class, logging.getLogger("torchao").level
     monkeypatch.setattr(loading, "_auto_class", auto_class)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     load_model(Source.parse(str(model_folder)), device="cpu")
     assert seen == [(terminal, False)]
     assert bars.is_progress_bar_enabled()
-    assert logging.getLogger("torchao").level == logging.NOTSET
+    assert logging.getLogger("torchao").level == level

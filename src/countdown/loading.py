@@ -25,6 +25,11 @@ from countdown.text import WINDOW
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What a configuration cannot have none of.
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 # How a file begins that git-lfs has not fetched.
 _LFS = b"version https://git-lfs"
 _LOG = logging.getLogger("countdown")
@@ -244,12 +249,10 @@ def load_context(source: Source) -> int | None:
     Raises:
         ConfigError: Nothing loadable under this name.
     """
-    from transformers import AutoConfig
-
     if source.gguf_file:  # going through its header takes seconds
         return None
     with explained(source):
-        return context_of(AutoConfig.from_pretrained(source.name, **source.arguments()))
+        return context_of(_config(source))
 
 
 def load_skeleton(source: Source) -> nn.Module:
@@ -259,10 +262,8 @@ def load_skeleton(source: Source) -> nn.Module:
         ConfigError: Nothing loadable under this name.
         UnsupportedModelError: Its weights are quantised: in bytes they are not what its structure says.
     """
-    from transformers import AutoConfig
-
     with explained(source):
-        config = AutoConfig.from_pretrained(source.name, **source.arguments())
+        config = _config(source)
         if how := _quantised_by(config):
             raise _quantised(source, how)
         with torch.device("meta"):
@@ -359,13 +360,31 @@ def _check_bos(source: Source, tokenizer: Any) -> None:
         )
 
 
+def _config(source: Source) -> Any:
+    """Return a model's configuration, or raise ConfigError for sizes that no model has.
+
+    transformers takes them as they are, and fails wherever it comes to them, or makes a model without layers.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    sizes = [(name, getattr(part, name, None)) for part in parts for name in _SIZES]
+    for name, size in sizes:
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(
+                f"{source.label} cannot be loaded: its configuration says {name} {size}, expected 1 or more."
+            )
+    return config
+
+
 def _auto_class(source: Source) -> Any:
     """Return the auto class that loads this model: models that also see or hear have others."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if source.gguf_file:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    config = _config(source)
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         if type(config) in auto._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
             return auto

@@ -98,6 +98,25 @@ def test_a_damaged_model_is_one_line(damage, message, model_folder, tmp_path):
     assert re.search(message, line), line
 
 
+# Some that are no multiples of others transformers itself refuses.
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        *(("num_hidden_layers", -1), ("num_hidden_layers", 0), ("hidden_size", -8), ("intermediate_size", 0)),
+        *(("vocab_size", -1), ("num_attention_heads", -2), ("head_dim", 0)),
+    ],
+)
+def test_a_size_that_no_model_has_is_named(name, size, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    changed(CONFIG, **{name: size})(tmp_path / "m")
+    for command in (["inspect", "m"], ["generate", "m", "hi"]):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: m cannot be loaded: its configuration says {name} {size}, expected 1 or more.\n"
+        )
+
+
 def test_own_code_is_asked_for_by_inspect(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "m")
     changed(CONFIG, model_type="mine", auto_map=OWN_CODE)(tmp_path / "m")
