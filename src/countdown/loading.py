@@ -96,6 +96,11 @@ class Source:
         return arguments | {"trust_remote_code": self.trust_remote_code}
 
     @property
+    def given(self) -> str:
+        """What `parse` makes this of again."""
+        return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
+
+    @property
     def label(self) -> str:
         """A short name without the machine's folders."""
         if self.gguf_file:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -414,6 +416,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, made, model_f
     assert len(result.stderr.splitlines()) == 1
     assert "Traceback" not in result.stderr
     assert sorted(made.rglob("*")) == before
+
+
+@pytest.mark.parametrize("missing", [["profile.json", "profile.safetensors"], ["profile.safetensors"]])
+def test_the_command_that_is_suggested_makes_the_profile_that_was_asked_for(missing, made, model_folder, tmp_path):
+    model, profile = tmp_path / "my model", tmp_path / "my profile"
+    shutil.copytree(model_folder, model)
+    if "profile.json" not in missing:
+        shutil.copytree(made / "p", profile)
+    for name in missing:
+        (profile / name).unlink(missing_ok=True)
+    generate = ["generate", "my model", "hi", "--max-new-tokens", "2", "--profile", "my profile"]
+    refused = run(*generate, cwd=tmp_path)
+    assert refused.returncode == 2
+    _, *suggested = shlex.split(refused.stderr[refused.stderr.index("countdown calibrate") :])
+    made = run(*suggested, "--method", "cats", "--tokens", "512", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert run(*generate, cwd=tmp_path).returncode == 0
 
 
 def test_mistakes_that_the_parser_finds(tmp_path):
