@@ -355,7 +355,7 @@ MISTAKES = {
         "belongs to",
     ),
     "tokens": (["calibrate", "{model}", "-o", "new", "--tokens", "100"], "at least one window"),
-    "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already"),
+    "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already; give another path or --overwrite."),
     "no profile": (["evaluate", "{model}"], "give --profile DIR"),
     "both": (["evaluate", "{model}", "--profile", "p", "--method", "cats"], "not both"),
     "not a profile": (["evaluate", "{model}", "--profile", "."], "is not a profile"),

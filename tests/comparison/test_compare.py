@@ -465,7 +465,7 @@ def test_the_seconds_in_a_comparison_are_called_those_of_its_last_run(run, tmp_p
 def test_a_folder_of_another_comparison_is_refused_before_anything_loads(run, tmp_path, monkeypatch):
     run(speed=False, output=tmp_path / "out")
     monkeypatch.setattr(session, "load_model", None)
-    with pytest.raises(ConfigError, match=r"other windows \(4, not 5\).*--overwrite"):
+    with pytest.raises(ConfigError, match=r"other windows \(4, not 5\).*overwrite=True\.$"):
         run(windows=5, output=tmp_path / "out")
     with pytest.raises(ConfigError, match="other text "):
         run(text="python-docs", output=tmp_path / "out")

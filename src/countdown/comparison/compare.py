@@ -16,7 +16,7 @@ from countdown.comparison.grid import DENSE, Configuration, Wish, configurations
 from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Outcome, Protocol, Session
-from countdown.errors import ConfigError, CountdownError
+from countdown.errors import OVERWRITE, ConfigError, CountdownError
 from countdown.files import unwritable_file
 from countdown.loading import Source
 from countdown.methods import Method
@@ -154,7 +154,7 @@ def _check_output(folder: Path, *, replaces: bool) -> None:
             raise ConfigError(problem)
     taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
     if taken:
-        raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
+        raise ConfigError(f"{folder / taken[0]} exists already; give another output or {OVERWRITE}.")
     if (folder / PROFILE).exists():
         check_free(folder / PROFILE, overwrite=True)
 
@@ -166,7 +166,7 @@ def check_same(earlier: Comparison, identity: Mapping[str, Any], where: Path) ->
         if before.get(name) != value:
             raise ConfigError(
                 f"{where} holds a comparison with other {name} ({_short(before.get(name))}, not {_short(value)}): "
-                "numbers of different models, texts or versions are not mixed; give another --output or --overwrite."
+                f"numbers of different models, texts or versions are not mixed; give another output or {OVERWRITE}."
             )
 
 

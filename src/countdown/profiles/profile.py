@@ -25,7 +25,7 @@ from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
 from countdown.config import check_fields
 from countdown.cost import beside_bytes
-from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
+from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
@@ -377,7 +377,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ProfileError unless a profile may be written to `path`."""
     if path.exists():
         if not overwrite:
-            raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
+            raise ProfileError(f"{path} exists already; give another path or {OVERWRITE}.")
         inside = {file.name for file in path.iterdir()} if path.is_dir() else set()
         # One that lost its tensors is a profile still: to make it again is what its reader is told.
         if _JSON not in inside or inside - {_JSON, _TENSORS, PROXIES}:
