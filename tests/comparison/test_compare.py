@@ -169,7 +169,10 @@ def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
     assert found.rough
     assert found.meta["windows"] == 4
     assert found.meta["caveats"][0].startswith("This comparison is quick, and rough: 4 windows")
-    assert not run(speed=False, quantised=False).rough
+    assert found.recommendation.reason.endswith("without --quick) decides, and may recommend another.")
+    whole = run(speed=False, quantised=False)
+    assert not whole.rough
+    assert "rough" not in whole.recommendation.reason
     weighted = {one.label for one in grid.usual_methods(effort.QUICK)}
     assert weighted < {one.label for one in grid.usual_methods()}
 

@@ -26,6 +26,8 @@ from countdown.results import meta
 from countdown.text import WINDOW
 
 PROFILE = "profile"
+# Where a user looks: few rounds of timing may not show as faster what is.
+_ROUGHLY = "This is rough: the full comparison (countdown compare without --quick) decides, and may recommend another."
 # Speeds of one model that differ by less than this are the same.
 SAME_SPEED = 0.05
 
@@ -120,6 +122,8 @@ def compare(
     advice = _recommended(session, plan, cells, wish)
     if advice is None:
         caveats.append(nearest(cells, wish))
+    elif quick:
+        advice = replace(advice, reason=f"{advice.reason} {_ROUGHLY}")
     about = _about(session, wish, found[0].outcomes, caveats)
     about |= {"rough": quick, "this_run_took_s": round(time.perf_counter() - started, 1)}
     comparison = Comparison(meta(**facts or {}, **about), cells, advice)
