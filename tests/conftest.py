@@ -22,6 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from countdown.noise import quiet_imports
+
+# tiny.py imports models, outside of what pytest captures in a process of xdist.
+with quiet_imports():
+    import tiny  # noqa: F401
+
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 

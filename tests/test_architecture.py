@@ -11,7 +11,7 @@ PACKAGE = Path(countdown.__file__).parent
 # From the bottom up; what stands in one row may import each other.
 ROWS = [
     ["errors"],
-    ["autocast", "config", "files", "finite", "memory", "progress", "wrappers"],
+    ["autocast", "config", "files", "finite", "hub", "memory", "noise", "progress", "wrappers"],
     ["artifacts", "registry", "text", "loading", "results"],
     ["weights"],
     ["sums"],

@@ -59,3 +59,17 @@ def test_the_version_is_the_packages():
     from importlib.metadata import version
 
     assert version("countdown-llm") == countdown.__version__
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, countdown; countdown.from_pretrained(sys.argv[1], device='cpu')",
+        "import torch; from countdown.benchmark.decode import random_model\n"
+        "random_model('llama-3.1-8b', torch.device('meta'), layers=1)",
+    ],
+)
+def test_what_torchao_lacks_is_not_said_where_we_import_it(code, model_folder):
+    run = subprocess.run([sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, check=True)
+    assert "torchao" not in run.stderr
+    assert "register_constant" not in run.stderr

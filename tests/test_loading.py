@@ -38,6 +38,9 @@ def test_what_does_not_exist_is_said(tmp_path):
         Source.parse(str(tmp_path / "missing.gguf"))
     with pytest.raises(ConfigError, match="does not exist; expected a folder"):
         Source.parse(str(tmp_path / "missing"))
+    # And not looked for on the hub.
+    with pytest.raises(ConfigError, match=r"^model file missing\.GGUF does not exist\.$"):
+        Source.parse("missing.GGUF")
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ConfigError, match=r"no config\.json.*Did you mean .*a\.gguf"):
         Source.parse(str(tmp_path))
@@ -132,10 +135,10 @@ def test_bars_of_transformers_are_for_terminals(terminal, model_folder, monkeypa
         seen.append((bars.is_progress_bar_enabled(), logging.getLogger("torchao").isEnabledFor(logging.WARNING)))
         return real(source)
 
-    real = loading._auto_class
+    real, level = loading._auto_class, logging.getLogger("torchao").level
     monkeypatch.setattr(loading, "_auto_class", auto_class)
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     load_model(Source.parse(str(model_folder)), device="cpu")
     assert seen == [(terminal, False)]
     assert bars.is_progress_bar_enabled()
-    assert logging.getLogger("torchao").level == logging.NOTSET
+    assert logging.getLogger("torchao").level == level

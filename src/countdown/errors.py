@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# How the API is told to replace what is there; the command line says its own option instead.
+OVERWRITE = "overwrite=True"
+
 
 class CountdownError(Exception):
     """Base of every error that countdown raises on purpose. The command line prints it as one line."""

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown import hub
 from countdown.config import check_choice
 from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError, told
 from countdown.memory import ran_out
+from countdown.noise import quiet_imports
 from countdown.text import WINDOW
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What a configuration cannot have none of.
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 # How a file begins that git-lfs has not fetched.
 _LFS = b"version https://git-lfs"
+_LOG = logging.getLogger("countdown")
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,14 @@ class Source:
         gguf_file: The file in that folder, for GGUF.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Run code that the repository ships.
+        cached_only: The hub cannot be reached: take what its cache has.
     """
 
     name: str
     gguf_file: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    cached_only: bool = False
 
     @classmethod
     def parse(
@@ -50,15 +60,17 @@ class Source:
         """Tell a folder, a GGUF file and a hub id apart.
 
         Raises:
-            ConfigError: A path that does not exist, or a folder that holds no model.
+            ConfigError: A path that does not exist, a folder that holds no model, or a model that is on the hub alone
+                while the hub cannot be reached.
         """
         if not isinstance(model, str | os.PathLike):
             raise ConfigError(f"the model is of type {type(model).__name__}, expected a hub id or a path.")
         model = os.fspath(model)
         path = Path(os.path.expanduser(model))
-        if revision and (path.suffix == ".gguf" or path.is_dir()):
+        is_gguf = path.suffix.lower() == ".gguf"
+        if revision and (is_gguf or path.is_dir()):
             raise ConfigError(f"--revision belongs to models on the hub, but {model} is local.")
-        if path.suffix == ".gguf":
+        if is_gguf:
             if not path.is_file():
                 raise ConfigError(f"model file {model} does not exist.")
             return cls(str(path.parent), path.name, None, trust_remote_code)
@@ -74,7 +86,7 @@ class Source:
             raise ConfigError(
                 f"model {model} {what}; expected a folder with config.json, a .gguf file or a hub id such as org/name."
             )
-        return cls(model, None, revision, trust_remote_code)
+        return cls(model, None, revision, trust_remote_code, cached_only=_cached_only(model, revision))
 
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments that every `from_pretrained` takes."""
@@ -84,11 +96,33 @@ class Source:
         return arguments | {"trust_remote_code": self.trust_remote_code}
 
     @property
+    def given(self) -> str:
+        """What `parse` makes this of again."""
+        return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
+
+    @property
     def label(self) -> str:
         """A short name without the machine's folders."""
         if self.gguf_file:
             return Path(self.gguf_file).stem
         return Path(self.name).resolve().name if os.path.isdir(self.name) else self.name
+
+
+def _cached_only(name: str, revision: str | None) -> bool:
+    """Return whether a model of the hub must come from the cache, as the hub cannot be reached.
+
+    Raises:
+        ConfigError: And it is not there.
+    """
+    if hub.offline() or (problem := hub.unreached()) is None:
+        return False
+    if not hub.is_known(name, "config.json", revision):
+        raise ConfigError(
+            f"{name} is no local folder, and {problem}: give a folder or a GGUF file, or set HF_HUB_OFFLINE=1 to use "
+            "only what is cached."
+        )
+    _LOG.warning("%s: of %s, what is cached is used.", problem, name)
+    return True
 
 
 def resolve_device(device: str) -> torch.device:
@@ -220,12 +254,10 @@ def load_context(source: Source) -> int | None:
     Raises:
         ConfigError: Nothing loadable under this name.
     """
-    from transformers import AutoConfig
-
     if source.gguf_file:  # going through its header takes seconds
         return None
     with explained(source):
-        return context_of(AutoConfig.from_pretrained(source.name, **source.arguments()))
+        return context_of(_config(source))
 
 
 def load_skeleton(source: Source) -> nn.Module:
@@ -235,10 +267,8 @@ def load_skeleton(source: Source) -> nn.Module:
         ConfigError: Nothing loadable under this name.
         UnsupportedModelError: Its weights are quantised: in bytes they are not what its structure says.
     """
-    from transformers import AutoConfig
-
     with explained(source):
-        config = AutoConfig.from_pretrained(source.name, **source.arguments())
+        config = _config(source)
         if how := _quantised_by(config):
             raise _quantised(source, how)
         with torch.device("meta"):
@@ -335,13 +365,31 @@ def _check_bos(source: Source, tokenizer: Any) -> None:
         )
 
 
+def _config(source: Source) -> Any:
+    """Return a model's configuration, or raise ConfigError for sizes that no model has.
+
+    transformers takes them as they are, and fails wherever it comes to them, or makes a model without layers.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    parts = {id(part): part for part in (config, config.get_text_config())}.values()
+    sizes = [(name, getattr(part, name, None)) for part in parts for name in _SIZES]
+    for name, size in sizes:
+        if isinstance(size, int) and size < 1:
+            raise ConfigError(
+                f"{source.label} cannot be loaded: its configuration says {name} {size}, expected 1 or more."
+            )
+    return config
+
+
 def _auto_class(source: Source) -> Any:
     """Return the auto class that loads this model: models that also see or hear have others."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
     if source.gguf_file:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(source.name, **source.arguments())
+    config = _config(source)
     for auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
         if type(config) in auto._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping:
             return auto
@@ -366,7 +414,7 @@ def explained(source: Source) -> Iterator[None]:
         UnsupportedModelError: Anything else.
     """
     try:
-        with _quietly():
+        with _quietly(), hub.left_alone() if source.cached_only else nullcontext():
             yield
     except CountdownError:
         raise
@@ -398,22 +446,16 @@ def foreign(what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Within the context transformers shows its bars in a terminal alone, and nothing of what torchao misses, which it
-    imports where it is installed."""
+    """Within the context transformers shows its bars in a terminal alone, and says nothing of what it imports."""
     from transformers.utils import logging as bars
 
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
     hidden = bars.is_progress_bar_enabled() and not (sys.stderr and sys.stderr.isatty())
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         if hidden:
             bars.disable_progress_bar()
-        yield
+        with quiet_imports():
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if hidden:
             bars.enable_progress_bar()
 
@@ -435,12 +477,22 @@ def _explained(source: Source, error: Exception) -> CountdownError:
         return ConfigError(f"{named} cannot be loaded: {pointer} is a pointer of git-lfs to a file; run: git lfs pull")
     if _is_damaged(source):
         return ConfigError(f"{named} cannot be loaded: it is cut short or damaged; get it again.")
+    if source.cached_only or hub.lacks(error):
+        return ConfigError(_not_cached(source, error))
     if isinstance(error, OSError):
         return ConfigError(f"{named} cannot be loaded: {told(error)}")
     return UnsupportedModelError(
         f"{named} cannot be loaded: {told(error).rstrip('.')}. A file of it is damaged, or not for "
         f"transformers {version('transformers')}."
     )
+
+
+def _not_cached(source: Source, error: Exception) -> str:
+    if source.cached_only:  # what transformers says of a cache with holes is misleading, so it comes last
+        problem = "cannot be loaded from what of it is cached, and the hub could not be reached"
+        return f"{source.name} {problem}: {told(error)}"
+    why = "HF_HUB_OFFLINE is set" if hub.offline() else "the hub could not be reached"
+    return f"{source.name} cannot be loaded: it, or a file of it, is not in the hub's cache, and {why}."
 
 
 def _pointer(source: Source) -> str | None:

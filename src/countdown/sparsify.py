@@ -168,7 +168,7 @@ def from_pretrained(
     """
     check_choice("apply_to", apply_to, APPLY_TO)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    profile = own_profile(source) if profile is None else Profile.of(profile)
+    profile = own_profile(source) if profile is None else Profile.of(profile, model=source.given)
     if profile is None and sparsity is not None:
         raise ConfigError(f"sparsity needs a profile, and {source.label} has none of its own.")
     loaded = load_model(source, dtype=dtype, device=device)
@@ -212,7 +212,7 @@ def export(
     if problem := unwritable(path):
         raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
-    profile = Profile.of(profile)
+    profile = Profile.of(profile, model=source.given)
     if include_proxy and not profile.has_proxy:
         raise ConfigError("include_proxy: no method of this profile has a proxy to store.")
     profile = replace(profile, proxies=None)

@@ -331,3 +331,22 @@ def test_a_shared_norm_is_one_active_set(tokenizer, text):
     x = torch.randn(3, model.config.hidden_size)
     assert torch.equal(attention.q_proj.active(x), attention.k_proj.active(x))
     assert torch.equal(attention.q_proj.active(x), attention.v_proj.active(x))
+
+
+@pytest.mark.parametrize(
+    "config, readings",
+    [
+        (method("cats"), ["thresholds of cats"]),
+        (method("cats", weighting="rms"), ["second moments", "thresholds of cats × rms"]),
+        (
+            method("cats", allocation="global"),
+            ["errors to allocate by", "effect of each module", "thresholds of cats, global"],
+        ),
+    ],
+    ids=str,
+)
+def test_progress_says_which_reading_of_the_text_it_is(config, readings, llama_model, tokenizer, text, capsys):
+    countdown.calibrate(llama_model, tokenizer, text, config, tokens=1024)
+    done = [line for line in capsys.readouterr().err.splitlines() if line.endswith(": done")]
+    count = len(readings)
+    assert done == [f"calibrating ({n} of {count}), {reading}: done" for n, reading in enumerate(readings, 1)]

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from test_cli import run
+from huggingface_hub import constants
+from test_cli import run, spawn
 
 from countdown.cli import main
 from countdown.errors import UnsupportedModelError
@@ -95,6 +96,25 @@ def test_a_damaged_model_is_one_line(damage, message, model_folder, tmp_path):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert re.search(message, line), line
+
+
+# Some that are no multiples of others transformers itself refuses.
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        *(("num_hidden_layers", -1), ("num_hidden_layers", 0), ("hidden_size", -8), ("intermediate_size", 0)),
+        *(("vocab_size", -1), ("num_attention_heads", -2), ("head_dim", 0)),
+    ],
+)
+def test_a_size_that_no_model_has_is_named(name, size, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    changed(CONFIG, **{name: size})(tmp_path / "m")
+    for command in (["inspect", "m"], ["generate", "m", "hi"]):
+        done = run(*command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == (
+            f"error: m cannot be loaded: its configuration says {name} {size}, expected 1 or more.\n"
+        )
 
 
 def test_own_code_is_asked_for_by_inspect(model_folder, tmp_path):
@@ -258,3 +278,21 @@ def test_a_short_context_is_calibrated_and_evaluated_in_windows_that_fit(model_f
     result = run("evaluate", "m", "--profile", "p", "--window", "200", cwd=tmp_path)
     assert result.returncode == 2
     assert "window is 200, longer than the model's context of 96" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "org/missing.GGUF"])
+def test_of_a_missing_gguf_file_nobody_else_says_anything(name, tmp_path):
+    done = spawn("inspect", name, cwd=tmp_path, env={"HF_HUB_OFFLINE": "0"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: model file {name} does not exist.\n"
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect MODEL", "compare MODEL", "generate MODEL hello", "benchmark decode MODEL"]
+)
+def test_without_the_hub_a_command_says_one_line(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    done = run(*command.replace("MODEL", "org/name").split(), cwd=tmp_path)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: org/name is no local folder, and the hub.*set HF_HUB_OFFLINE=1.*\n", done.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,7 +355,7 @@ MISTAKES = {
         "belongs to",
     ),
     "tokens": (["calibrate", "{model}", "-o", "new", "--tokens", "100"], "at least one window"),
-    "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already"),
+    "output taken": (["calibrate", "{model}", "-o", "p"], "p exists already; give another path or --overwrite."),
     "no profile": (["evaluate", "{model}"], "give --profile DIR"),
     "both": (["evaluate", "{model}", "--profile", "p", "--method", "cats"], "not both"),
     "not a profile": (["evaluate", "{model}", "--profile", "."], "is not a profile"),
@@ -416,6 +418,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, made, model_f
     assert sorted(made.rglob("*")) == before
 
 
+@pytest.mark.parametrize("missing", [["profile.json", "profile.safetensors"], ["profile.safetensors"]])
+def test_the_command_that_is_suggested_makes_the_profile_that_was_asked_for(missing, made, model_folder, tmp_path):
+    model, profile = tmp_path / "my model", tmp_path / "my profile"
+    shutil.copytree(model_folder, model)
+    if "profile.json" not in missing:
+        shutil.copytree(made / "p", profile)
+    for name in missing:
+        (profile / name).unlink(missing_ok=True)
+    generate = ["generate", "my model", "hi", "--max-new-tokens", "2", "--profile", "my profile"]
+    refused = run(*generate, cwd=tmp_path)
+    assert refused.returncode == 2
+    _, *suggested = shlex.split(refused.stderr[refused.stderr.index("countdown calibrate") :])
+    made = run(*suggested, "--method", "cats", "--tokens", "512", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert run(*generate, cwd=tmp_path).returncode == 0
+
+
 def test_mistakes_that_the_parser_finds(tmp_path):
     result = run("evaluate", cwd=tmp_path)
     assert result.returncode == 2
@@ -433,7 +452,7 @@ def test_progress_is_plain_lines_outside_a_terminal(model_folder, tmp_path):
     mine = ["--method", "m-countdown", "--tokens", "1024"]
     result = spawn("calibrate", model_folder, "-o", "q", *mine, cwd=tmp_path)
     assert result.stdout == "q\n"
-    assert "calibrating, thresholds of m-countdown: done\n" in result.stderr
+    assert "calibrating (1 of 1), thresholds of m-countdown: done\n" in result.stderr
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stderr
     quiet = run("calibrate", model_folder, "-o", "r", *mine, "-q", cwd=tmp_path)

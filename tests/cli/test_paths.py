@@ -67,6 +67,15 @@ def test_json_onto_a_folder_is_said_before_the_work(command, model_folder, tmp_p
 
 
 @pytest.mark.usefixtures("nothing_loads")
+def test_a_command_calls_an_option_by_its_own_name(model_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.csv").touch()
+    result = run("compare", model_folder, "-o", "out", cwd=tmp_path)
+    told = "error: out/comparison.csv exists already; give another output or --overwrite.\n"
+    assert (result.returncode, result.stderr) == (2, told)
+
+
+@pytest.mark.usefixtures("nothing_loads")
 def test_what_a_comparison_would_write_over_in_the_end_is_said_first(model_folder, tmp_path):
     (tmp_path / "out" / "comparison.csv").mkdir(parents=True)
     result = run("compare", model_folder, "-o", "out", "--overwrite", cwd=tmp_path)

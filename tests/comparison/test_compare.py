@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,7 +169,10 @@ def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
     assert found.rough
     assert found.meta["windows"] == 4
     assert found.meta["caveats"][0].startswith("This comparison is quick, and rough: 4 windows")
-    assert not run(speed=False, quantised=False).rough
+    assert found.recommendation.reason.endswith("without --quick) decides, and may recommend another.")
+    whole = run(speed=False, quantised=False)
+    assert not whole.rough
+    assert "rough" not in whole.recommendation.reason
     weighted = {one.label for one in grid.usual_methods(effort.QUICK)}
     assert weighted < {one.label for one in grid.usual_methods()}
 
@@ -453,10 +457,18 @@ def test_a_folder_is_extended(run, tmp_path):
     assert {cell.label: cell for cell in found.cells}.items() >= {cell.label: cell for cell in first.cells}.items()
 
 
+def test_the_seconds_in_a_comparison_are_called_those_of_its_last_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter([0.0, 100.0, 200.0, 207.0]).__next__))
+    assert run(speed=False, output=tmp_path / "out").meta["this_run_took_s"] == 100
+    meta = run(speed=False, sparsities=[0.6], output=tmp_path / "out").meta
+    assert meta["this_run_took_s"] == 7
+    assert "took_s" not in meta
+
+
 def test_a_folder_of_another_comparison_is_refused_before_anything_loads(run, tmp_path, monkeypatch):
     run(speed=False, output=tmp_path / "out")
     monkeypatch.setattr(session, "load_model", None)
-    with pytest.raises(ConfigError, match=r"other windows \(4, not 5\).*--overwrite"):
+    with pytest.raises(ConfigError, match=r"other windows \(4, not 5\).*overwrite=True\.$"):
         run(windows=5, output=tmp_path / "out")
     with pytest.raises(ConfigError, match="other text "):
         run(text="python-docs", output=tmp_path / "out")

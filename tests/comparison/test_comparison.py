@@ -98,7 +98,7 @@ def test_what_is_cut_off_or_missing_is_refused(comparison, tmp_path):
 
 def test_others_are_not_mixed_in(comparison, tmp_path):
     check_same(comparison, META["identity"], tmp_path)
-    with pytest.raises(ConfigError, match=r"other versions \(torch 2.13, not torch 2.14\).*--overwrite"):
+    with pytest.raises(ConfigError, match=r"other versions \(torch 2.13, not torch 2.14\).*overwrite=True\.$"):
         check_same(comparison, META["identity"] | {"versions": {"torch": "2.14"}}, tmp_path)
     with pytest.raises(ConfigError, match=r"other model \(tiny, not large\)"):
         check_same(comparison, META["identity"] | {"model": "large"}, tmp_path)

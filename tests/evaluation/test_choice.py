@@ -58,13 +58,30 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
 def test_it_says_how_far_along_it_is(judged, tokenizer, text, capsys):
     choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048, progress=True)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trying") or "all of the" in line]
-    assert lines[0].startswith("trying cats × rms (1 of ")
-    assert ", about " in lines[1]
-    # What of the best is tried besides is known only when it is the best: as many steps as there were in the end.
-    assert lines[-1].startswith(
-        f"calibrating d-proxy × column-norm, global, 4 bits on all of the text ({len(lines)} of"
-    )
-    assert all(f"({place} of " in line for place, line in enumerate(lines, 1))
+    # What of the best is tried besides is known only when it is the best.
+    assert lines[0] == "trying cats × rms (1 of at most 7)"
+    assert lines[1].startswith("trying d-proxy, 4 bits (2 of at most 7, at most about ")
+    assert lines[3].startswith("trying d-proxy × column-norm, 4 bits (4 of at most 6, at most about ")
+    last = "calibrating d-proxy × column-norm, global, 4 bits on all of the text (the last step, about "
+    assert lines[-1].startswith(last)
+    assert len(lines) == 6
+
+
+def test_the_last_step_takes_what_its_own_trial_took_times_the_text(judged, tokenizer, text, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: now[0])
+    real = choice.calibrate
+
+    def timed(model, tokenizer, texts, config, **more):
+        now[0] += 120 if config.allocation == "global" else 10
+        return real(model, tokenizer, texts, config, **more)
+
+    monkeypatch.setattr(choice, "calibrate", timed)
+    choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048 * 6, progress=True)
+    said = capsys.readouterr().err
+    # Of 12 windows of the trials 8 calibrate, of 24 in all: 70 s of trials and 3 · 3 · 10 s at most, after the first.
+    assert "trying d-proxy, 4 bits (2 of at most 7, at most about 3 min left)" in said
+    assert "on all of the text (the last step, about 6 min)" in said
 
 
 def test_a_largest_loss_gives_the_sparsity(judged, tokenizer, text):

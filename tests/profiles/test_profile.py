@@ -54,7 +54,7 @@ def test_only_the_two_files_are_left(profile, tmp_path):
 
 def test_nothing_is_overwritten_unasked(profile, tmp_path):
     profile.save(tmp_path / "p")
-    with pytest.raises(ProfileError, match="exists already"):
+    with pytest.raises(ProfileError, match=r"exists already; give another path or overwrite=True\.$"):
         profile.save(tmp_path / "p")
     precious = tmp_path / "precious"
     precious.mkdir()

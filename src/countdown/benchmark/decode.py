@@ -22,6 +22,7 @@ from countdown.config import check_choice
 from countdown.cost import token_bytes
 from countdown.loading import DTYPES, check_context
 from countdown.methods import Method
+from countdown.noise import quiet_imports
 from countdown.profiles.profile import Profile
 from countdown.sites import Site, find_sites
 from countdown.sparsify import sparse_twin
@@ -65,7 +66,8 @@ def random_model(shape: str, device: torch.device, *, dtype: str = "bfloat16", l
     Raises:
         ConfigError: Unknown shape or dtype.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    with quiet_imports():
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     check_choice("--shape", shape, SHAPES)
     check_choice("dtype", dtype, DTYPES)

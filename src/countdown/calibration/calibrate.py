@@ -147,7 +147,9 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
         check_untouched(one.site)
     run = Run(model, sequences, _shuffled(sequences, _loaded(texts)), recipe, assigned, owners, progress)
     wanted = {name for one in assigned for name in one.method.passes()}
-    for pass_ in sorted((PASSES.get(name) for name in wanted), key=lambda pass_: pass_.rank):
+    passes = sorted((PASSES.get(name) for name in wanted), key=lambda pass_: pass_.rank)
+    run.readings = sum(pass_.readings(run) for pass_ in passes)
+    for pass_ in passes:
         pass_.run(run)
     return Profile(
         base_model=_facts(model),

@@ -12,7 +12,7 @@ from countdown.cli import cores
 from countdown.cli.commands import app
 from countdown.cli.options import debugging
 from countdown.cli.printing import err, show_warning
-from countdown.errors import CountdownError, told
+from countdown.errors import OVERWRITE, CountdownError, told
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         _run(watch)
     except CountdownError as error:
-        _fail(error, str(error), 2)
+        _fail(error, str(error).replace(OVERWRITE, "--overwrite"), 2)
     except BrokenPipeError:
         # The reader of stdout has gone, as `| head` does; nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -178,7 +178,7 @@ def _profile(source: Source, path: Path | None, sparsity: float | None) -> Profi
     from countdown.profiles.profile import Profile
     from countdown.profiles.saving import own_profile
 
-    profile = own_profile(source) if path is None else Profile.load(path)
+    profile = own_profile(source) if path is None else Profile.load(path, model=source.given)
     if profile is None:
         raise ConfigError(
             f"{source.label} has no profile of its own: give --profile DIR (made by countdown calibrate)."

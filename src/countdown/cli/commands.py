@@ -463,7 +463,7 @@ def _chosen(path: Path | None, name: str | None, settings: dict[str, Any], sourc
         raise ConfigError("give --profile or --method, not both: a profile has its method.")
     if name is not None:
         return _recipe(name, settings)
-    profile = own_profile(source) if path is None else Profile.load(path)
+    profile = own_profile(source) if path is None else Profile.load(path, model=source.given)
     if profile is None and settings:
         raise ConfigError(f"--{next(iter(settings))} needs --profile or --method; without, the model is dense.")
     if profile is not None and path is None:

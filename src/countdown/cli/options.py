@@ -15,6 +15,7 @@ from countdown.config import check_seed
 from countdown.errors import ConfigError
 from countdown.files import unwritable_file
 from countdown.methods import METHODS
+from countdown.noise import LOGGERS
 from countdown.profiles.recipe import SUFFIXES
 
 # Names of stdout. A file behind one holds what else is printed, too, so numbers go there as `-` goes.
@@ -56,8 +57,7 @@ def _set_verbose(value: bool) -> None:
     _flags["verbose"] = value
     # transformers says much that users of countdown can do nothing about. It reads this when imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if value else "error")
-    # And where torchao is installed, transformers imports it, which says what extensions it does not find.
-    for name in () if value else ("torchao", "torch.utils._pytree"):
+    for name in () if value else LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

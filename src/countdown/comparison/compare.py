@@ -16,7 +16,7 @@ from countdown.comparison.grid import DENSE, Configuration, Wish, configurations
 from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Outcome, Protocol, Session
-from countdown.errors import ConfigError, CountdownError
+from countdown.errors import OVERWRITE, ConfigError, CountdownError
 from countdown.files import unwritable_file
 from countdown.loading import Source
 from countdown.methods import Method
@@ -26,6 +26,8 @@ from countdown.results import meta
 from countdown.text import WINDOW
 
 PROFILE = "profile"
+# Where a user looks: few rounds of timing may not show as faster what is.
+_ROUGHLY = "This is rough: the full comparison (countdown compare without --quick) decides, and may recommend another."
 # Speeds of one model that differ by less than this are the same.
 SAME_SPEED = 0.05
 
@@ -120,8 +122,10 @@ def compare(
     advice = _recommended(session, plan, cells, wish)
     if advice is None:
         caveats.append(nearest(cells, wish))
+    elif quick:
+        advice = replace(advice, reason=f"{advice.reason} {_ROUGHLY}")
     about = _about(session, wish, found[0].outcomes, caveats)
-    about |= {"rough": quick, "took_s": round(time.perf_counter() - started, 1)}
+    about |= {"rough": quick, "this_run_took_s": round(time.perf_counter() - started, 1)}
     comparison = Comparison(meta(**facts or {}, **about), cells, advice)
     if folder is not None:
         _save(comparison, folder, session, plan)
@@ -154,7 +158,7 @@ def _check_output(folder: Path, *, replaces: bool) -> None:
             raise ConfigError(problem)
     taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
     if taken:
-        raise ConfigError(f"{folder / taken[0]} exists already; give another --output or --overwrite.")
+        raise ConfigError(f"{folder / taken[0]} exists already; give another output or {OVERWRITE}.")
     if (folder / PROFILE).exists():
         check_free(folder / PROFILE, overwrite=True)
 
@@ -166,7 +170,7 @@ def check_same(earlier: Comparison, identity: Mapping[str, Any], where: Path) ->
         if before.get(name) != value:
             raise ConfigError(
                 f"{where} holds a comparison with other {name} ({_short(before.get(name))}, not {_short(value)}): "
-                "numbers of different models, texts or versions are not mixed; give another --output or --overwrite."
+                f"numbers of different models, texts or versions are not mixed; give another output or {OVERWRITE}."
             )
 
 

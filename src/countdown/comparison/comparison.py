@@ -243,8 +243,8 @@ class Comparison:
         meta: Command, date, hardware, versions as in every results file; besides `model`, `wish` (what was asked for,
             in words), `text`, `calibration` (source, hash), `windows`, `window_tokens`, `context`, `new_tokens`,
             `dtype`, `device`, `bandwidth` (bytes/s), `prompt`, `caveats` (list of sentences that must be shown), and
-            `rough` (whether it was made in a hurry), `took_s` (seconds that this run took) and `identity`: what
-            comparisons must share to be put together.
+            `rough` (whether it was made in a hurry), `this_run_took_s` (seconds of the run that wrote it: without what
+            earlier runs had measured) and `identity`: what comparisons must share to be put together.
         cells: Dense first.
         recommendation: None where nothing fits what was asked for.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +20,7 @@ from countdown.loading import context_of, window_length
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
-from countdown.progress import Steps, say
+from countdown.progress import Steps, about, say
 from countdown.sites import SITES, Site, find_sites
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import WINDOW, as_texts
@@ -31,8 +33,8 @@ JUDGING = 3
 WORSE = 1.25
 # What reads more than this share just to decide bounds what others can reach; it is no choice.
 MOST_TO_DECIDE = 0.5
-# The last step of a choice: the calibration on all of the text.
-_WHOLE = "whole"
+# How many times as long as others a calibration with global allocation takes, until one was seen.
+GLOBAL = 3.0
 # Where a largest loss is looked for.
 LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
@@ -126,16 +128,16 @@ def choose(
 
     wanted = {} if sparsity is None else {"sparsity": sparsity}
     tried = candidates(wanted)
-    steps = Steps(_plan(tried, tried[0]), {_WHOLE: tokens / TRIAL_TOKENS})
+    longer = _tokens(calibration_sequences(tokenizer, texts, tokens, window)) / int(seen["attention_mask"].sum())
+    course = _Course(tried, longer, progress)
 
     def trial(config: Method) -> Trial:
-        if progress:
-            say(f"trying {config.label} ({steps})")
-        with steps.step(config.name):
+        with course.trial(config):
             return measured(config)
 
     def measured(config: Method) -> Trial:
-        profile = calibrate(model, tokenizer, seen, config, progress=progress)
+        with course.calibration(config):
+            profile = calibrate(model, tokenizer, seen, config, progress=progress)
 
         def judge(at: float) -> Trial:
             return _judged(model, profile.with_settings(sparsity=at), held_out, sites, progress)
@@ -144,20 +146,78 @@ def choose(
 
     trials = [trial(config) for config in tried]
     best = _best(trials, max_loss)
-    steps.left = _plan([], best.config)
+    course.expect_changes(best.config)
     for change in _changes(best.config):
         trials.append(trial(replace(best.config, **change)))  # type: ignore[arg-type]
         if _better(trials[-1], best, max_loss):
             best = trials[-1]
-    if progress:
-        say(f"calibrating {best.config.label} on all of the text ({steps})")
+    course.last(best.config)
     profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, window=window, progress=progress)
     return Choice(profile, best, [other for other in trials if other is not best])
 
 
-def _plan(tried: Sequence[Method], best: Method) -> list[Hashable]:
-    """Return the kinds of the steps to come: these trials, those of the best one's changes, and the last."""
-    return [*(config.name for config in tried), *(best.name for _ in _changes(best)), _WHOLE]
+class _Course:
+    """How far along a choice is: trials, and at last the calibration on all of the text, which takes longest.
+
+    Until it is known what is the best, most may come: the most changes to try, and global allocation at last.
+
+    Args:
+        tried: The first trials.
+        longer: How many times the text of a trial's calibration the last one reads.
+        show: Say it on stderr.
+    """
+
+    def __init__(self, tried: Sequence[Method], longer: float, show: bool) -> None:
+        most = max(tried, key=lambda config: len(_changes(config)))
+        self._trials = Steps([*map(_length, tried), *_lengths_of_changes(most)], {"global": GLOBAL})
+        self._longer, self._show = longer, show
+        self._took: dict[str, float] = {}  # seconds of a trial's calibration, by label
+        self._longest = 0.0  # that which the last one may take
+
+    @contextmanager
+    def trial(self, config: Method) -> Iterator[None]:
+        """Within the context, a method is tried."""
+        if self._show:
+            say(f"trying {config.label} ({self})")
+        with self._trials.step(_length(config)):
+            yield
+
+    @contextmanager
+    def calibration(self, config: Method) -> Iterator[None]:
+        """Within the context, it is calibrated for its trial."""
+        started = time.perf_counter()
+        yield
+        took = self._took[config.label] = time.perf_counter() - started
+        self._longest = max(self._longest, self._longer * took * (1 if config.allocation == "global" else GLOBAL))
+
+    def expect_changes(self, best: Method) -> None:
+        """Take note of what is still to be tried: the best method, changed."""
+        self._trials.left = _lengths_of_changes(best)
+
+    def last(self, best: Method) -> None:
+        """Say that the best is calibrated on all of the text."""
+        if self._show:
+            takes = about(self._longer * self._took[best.label])
+            say(f"calibrating {best.label} on all of the text (the last step, {takes})")
+
+    def __str__(self) -> str:
+        place = f"{self._trials.done + 1} of at most {self._trials.done + len(self._trials.left) + 1}"
+        if self._trials.seconds is None:
+            return place
+        return f"{place}, at most {about(self._trials.seconds + self._longest)} left"
+
+
+def _length(config: Method) -> str:
+    """Return what makes a trial long or short."""
+    return config.name if config.allocation == "uniform" else config.allocation
+
+
+def _lengths_of_changes(best: Method) -> list[Hashable]:
+    return [_length(replace(best, **change)) for change in _changes(best)]  # type: ignore[arg-type]
+
+
+def _tokens(sequences: Sequence[Tensor]) -> int:
+    return sum(len(sequence) for sequence in sequences)
 
 
 def _changes(best: Method) -> list[dict[str, str]]:

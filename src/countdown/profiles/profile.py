@@ -8,6 +8,7 @@ proxy.safetensors     proxies, where they are stored (`with_proxies`)
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,7 @@ from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
 from countdown.config import check_fields
 from countdown.cost import beside_bytes
-from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
+from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
@@ -262,14 +263,18 @@ class Profile:
             raise AccidentError(f"profile {path} cannot be written: {reason(error)}.") from error
 
     @classmethod
-    def of(cls, profile: Profile | str | Path) -> Profile:
+    def of(cls, profile: Profile | str | Path, *, model: str = "MODEL") -> Profile:
         """Return a profile as it is, or the one in a folder.
+
+        Args:
+            profile: It or the folder.
+            model: See `load`.
 
         Raises:
             ProfileError, ConfigError: It is neither, or see `load`.
         """
         if isinstance(profile, str | Path):
-            return cls.load(profile)
+            return cls.load(profile, model=model)
         if not isinstance(profile, Profile):
             raise ProfileError(
                 f"the profile is of type {type(profile).__name__}, expected what countdown.calibrate returns, or the "
@@ -278,8 +283,12 @@ class Profile:
         return profile
 
     @classmethod
-    def load(cls, path: str | Path) -> Profile:
+    def load(cls, path: str | Path, *, model: str = "MODEL") -> Profile:
         """Read a profile.
+
+        Args:
+            path: Its folder.
+            model: Whose profile it is to be, for the command that errors suggest.
 
         Raises:
             ProfileError: No profile, a damaged one, or one written by a newer countdown.
@@ -287,7 +296,7 @@ class Profile:
         """
         path = Path(path)
         if not (path / _JSON).is_file():
-            raise ProfileError(f"{path} is not a profile: it has no {_JSON}. Make one with: countdown calibrate MODEL")
+            raise ProfileError(_no_profile(path, model))
         try:
             header = json.loads((path / _JSON).read_text(encoding="utf-8-sig"))
             tensors = load_file(path / _TENSORS)
@@ -297,7 +306,8 @@ class Profile:
             if isinstance(error, ConfigError):
                 raise
             raise ProfileError(
-                f"profile {path} is damaged: {type(error).__name__}: {error}. Make it again: countdown calibrate MODEL"
+                f"profile {path} is damaged: {type(error).__name__}: {error}. Make it again: "
+                f"{_how_to_make(path, model, '--overwrite')}"
             ) from error
 
     def _header(self) -> dict[str, Any]:
@@ -352,12 +362,25 @@ class Profile:
         return profile
 
 
+def _no_profile(path: Path, model: str) -> str:
+    """Return what is said of a path with no profile, which is made there only where nothing else is."""
+    if path.exists():
+        return f"{path} is not a profile: it has no {_JSON}. Give the folder of one, as countdown calibrate makes them."
+    return f"{path} is not a profile: nothing is there. Make it with: {_how_to_make(path, model)}"
+
+
+def _how_to_make(path: Path, model: str, *more: str) -> str:
+    return shlex.join(["countdown", "calibrate", model, "-o", str(path), *more])
+
+
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise ProfileError unless a profile may be written to `path`."""
     if path.exists():
         if not overwrite:
-            raise ProfileError(f"{path} exists already; give another path or --overwrite (overwrite=True).")
-        if not path.is_dir() or {inside.name for inside in path.iterdir()} - {PROXIES} != {_JSON, _TENSORS}:
+            raise ProfileError(f"{path} exists already; give another path or {OVERWRITE}.")
+        inside = {file.name for file in path.iterdir()} if path.is_dir() else set()
+        # One that lost its tensors is a profile still: to make it again is what its reader is told.
+        if _JSON not in inside or inside - {_JSON, _TENSORS, PROXIES}:
             raise ProfileError(
                 f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
             )

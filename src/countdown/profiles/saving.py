@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from countdown import hub
 from countdown.errors import ConfigError, ProfileError
 from countdown.loading import Source, explained
 from countdown.profiles.profile import FILES, PROXIES, Profile, check_free
@@ -56,12 +57,17 @@ def own_profile(source: Source) -> Profile | None:
 
 def _from_hub(source: Source, name: str) -> str | None:
     """Return where a file of the model lies once fetched, None if the model has none."""
-    from transformers.utils.hub import cached_file, is_offline_mode
+    from transformers.utils.hub import cached_file
 
-    # Offline, what is not in the cache is not there. Otherwise a failing network must not make a model dense.
+    # A failing network must not make a model dense; offline on purpose, what is not in the cache is not there.
+    if source.cached_only and not hub.is_known(source.name, name, source.revision):
+        raise ConfigError(
+            f"whether {source.name} has a profile is not known: the hub could not be reached. Set HF_HUB_OFFLINE=1 to "
+            "use only what is cached."
+        )
     flags = {
         "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": not is_offline_mode(),
+        "_raise_exceptions_for_connection_errors": not hub.offline(),
     }
     with explained(source):
         path: str | None = cached_file(source.name, name, revision=source.revision, **flags)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ from countdown.methods import Method
 from countdown.modules import Adder, Observer, observed
 from countdown.profiles.profile import Entry
 from countdown.profiles.recipe import Recipe
+from countdown.progress import track
 from countdown.registry import Registry, instances_of
 from countdown.sites import Site
 from countdown.sites.decoder import decoder_of
 from countdown.sums import Sum
 from countdown.weights import Weight
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Run:
         assigned: Its sites; what passes find is put here.
         owners: The recipe's entry that each site belongs to, by name.
         progress: Show progress on stderr.
+        readings: How often the text is read, in whole or in part, by all passes together.
+        begun: How many of these have begun.
     """
 
     model: nn.Module
@@ -85,6 +90,17 @@ class Run:
     assigned: list[Assignment]
     owners: Mapping[str, int]
     progress: bool
+    readings: int = 0
+    begun: int = 0
+
+    def track(self, items: Iterable[T], description: str) -> Iterator[T]:
+        """Yield what is read of the text, showing which reading of how many it is, and how long the rest of it takes.
+
+        Readings differ too much for the time of all to be told from one.
+        """
+        self.begun += 1
+        label = f"calibrating ({self.begun} of {self.readings}), {description}"
+        return track(items, label, show=self.progress)
 
     def batches(self, sequences: Sequence[Tensor]) -> list[Tensor]:
         """Return sequences as the decoder reads them, each batch int64 `[sequences, length]`; see `memory.batches`."""
@@ -122,6 +138,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, run: Run) -> None:
         """Add artifacts to `run.wanting(self.name)`."""
+
+    def readings(self, run: Run) -> int:
+        """Return how often `run` will read the text by `Run.track`; 1 unless a pass says otherwise."""
+        return 1
 
 
 PASSES: Registry[Pass] = Registry("pass", "countdown.calibration.passes", check=instances_of(Pass))

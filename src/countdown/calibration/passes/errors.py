@@ -7,11 +7,10 @@ import itertools
 from torch import Tensor
 
 from countdown.artifacts import ERRORS
-from countdown.calibration.passes._base import Pass, Run, register
+from countdown.calibration.passes._base import Assignment, Pass, Run, register
 from countdown.calibration.passes.sketches import sketch_sparse
 from countdown.calibration.passes.slopes import chord, kl_slopes
 from countdown.profiles.profile import allocated, threshold_at
-from countdown.progress import track
 
 # Error curves are estimated on every so many-th sequence; their scales in so many rounds over the text, as a mean over
 # so many of the last ones, each going this part of the way to what looks best then.
@@ -30,7 +29,7 @@ class ErrorsPass(Pass):
     name, rank = "errors", 1
 
     def run(self, run: Run) -> None:
-        judged = [one for one in run.wanting(self.name) if one.method.sparsity]
+        judged = self._judged(run)
         if not judged:
             return
         now = {one.site.name: one.method.sparsity for one in run.assigned}
@@ -40,7 +39,7 @@ class ErrorsPass(Pass):
         local = {one.site.name: sketches[one.site.name].errors(one.site.terms) for one in judged}
         curves = {name: sketch.thresholds() for name, sketch in sketches.items()}
         scales = dict.fromkeys(local, 0.0)
-        rounds = track(_rounds(run.shuffled), "calibrating, effect of each module", show=run.progress)
+        rounds = run.track(_rounds(run.shuffled), "effect of each module")
         for round_, some in enumerate(rounds, 1):
             slopes = kl_slopes(run.model, run.assigned, some, now, lambda name, k: threshold_at(curves[name], k))
             for one in judged:
@@ -51,6 +50,12 @@ class ErrorsPass(Pass):
                 one.artifacts[ERRORS.name] = (local[name] * max(scales[name], 0.0)).float()
             wanted = {name: k for entry in run.entries for name, k in allocated(entry, run.sizes).items()}
             now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
+
+    def readings(self, run: Run) -> int:
+        return 2 if self._judged(run) else 0
+
+    def _judged(self, run: Run) -> list[Assignment]:
+        return [one for one in run.wanting(self.name) if one.method.sparsity]
 
 
 def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:

@@ -12,7 +12,6 @@ from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, 
 from countdown.config import check_choice
 from countdown.cost import beside_bytes
 from countdown.memory import memory_for
-from countdown.progress import track
 from countdown.sites import Site
 from countdown.sums import Sum
 
@@ -28,11 +27,14 @@ class MomentsPass(Pass):
 
     def run(self, run: Run) -> None:
         wanting = run.wanting(self.name)
-        moments = estimate(run, wanting) if any(one.method.moments() for one in wanting) else {}
+        moments = estimate(run, wanting) if self.readings(run) else {}
         with memory_for(sum(beside_bytes([one.site], one.method) for one in wanting)):
             norms = _norms(run, wanting)
             for one in wanting:
                 _prepare(one, moments.get(one.site.name, {}), norms)
+
+    def readings(self, run: Run) -> int:
+        return int(any(one.method.moments() for one in run.wanting(self.name)))
 
 
 def estimate(run: Run, assigned: list[Assignment]) -> Moments:
@@ -56,7 +58,7 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
             sums[site.name][moment] = sums[site.name].get(moment, 0) + powers.sum(dim=0)
 
     with decoding(run.model, [one.site for one in assigned if wanted[one.site.name]], observe) as feed:
-        for batch in track(run.batches(run.sequences), "calibrating, second moments", show=run.progress):
+        for batch in run.track(run.batches(run.sequences), "second moments"):
             feed(batch)
     for name, found in sums.items():
         if len(found) < len(set(wanted[name])):

@@ -15,7 +15,6 @@ from countdown.artifacts import POINTS
 from countdown.calibration.passes._base import Assignment, Run, decoding, never_ran
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.methods import Method
-from countdown.progress import track
 from countdown.sites import Site
 from countdown.sums import Sum
 from countdown.sums._base import product_of
@@ -91,7 +90,7 @@ def sketch_sparse(
     """
     passing = _SparsePass(run.assigned, losses)
     with decoding(run.model, [one.site for one in run.assigned], passing.observe, passing.add) as feed:
-        for batch in track(run.batches(sequences), f"calibrating, {label}", show=run.progress):
+        for batch in run.track(run.batches(sequences), label):
             passing.levels = [next(schedule) for _ in batch]
             feed(batch)
     for name, sketches in passing.sketches.items():
