@@ -41,9 +41,10 @@ class Ops:
         tensors, options = arguments(x, weights, biases, **how)
         return self.op("select")(*tensors, per_neuron, phases, **options)
 
-    def given_ffn(self, x, weights, biases, active, *, activation) -> Tensor:
+    def given_ffn(self, x, weights, biases, active, *, activation, counters=None, phases=None) -> Tensor:
         tensors, options = arguments(x, weights, biases, activation=activation)
-        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+        form = {k: options[k] for k in ("kind", "formats", "activation")}
+        return self.op("given")(*tensors, active, counters, phases, **form)
 
     def sparse_linear(self, x, weight, bias, per_channel, counters, *, phases=None, **how) -> Tensor:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
@@ -53,9 +54,10 @@ class Ops:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
         return self.op("select")(*tensors, per_channel, phases, **options)
 
-    def given_linear(self, x, weight, bias, active) -> Tensor:
+    def given_linear(self, x, weight, bias, active, *, counters=None) -> Tensor:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="")
-        return self.op("given")(*tensors, active, **{k: options[k] for k in ("kind", "formats", "activation")})
+        form = {k: options[k] for k in ("kind", "formats", "activation")}
+        return self.op("given")(*tensors, active, counters, None, **form)
 
 
 REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)

@@ -57,7 +57,9 @@ class Chosen:
         return self.backend.lay_out(sum_, parts)
 
 
-def choose(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, *, laid_out: bool = True) -> Chosen:
+def choose(
+    sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, *, laid_out: bool = True
+) -> Chosen:
     """Return what computes calls of this form where the weights are; see `Backend.refuses`."""
     reason = _refuses(sum_, selector, parts, rule, laid_out)
     return Chosen(BACKENDS[sum_.weights[0].device.type], None) if reason is None else Chosen(None, reason)
@@ -70,7 +72,7 @@ def missing(name: str) -> str | None:
     return next(backend.missing() for backend in BACKENDS.values() if backend.name == name)
 
 
-def _refuses(sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, laid_out: bool) -> str | None:
+def _refuses(sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, laid_out: bool) -> str | None:
     device = sum_.weights[0].device.type
     if device not in BACKENDS:
         there = " and ".join(backend.runs_on for backend in BACKENDS.values())
@@ -119,6 +121,9 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
         reason = f"it has no kernel for {call.x.dtype}"
     if reason and wanted == backend.name and op == "sparse":
         raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute this call: {reason}.")
+    # Sets that are given beside phases are of prompts and generated tokens in one call, which is no decoding step.
+    if op == "given" and call.phases is not None:
+        return reference.run(call)
     if reason or wanted == REFERENCE or not 1 <= call.tokens <= MOST_TOKENS:
         return reference.run(call)
     return backend.run(call)
