@@ -84,7 +84,7 @@ def _sparsify(model: nn.Module, profile: Profile, sites: Sequence[Site], apply_t
     base = base_model(model)
     profile.check(base, sites)
     # Everything that can fail comes before the first replacement.
-    phases = Phases()
+    phases = Phases(follows=any(entry.method.selector.from_prompt for entry in profile.entries))
     replacements = _replacements(sites, profile, phases, apply_to)
     for name, module in replacements.items():
         base.set_submodule(name, module)
