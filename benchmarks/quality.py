@@ -49,12 +49,12 @@ from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
 from countdown.sparsify import restore_, sparsify_, status
 from countdown.sums._base import product_of
-from countdown.text import Text, load_text, windows
+from countdown.text import WINDOW, Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-PROMPT_SPARSITIES = (0.3, 0.5, 0.7)
+PROMPT_SPARSITIES = (0.5, 0.7)
 TOKENS = 32768
 # Groups and steps of a row in the GGUF files at hand: asymmetric, four bits.
 SOURCE_GROUP, SOURCE_STEPS = 32, 15
@@ -99,9 +99,9 @@ class Bench:
         read = load_tokenizer(source), valid, test
         return cls(source, model, *read, arguments.windows, arguments.dither, arguments.prompt_tokens)
 
-    def calibrated(self, config: Method, *texts: Text) -> Profile:
+    def calibrated(self, config: Method, *texts: Text, tokens: int = TOKENS) -> Profile:
         """Return a profile of `config`, calibrated on these texts or else on the validation split."""
-        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=TOKENS, progress=False)
+        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=tokens, progress=False)
         print("calibrated", config, flush=True)
         return found
 
@@ -224,9 +224,11 @@ def _survivors(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _prompt(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    configs = (("griffin", "none"), ("m-countdown", "rms"), ("cats", "rms"), ("d-countdown", "none"))
-    for name, weighting in configs:
-        profile = bench.calibrated(method(name, weighting=weighting, decision="topk"))
+    unweighted = ((name, "none") for name in ("griffin", "d-countdown", "m-countdown", "cats"))
+    for name, weighting in (*unweighted, ("m-countdown", "rms")):
+        # Without a weighting, topk takes nothing from calibration.
+        config, tokens = method(name, weighting=weighting, decision="topk"), WINDOW if weighting == "none" else TOKENS
+        profile = bench.calibrated(config, tokens=tokens)
         for sparsity in PROMPT_SPARSITIES:
             yield bench.measured(profile.with_settings(sparsity=sparsity))
 
