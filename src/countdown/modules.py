@@ -20,6 +20,7 @@ from countdown.ops.reference import drop_smallest
 from countdown.phase import GENERATED, PADDING, PROMPT, Phases
 from countdown.selectors import Selector
 from countdown.selectors.prompt import scores
+from countdown.sequences import Sequences
 from countdown.sites import Site
 from countdown.sites.decoder import decoder_of
 from countdown.sites.holders import holder_of
@@ -159,6 +160,13 @@ class SparseModule(nn.Module):
         assert whose is not None
         sum_ = self.site.sum
         coefficients = product_of(sum_.project(x))
+        if whose.refusal is None:
+            self._choose(whose, coefficients)
+        return self.sparse(x, now) if isinstance(now, Tensor) else sum_.combine(coefficients)
+
+    def _choose(self, whose: Sequences, coefficients: Tensor) -> None:
+        """Add the prompt tokens of a call to the scores of their sequences, and renew the sets."""
+        now = self.phases.now
         with torch.no_grad():
             each = coefficients.reshape(whose.count, -1, self.terms)
             counted = None if whose.padding is None else ~whose.padding
@@ -166,7 +174,6 @@ class SparseModule(nn.Module):
                 prompt = (now == PROMPT).view(each.shape[:-1])
                 counted = prompt if counted is None else prompt & counted
             whose.choose(self.site.name, scores(each, counted), partial(chosen, drop=self.method.drop(self.terms)))
-        return self.sparse(x, now) if isinstance(now, Tensor) else sum_.combine(coefficients)
 
     def _sets(self, x: Tensor) -> Tensor:
         """Return the set of each token's sequence, bool `[..., terms]`."""

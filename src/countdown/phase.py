@@ -33,10 +33,10 @@ class Phases(threading.local):
     outside of a call.
 
     Args:
-        follows: Whether some module needs the sequences of a call.
+        follows: The number of the model, where some module needs the sequences of a call; else 0. See `sequences`.
     """
 
-    def __init__(self, follows: bool = False) -> None:
+    def __init__(self, follows: int = 0) -> None:
         self.now: Now = None
         self.driven = False  # by `phases`, which the hooks then leave alone
         self.follows = follows
@@ -44,8 +44,8 @@ class Phases(threading.local):
         self._outer: list[tuple[Now, Sequences | None]] = []  # of calls around the present one
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is in no call."""
-        return Phases, (self.follows,)
+        """A copy is in no call, and that of another model."""
+        return _copied, (bool(self.follows),)
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the decoder runs."""
@@ -73,8 +73,8 @@ class Phases(threading.local):
         cache = next((c for c in (_argument(decoder, args, kwargs, n) for n in sequences.NAMES) if c is not None), None)
         if self.driven and self.now is GENERATED:
             # Perhaps a step that is captured or recorded, in which no value is read: the driver answers for the cache.
-            return sequences.continued(cache, count)
-        found = sequences.in_call(cache, count)
+            return sequences.continued(cache, count, self.follows)
+        found = sequences.in_call(cache, count, self.follows)
         if self.now is not GENERATED:
             mask = _argument(decoder, args, kwargs, "attention_mask")
             mixed = isinstance(self.now, Tensor)
@@ -95,6 +95,10 @@ class Phases(threading.local):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
                 beside.pop(key, None)
+
+
+def _copied(follows: bool) -> Phases:
+    return Phases(sequences.numbered() if follows else 0)
 
 
 def _new_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

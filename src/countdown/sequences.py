@@ -7,6 +7,7 @@ empties the cache, or takes another, starts anew.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from countdown.errors import UnsupportedModelError
 
+_NUMBERS = itertools.count(1)
 # Of a cache.
 _BESIDE = "_countdown_sequences"
 # Where a model is handed its cache, or returns one that it made; before transformers 5.24 the second.
@@ -42,10 +44,11 @@ class Sequences:
 
     Args:
         count: How many.
+        model: The number of the model that computes them; see `numbered`.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, model: int) -> None:
+        self.count, self.model = count, model
         self.refusal: str | None = None  # why their prompts cannot be known
         self.padding: Tensor | None = None  # which of the present call's tokens are, bool [sequences, tokens]
         self._prompts = 0  # calls with tokens of their prompts
@@ -64,6 +67,8 @@ class Sequences:
                 `[sequences * tokens]`.
         """
         self._prompts += 1
+        if self.refusal is not None:
+            return
         past = 0 if self._cache is None else length_of(self._cache)
         try:
             self.padding = padding(mask, past, (self.count, tokens))
@@ -149,22 +154,27 @@ def beside(cache: Any) -> Sequences | None:
     return found
 
 
-def continued(cache: Any, count: int) -> Sequences | None:
-    """Return the so many sequences in a cache, None where their beginning was not seen; reads no value."""
+def numbered() -> int:
+    """Return a number, above 0, for a model whose sequences are followed: another's sets are not its own."""
+    return next(_NUMBERS)
+
+
+def continued(cache: Any, count: int, model: int) -> Sequences | None:
+    """Return the so many sequences in a cache, None where this model did not see their beginning; reads no value."""
     found = beside(cache)
-    if found is None or found.count != count:
+    if found is None or (found.count, found.model) != (count, model):
         return None
     if found._seen is not None:
         found._seen = None  # what the cache holds changes unseen
     return found
 
 
-def in_call(cache: Any, count: int) -> Sequences:
-    """Return the so many sequences of a call, which begin where there is no cache or an empty one."""
+def in_call(cache: Any, count: int, model: int) -> Sequences:
+    """Return the so many sequences of a model's call, which begin where there is no cache or an empty one."""
     found = beside(cache)
     empty = cache is None or length_of(cache) == 0
-    if found is None or (empty and found.count != count):
-        found = Sequences(count)
+    if found is None or found.model != model or (empty and found.count != count):
+        found = Sequences(count, model)
         if not empty:
             found.refusal = (
                 "a cache holds tokens that the sparsified model has not computed, perhaps of a prompt, and a set is "

@@ -283,6 +283,27 @@ def test_a_cache_that_was_changed_is_refused(kind, change, sparse):
         fed(sparse, NEXT[: len(cache.layers[0].keys), :1], cache)
 
 
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 14).long()])
+def test_a_prompt_of_fewer_sequences_than_the_cache_saw_is_dense_and_then_refused(mask, llama_model):
+    dense = fed(llama_model, torch.cat([IDS, NEXT], dim=1)[:1], dynamic(llama_model))
+    griffin(llama_model)
+    cache = dynamic(llama_model)
+    fed(llama_model, IDS, cache)
+    cache.batch_select_indices(torch.tensor([0]))
+    torch.testing.assert_close(fed(llama_model, NEXT[:1], cache, attention_mask=mask), dense[:, 9:])
+    with pytest.raises(UnsupportedModelError, match="put in another order, multiplied or cut"):
+        fed(llama_model, NEXT[:1, :1], cache)
+
+
+@pytest.mark.parametrize("other", [copy.deepcopy, lambda model: griffin(countdown.restore_(model), 0.9)])
+def test_sets_are_those_of_the_model_that_chose_them(other, llama_model):
+    griffin(llama_model)
+    cache = dynamic(llama_model)
+    fed(llama_model, IDS, cache)
+    with pytest.raises(UnsupportedModelError, match="cache holds tokens that the sparsified model has not computed"):
+        fed(other(llama_model), NEXT[:, :1], cache)
+
+
 def test_beam_search_is_refused(sparse):
     with pytest.raises(UnsupportedModelError, match="as beam search does"):
         written(sparse, IDS, num_beams=3)
@@ -315,7 +336,7 @@ def test_padding_is_what_no_token_attends_to(mask, past, expected):
 def test_a_mask_that_does_not_tell_padding_is_refused(llama_model):
     griffin(llama_model)
     for mask in (object(), torch.ones(2, 3), torch.ones(2, 1, 9)):
-        sequences = in_call(None, 2)
+        sequences = in_call(None, 2, 1)
         sequences.prompt(mask, 9, None)
         with pytest.raises(UnsupportedModelError, match="does not tell which tokens are padding"):
             sequences.active(SITES[0], torch.device("cpu"))
