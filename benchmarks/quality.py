@@ -11,6 +11,8 @@ is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt.
     proxy       proxies against the exact coefficient, and against methods that need none
     shipped     proxies of 4 bits against the exact coefficient: without --dither, where weights lie on a grid
     survivors   proxies whose survivors are exact against those whose survivors are the proxy's
+    prompt      a set chosen from the prompt against sets of each token's own: --prompt-tokens of a window are a dense
+                prompt, and the tokens behind it are scored, for all alike
 
 --dither moves the weights of gate and up off the grid that GGUF files leave them on, by a uniform step of up to half of
 its own either way: a proxy of few bits would fit that grid by luck. The dithered model is then the dense one.
@@ -47,11 +49,12 @@ from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
 from countdown.sparsify import restore_, sparsify_, status
 from countdown.sums._base import product_of
-from countdown.text import Text, load_text, windows
+from countdown.text import WINDOW, Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+PROMPT_SPARSITIES = (0.5, 0.7)
 TOKENS = 32768
 # Groups and steps of a row in the GGUF files at hand: asymmetric, four bits.
 SOURCE_GROUP, SOURCE_STEPS = 32, 15
@@ -83,6 +86,7 @@ class Bench:
     test: Text
     windows: int
     dithered: bool
+    prompt_tokens: int | None
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Bench:
@@ -92,11 +96,12 @@ class Bench:
         model = load_model(source, dtype="float32" if arguments.dither else "bfloat16", device=arguments.device)
         if arguments.dither:
             _dither(model)
-        return cls(source, model, load_tokenizer(source), valid, test, arguments.windows, arguments.dither)
+        read = load_tokenizer(source), valid, test
+        return cls(source, model, *read, arguments.windows, arguments.dither, arguments.prompt_tokens)
 
-    def calibrated(self, config: Method, *texts: Text) -> Profile:
+    def calibrated(self, config: Method, *texts: Text, tokens: int = TOKENS) -> Profile:
         """Return a profile of `config`, calibrated on these texts or else on the validation split."""
-        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=TOKENS, progress=False)
+        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=tokens, progress=False)
         print("calibrated", config, flush=True)
         return found
 
@@ -109,7 +114,7 @@ class Bench:
         text = text or self.test
         ids = self.ids(text)
         sparsify_(self.model, profile)
-        result = evaluate(self.model, ids, progress=False)
+        result = evaluate(self.model, ids, prompt_tokens=self.prompt_tokens, progress=False)
         sites = status(self.model)
         restore_(self.model)
         return {
@@ -123,6 +128,7 @@ class Bench:
             "text": text.source,
             "calibrated_on": [seen["source"] for seen in profile.calibration["texts"]],
             "windows": len(ids),
+            "window_tokens": ids.shape[1],
             **result.record(),
             "target_by_layer": [round(layer.target, 5) for layer in result.layers],
             **about,
@@ -130,7 +136,9 @@ class Bench:
 
 
 def _methods(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for name in [arguments.only] if arguments.only else method_names():
+    # Those that choose from a prompt have none here.
+    names = [name for name in method_names() if not method(name).selector.from_prompt]
+    for name in [arguments.only] if arguments.only else names:
         for weighting in method_class(name).weightings:
             for sparsity in SPARSITIES:
                 profile = bench.calibrated(method(name, weighting=weighting, sparsity=sparsity))
@@ -215,6 +223,16 @@ def _survivors(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield bench.measured(settings, survivors="proxy")
 
 
+def _prompt(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    unweighted = ((name, "none") for name in ("griffin", "d-countdown", "m-countdown", "cats"))
+    for name, weighting in (*unweighted, ("m-countdown", "rms")):
+        # Without a weighting, topk takes nothing from calibration.
+        config, tokens = method(name, weighting=weighting, decision="topk"), WINDOW if weighting == "none" else TOKENS
+        profile = bench.calibrated(config, tokens=tokens)
+        for sparsity in PROMPT_SPARSITIES:
+            yield bench.measured(profile.with_settings(sparsity=sparsity))
+
+
 def _by_proxy(module: SparseModule, x: Tensor, _: Tensor | None = None) -> Tensor:
     """A sparse FFN whose survivors have the proxy's coefficients, every token sparse; counts as the op does."""
     sum_, active = module.site.sum, module.active(x)
@@ -242,6 +260,7 @@ SWEEPS = {
     "proxy": _proxy,
     "shipped": _shipped,
     "survivors": _survivors,
+    "prompt": _prompt,
 }
 
 
@@ -253,6 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--other", type=Path)
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--text-dir", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, required=True)
@@ -261,7 +281,19 @@ def _arguments() -> argparse.Namespace:
     only = ["--only", arguments.only] if arguments.only else []
     other = ["--other", arguments.other.name] if arguments.other else []
     dither = ["--dither"] if arguments.dither else []
-    arguments.public = ["--sweep", arguments.sweep, *only, *other, *dither, "--windows", str(arguments.windows)]
+    prompt = ["--prompt-tokens", str(arguments.prompt_tokens)] if arguments.prompt_tokens else []
+    arguments.public = [
+        "--sweep",
+        arguments.sweep,
+        *only,
+        *other,
+        *dither,
+        "--windows",
+        str(arguments.windows),
+        *prompt,
+    ]
+    if arguments.sweep == "prompt" and not prompt:
+        parser.error("--sweep prompt needs --prompt-tokens")
     return arguments
 
 

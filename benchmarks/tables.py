@@ -64,6 +64,26 @@ def quality(name: str) -> str:
     return "\n".join(lines) + "\n" + note + source(name, document)
 
 
+def prompt(name: str) -> str:
+    """Return perplexity and weights read behind dense prompts, a column for each sparsity."""
+    document = load(name)
+    records = document["records"]
+    sparsities = sorted({r["sparsity"] for r in records})
+    lines = [row(["method", "set", *(f"{s:.0%}" for s in sparsities)]), row(["---"] * 2 + ["---:"] * len(sparsities))]
+    lines.append(row(["dense", "", f"{records[0]['dense_perplexity']:.2f}"]))
+    for key in dict.fromkeys((r["method"], r["weighting"]) for r in records):
+        found = {r["sparsity"]: r for r in records if (r["method"], r["weighting"]) == key}
+        cells = [f"{found[s]['perplexity']:.2f} (reads {found[s]['weights_read']:.0%})" for s in sparsities]
+        whose = "each sequence's" if found[sparsities[0]]["indicator"] == "given" else "each token's"
+        lines.append(row([key[0] if key[1] == "none" else f"{key[0]} × {key[1]}", whose, *cells]))
+    first = records[0]
+    note = (
+        f"\nPerplexity of the tokens behind a dense prompt of {first['prompt_tokens']} in each window of "
+        f"{first['window_tokens']}, topk; in brackets, weights read of the FFNs.\n"
+    )
+    return "\n".join(lines) + "\n" + note + source(name, document)
+
+
 def allocation(name: str) -> str:
     """Return perplexity and KL under each allocation, and what they change of the loss under uniform."""
     document = load(name)
@@ -271,6 +291,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-gemma3": lambda: quality("quality-gemma3"),
     "quality-teal-smollm2": lambda: quality("quality-teal-smollm2"),
     "quality-teal-gemma3": lambda: quality("quality-teal-gemma3"),
+    "quality-prompt-smollm2": lambda: prompt("quality-prompt-smollm2"),
     "allocation-smollm2": lambda: allocation("allocation-smollm2"),
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
     "texts-smollm2": lambda: texts("texts-smollm2"),

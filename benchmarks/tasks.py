@@ -144,7 +144,8 @@ class Bench:
 
 def _configs() -> list[Method]:
     """Return every method for FFNs, weighted where `rms` costs nothing at run time; then those without it."""
-    names = [name for name in method_names() if method_class(name).kind == "ffn"]
+    tokenwise = [name for name in method_names() if not method(name).selector.from_prompt]
+    names = [name for name in tokenwise if method_class(name).kind == "ffn"]
     weighted = [name for name in names if "rms" in method_class(name).weightings]
     usual = [method(name, weighting="rms" if name in weighted else "none", decision="threshold") for name in names]
     return [*usual, *(method(name, weighting="none", decision="threshold") for name in weighted)]

@@ -44,9 +44,9 @@ class Ops:
         tensors, options = arguments(x, weights, biases, **how)
         return self.op("select")(*tensors, per_neuron, phases, **options)
 
-    def given_ffn(self, x, weights, biases, active, *, activation) -> Tensor:
+    def given_ffn(self, x, weights, biases, active, *, activation, counters=None, phases=None) -> Tensor:
         tensors, options = arguments(x, weights, biases, activation=activation)
-        return self.op("given")(*tensors, active, **{k: options[k] for k in FORM})
+        return self.op("given")(*tensors, active, counters, phases, **{k: options[k] for k in FORM})
 
     def sparse_linear(self, x, weight, bias, per_channel, counters, *, phases=None, **how) -> Tensor:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
@@ -56,9 +56,9 @@ class Ops:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", **how)
         return self.op("select")(*tensors, per_channel, phases, **options)
 
-    def given_linear(self, x, weight, bias, active, *, added=()) -> Tensor:
+    def given_linear(self, x, weight, bias, active, *, counters=None, added=()) -> Tensor:
         tensors, options = arguments(x, [weight], [bias], kind="linear", activation="", added=added)
-        return self.op("given")(*tensors, active, **{k: options[k] for k in FORM})
+        return self.op("given")(*tensors, active, counters, None, **{k: options[k] for k in FORM})
 
 
 REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)

@@ -98,7 +98,9 @@ def check_sparse(
     with poisoned():
         y = ops.sparse_ffn(x, weights, biases, per_neuron, counters, **how)
         active = ops.select(x, weights, biases, per_neuron, **how)
-        given = ops.given_ffn(x, weights, biases, expected_active.to(device), activation=activation)
+        also = torch.tensor([7, 9], device=device)
+        given = ops.given_ffn(x, weights, biases, expected_active.to(device), activation=activation, counters=also)
+    assert also.tolist() == [7 + tokens, 9 + int(expected_active.sum())]
     # fp16 and bf16 may round an indicator across a threshold that lies within half a step of it.
     steps = (active.cpu() != expected_active).sum().item()
     assert steps <= (0 if dtype == torch.float32 else 0.02 * tokens * h + 1)
@@ -256,7 +258,9 @@ def check_linear(
     with poisoned():
         y = ops.sparse_linear(x, weight, offset, per_channel, counters, phases=given_phases, added=added, **how).cpu()
         selected = ops.select_linear(x, weight, offset, per_channel, phases=given_phases, **how).cpu()
-        given = ops.given_linear(x, weight, offset, active.to(device), added=added).cpu()
+        also = torch.tensor([7, 9], device=device)
+        given = ops.given_linear(x, weight, offset, active.to(device), added=added, counters=also).cpu()
+    assert also.tolist() == [7 + tokens, 9 + int(active.sum())]
     assert torch.equal(selected, active)
     assert counters.tolist() == [3 + int(generated.sum()), 5 + int(active[generated].sum())]
     expected = torch.where(active, x.cpu().double(), 0) @ weight.cpu().double().T

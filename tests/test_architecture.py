@@ -15,6 +15,7 @@ ROWS = [
     ["artifacts", "registry", "text", "loading", "results"],
     ["weights"],
     ["sums"],
+    ["sequences"],
     ["allocation", "compensation", "selectors", "phase"],
     ["methods", "ops", "sites"],
     ["modules", "replay"],

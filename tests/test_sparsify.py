@@ -51,6 +51,7 @@ def logits(model, ids=IDS, **more):
 EVERY = [
     (name, decision, weighting)
     for name in method_names()
+    if not method(name).selector.from_prompt
     for decision in method_class(name).decisions
     for weighting in method_class(name).weightings
 ]

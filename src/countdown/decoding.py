@@ -25,6 +25,7 @@ from countdown.loading import cache_argument, check_context
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
+from countdown.phase import continuing
 from countdown.replay import recorded
 
 # Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
@@ -89,18 +90,24 @@ class DecodeLoop:
             given = self._prepared.step(self.token).get("position_ids") is not None
             self._positions = self._prepared.positions_after(1) if given else []
             _check_filled(self.cache, prompt.shape[1])
-            # What warming up writes into the cache is written again by the first replays.
-            with self._warming_up(counters):
-                self._prepared.check_lengths(self.left)
-            with self._warming_up(counters):
-                self._check_windows(prompt.shape[1] + self.left)
-            with self._warming_up(counters), _comparable(self.model):
-                own = self._own_step()
-            with self._warming_up(counters):
-                self._replay = self._trace()
-            with self._warming_up(counters), _comparable(self.model):
-                self._replay()
-                _check_agreement(self.model, self._logits, own)
+            # Sets that the prompt chose stand beside the cache, which is the loop's own: no other prompt renews them.
+            with continuing(self.model, self.cache):
+                self._prepare_steps(prompt.shape[1] + self.left, counters)
+
+    def _prepare_steps(self, tokens: int, counters: Sequence[Tensor]) -> None:
+        """Trace a step, of so many tokens in all, and check that it is the model's own."""
+        # What warming up writes into the cache is written again by the first replays.
+        with self._warming_up(counters):
+            self._prepared.check_lengths(self.left)
+        with self._warming_up(counters):
+            self._check_windows(tokens)
+        with self._warming_up(counters), _comparable(self.model):
+            own = self._own_step()
+        with self._warming_up(counters):
+            self._replay = self._trace()
+        with self._warming_up(counters), _comparable(self.model):
+            self._replay()
+            _check_agreement(self.model, self._logits, own)
 
     @contextmanager
     def _warming_up(self, counters: Sequence[Tensor]) -> Iterator[None]:

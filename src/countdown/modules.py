@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 
 from countdown.artifacts import Artifacts
 from countdown.autocast import without_autocast
-from countdown.errors import ProfileError, UnsupportedModelError
+from countdown.errors import ConfigError, ProfileError, UnsupportedModelError
 from countdown.methods import Method
 from countdown.ops import backends
 from countdown.ops.backends import Chosen
+from countdown.ops.reference import drop_smallest
 from countdown.phase import GENERATED, PADDING, PROMPT, Phases
 from countdown.selectors import Selector
+from countdown.selectors.prompt import scores
+from countdown.sequences import Sequences
 from countdown.sites import Site
 from countdown.sites.decoder import decoder_of
 from countdown.sites.holders import holder_of
@@ -46,6 +50,7 @@ class SparseModule(nn.Module):
         added: Those of the compensation, likewise.
 
     Raises:
+        ConfigError: The method does not apply to all tokens.
         ProfileError: The selector needs an artifact that is not there.
     """
 
@@ -64,17 +69,17 @@ class SparseModule(nn.Module):
         parts: Sequence[Weight] | None = None,
         added: Sequence[Weight] | None = None,
     ) -> None:
+        check_applies(method, apply_to)
         super().__init__()
         self.site, self.method, self.phases, self.apply_to = site, method, phases, apply_to
         self.kind, self.terms, self.size = site.kind, site.terms, site.size
-        self._options = {
-            "kind": site.kind,
-            "activation": site.sum.activation,
-            "selector": self.selector.name,
-            "rule": method.decision,
-            "drop": method.drop(self.terms),
-            "compensation": self.compensation,
-        }
+        self._options: dict[str, Any] = {
+            "kind": site.kind, "activation": site.sum.activation, "compensation": self.compensation
+        }  # fmt: skip
+        if not self.selector.from_prompt:
+            self._options |= {
+                "selector": self.selector.name, "rule": method.decision, "drop": method.drop(self.terms)
+            }  # fmt: skip
         self._artifacts = {one.name: (artifacts or {}).get(one.name) for one in self.selector.artifacts}
         for name, value in self._artifacts.items():
             if value is None:
@@ -128,7 +133,7 @@ class SparseModule(nn.Module):
     def _chosen(self, *, laid_out: bool = True) -> Chosen:
         return backends.choose(
             self.site.sum,
-            self.selector,
+            None if self.selector.from_prompt else self.selector,
             self.parts,
             self.method.decision,
             compensation=self.compensation,
@@ -147,7 +152,7 @@ class SparseModule(nn.Module):
 
         Raises:
             UnsupportedModelError: In training mode, when gradients are recorded, or when an adapter was put on a
-                linear that would be bypassed.
+                linear that would be bypassed. Where the prompt chooses: when that was not seen, or is not known.
         """
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             raise UnsupportedModelError(
@@ -155,10 +160,48 @@ class SparseModule(nn.Module):
                 "torch.inference_mode(), or undo it with countdown.restore_(model)."
             )
         now = self.phases.now
-        if self.forced_dense or (self.apply_to == "decode" and (now is None or now is PROMPT)):
+        chooses = self.selector.from_prompt and self.phases.sequences is not None
+        if self.forced_dense or (self.apply_to == "decode" and (now is None or (now is PROMPT and not chooses))):
             y: Tensor = self.dense(x)
             return y
-        return self.sparse(x, None if now is GENERATED else self._phases_of(x))
+        if now is GENERATED:
+            return self.sparse(x)
+        if now is PADDING and self.selector.from_prompt:
+            return self.site.sum.combine(x.new_zeros(*x.shape[:-1], self.terms))
+        return self._by_prompt(x) if chooses else self.sparse(x, self._phases_of(x))
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """Return the dense sum of prompts' tokens, which renew the sets, and that over the sets of others."""
+        now, whose = self.phases.now, self.phases.sequences
+        assert whose is not None
+        sum_ = self.site.sum
+        coefficients = product_of(sum_.project(x))
+        if whose.refusal is None:
+            self._choose(whose, coefficients)
+        return self.sparse(x, now) if isinstance(now, Tensor) else sum_.combine(coefficients)
+
+    def _choose(self, whose: Sequences, coefficients: Tensor) -> None:
+        """Add the prompt tokens of a call to the scores of their sequences, and renew the sets."""
+        now = self.phases.now
+        with torch.no_grad():
+            each = coefficients.reshape(whose.count, -1, self.terms)
+            counted = None if whose.padding is None else ~whose.padding
+            if isinstance(now, Tensor):
+                prompt = (now == PROMPT).view(each.shape[:-1])
+                counted = prompt if counted is None else prompt & counted
+            whose.choose(self.site.name, scores(each, counted), partial(chosen, drop=self.method.drop(self.terms)))
+
+    def _sets(self, x: Tensor) -> Tensor:
+        """Return the set of each token's sequence, bool `[..., terms]`."""
+        whose = self.phases.sequences
+        found = None if whose is None else whose.active(self.site.name, x.device)
+        if whose is None or found is None:
+            raise UnsupportedModelError(
+                f"{self.method.name} without a prompt: it chooses a set from the prompt, which this model has not seen "
+                "whole, as a call of two tokens or more that begins with an empty cache."
+            )
+        tokens = x.shape[:-1].numel() // whose.count
+        return found[:, None].expand(-1, tokens, -1).reshape(*x.shape[:-1], self.terms)
 
     def _phases_of(self, x: Tensor) -> Tensor | None:
         """Return the phase of each token, None where all are to be sparse."""
@@ -180,10 +223,15 @@ class SparseModule(nn.Module):
         arguments, options = self.arguments()
         # Not by `__getattr__`, twice at every call.
         per_term, counters = self._buffers["per_term"], self._buffers["counters"]
+        if self.selector.from_prompt:
+            sets = self._sets(x)
+            return torch.ops.countdown.given(x, *arguments, sets, counters, phases, **options)  # type: ignore[no-any-return]
         return torch.ops.countdown.sparse(x, *arguments, per_term, counters, phases, **options)  # type: ignore[no-any-return]
 
     def active(self, x: Tensor) -> Tensor:
         """Return the active set of each token, bool `[..., terms]`, for x `[..., d]`, all of them generated."""
+        if self.selector.from_prompt:
+            return self._sets(x)
         arguments, options = self.arguments()
         return torch.ops.countdown.select(x, *arguments, self.per_term, None, **options)  # type: ignore[no-any-return]
 
@@ -359,10 +407,30 @@ def sparse_modules(model: nn.Module) -> dict[str, SparseModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseModule)}
 
 
+def check_applies(method: Method, apply_to: str) -> None:
+    """Raise ConfigError if a method chooses from prompts and is to apply to these."""
+    if apply_to == "all" and method.selector.from_prompt:
+        raise ConfigError(
+            f"{method.name} does not fit apply_to='all': it chooses a set from the prompt, which would have seen the "
+            "tokens that it is applied to. Take 'decode'; to evaluate, say how many tokens are prompt (prompt_tokens)."
+        )
+
+
+def chosen(scored: Tensor, *, drop: int) -> Tensor:
+    """Return the sets, bool `[sequences, terms]`, of summed scores: all but the smallest, all where nothing scored."""
+    return drop_smallest(scored, drop) | (scored.sum(dim=-1, keepdim=True) == 0)
+
+
 @contextmanager
 def running(model: nn.Module, mode: str) -> Iterator[None]:
-    """Within the context, run a sparsified model as `dense`, or sparse on `decode` or `all` tokens."""
+    """Within the context, run a sparsified model as `dense`, or sparse on `decode` or `all` tokens.
+
+    Raises:
+        ConfigError: A method does not apply to all tokens.
+    """
     modules = sparse_modules(model).values()
+    for module in modules:
+        check_applies(module.method, mode)
     before: list[tuple[Any, ...]] = [(module.apply_to, module.forced_dense) for module in modules]
     try:
         for module in modules:

@@ -1,7 +1,8 @@
 """The phase of a token: generated, prompt, or padding. Said for each token, never guessed from a shape.
 
 A sparsified model has one `Phases`, a hook on its decoder: by default a call with one new token for each sequence is
-generation, one with more is prompt. An engine that mixes them in a call says so with `phases`.
+generation, one with more is prompt. An engine that mixes them in a call says so with `phases`. Where sets are chosen
+from prompts the hook also says whose the tokens are, see `sequences`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from countdown import sequences
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.sequences import Sequences
 
 GENERATED, PROMPT, PADDING = range(3)
 NAMES = {"generated": GENERATED, "prompt": PROMPT, "padding": PADDING}
@@ -28,30 +31,55 @@ class Phases(threading.local):
 
     `now` is one phase for all tokens, a tensor with one for each (uint8, which a captured graph reads anew), or None
     outside of a call.
+
+    Args:
+        follows: The number of the model, where some module needs the sequences of a call; else 0. See `sequences`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, follows: int = 0) -> None:
         self.now: Now = None
         self.driven = False  # by `phases`, which the hooks then leave alone
-        self._outer: list[Now] = []  # of calls around the present one
+        self.follows = follows
+        self.sequences: Sequences | None = None  # of the present call
+        self._outer: list[tuple[Now, Sequences | None]] = []  # of calls around the present one
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy is in no call."""
-        return Phases, ()
+        """A copy is in no call, and that of another model."""
+        return _copied, (bool(self.follows),)
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The hook before the decoder runs."""
-        if self.driven:
-            return
-        self._outer.append(self.now)
+        self._outer.append((self.now, self.sequences))
         tokens = _new_tokens(decoder, args, kwargs)
-        if tokens is not None:
-            self.now = GENERATED if tokens.shape[1] == 1 else PROMPT
-
-    def after(self, *_: object) -> None:
-        """The hook after it."""
+        if tokens is None:
+            return
         if not self.driven:
-            self.now = self._outer.pop() if self._outer else None
+            self.now = GENERATED if tokens.shape[1] == 1 else PROMPT
+        if self.follows:
+            self.sequences = self._followed(decoder, tokens, args, kwargs)
+
+    def after(self, _: nn.Module, __: object, output: object) -> None:
+        """The hook after it."""
+        if self.sequences is not None:
+            self.sequences.leave(output)
+        if self._outer:
+            self.now, self.sequences = self._outer.pop()
+
+    def _followed(
+        self, decoder: nn.Module, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Sequences | None:
+        """Return the sequences of a call of tokens `[sequences, tokens, ...]`."""
+        count, new = tokens.shape[:2]
+        cache = next((c for c in (_argument(decoder, args, kwargs, n) for n in sequences.NAMES) if c is not None), None)
+        if self.driven and self.now is GENERATED:
+            # Perhaps a step that is captured or recorded, in which no value is read: the driver answers for the cache.
+            return sequences.continued(cache, count, self.follows)
+        found = sequences.in_call(cache, count, self.follows)
+        if self.now is not GENERATED:
+            mask = _argument(decoder, args, kwargs, "attention_mask")
+            mixed = isinstance(self.now, Tensor)
+            found.prompt(mask, new, (self.now == PROMPT, self.now == GENERATED) if mixed else None)  # type: ignore[arg-type]
+        return found
 
     def watch(self, decoder: nn.Module) -> None:
         """Follow the calls of a decoder."""
@@ -69,16 +97,26 @@ class Phases(threading.local):
                 beside.pop(key, None)
 
 
+def _copied(follows: bool) -> Phases:
+    return Phases(sequences.numbered() if follows else 0)
+
+
 def _new_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the ids or embeddings `[sequences, new tokens, ...]` that a decoder was given, by name or place."""
     for name in ("input_ids", "inputs_embeds"):
-        value = kwargs.get(name)
-        if value is None and args and name in (names := _parameters(type(decoder).forward)):
-            place = names.index(name)
-            value = args[place] if place < len(args) else None
+        value = _argument(decoder, args, kwargs, name)
         if isinstance(value, Tensor):
             return value
     return None
+
+
+def _argument(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """Return what a decoder was given under a name, or in its place; None if nothing."""
+    value = kwargs.get(name)
+    if value is None and args and name in (names := _parameters(type(decoder).forward)):
+        place = names.index(name)
+        value = args[place] if place < len(args) else None
+    return value
 
 
 @cache
@@ -105,17 +143,43 @@ def phases(model: nn.Module, now: str | Tensor) -> Iterator[None]:
         with countdown.phases(model, now):
             model(ids)  # 4 tokens
     """
-    modules = [module for module in model.modules() if isinstance(vars(module).get("phases"), Phases)]
+    modules = _with_phases(model)
     if not modules:
         raise UnsupportedModelError("the model is not sparsified; call countdown.sparsify_(model, profile) first.")
     _check_phases(now, {module.get_buffer("counters").device for module in modules})
     found: Phases = vars(modules[0])["phases"]
-    before = found.now, found.driven
-    found.now, found.driven = NAMES[now] if isinstance(now, str) else now, True
+    with _driven(found, NAMES[now] if isinstance(now, str) else now, found.sequences):
+        yield
+
+
+@contextmanager
+def continuing(model: nn.Module, cache: Any) -> Iterator[None]:
+    """Within the context, what a model computes in this thread generates tokens of the sequences in a cache.
+
+    That holds for its decoder's calls, which may be captured or recorded, and for modules that run by themselves. A
+    model that is not sparsified, or follows no sequences, is left alone.
+    """
+    modules = _with_phases(model)
+    found: Phases | None = vars(modules[0])["phases"] if modules else None
+    if found is None or not found.follows:
+        yield
+        return
+    with _driven(found, GENERATED, sequences.beside(cache)):
+        yield
+
+
+@contextmanager
+def _driven(found: Phases, now: Now, whose: Sequences | None) -> Iterator[None]:
+    before = found.now, found.driven, found.sequences
+    found.now, found.driven, found.sequences = now, True, whose
     try:
         yield
     finally:
-        found.now, found.driven = before
+        found.now, found.driven, found.sequences = before
+
+
+def _with_phases(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(vars(module).get("phases"), Phases)]
 
 
 def _check_phases(now: object, devices: Collection[torch.device]) -> None:

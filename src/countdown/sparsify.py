@@ -28,6 +28,7 @@ from countdown.phase import Phases
 from countdown.profiles.profile import Profile, Setting
 from countdown.profiles.saving import forget_profile, keep_profile, own_profile
 from countdown.progress import track
+from countdown.sequences import numbered
 from countdown.sites import Site, check_untouched, find_sites
 from countdown.sites.decoder import decoder_of
 from countdown.wrappers import base_model
@@ -84,7 +85,8 @@ def _sparsify(model: nn.Module, profile: Profile, sites: Sequence[Site], apply_t
     base = base_model(model)
     profile.check(base, sites)
     # Everything that can fail comes before the first replacement.
-    phases = Phases()
+    follows = any(entry.method.selector.from_prompt for entry in profile.entries)
+    phases = Phases(numbered() if follows else 0)
     replacements = _replacements(sites, profile, phases, apply_to)
     for name, module in replacements.items():
         base.set_submodule(name, module)

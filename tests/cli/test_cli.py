@@ -145,6 +145,35 @@ def test_evaluate_calibrates_a_method_on_the_spot(model_folder, tmp_path):
     assert "510 scored tokens of mine.txt, dense prompts" in result.stdout
 
 
+def test_a_set_chosen_from_the_prompt_from_calibration_to_generation(model_folder, tmp_path):
+    calibrated = run("calibrate", model_folder, "--method", "griffin", "--tokens", "1", "-o", "p", cwd=tmp_path)
+    assert calibrated.returncode == 0, calibrated.stderr
+    evaluate = ("evaluate", model_folder, "--profile", "p", "--windows", "2", "--window", "64")
+    result = run(*evaluate, "--prompt-tokens", "40", "--json", "-", "-q", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads(result.stdout)["records"]
+    assert (record["method"], record["indicator"], record["prompt_tokens"]) == ("griffin", "given", 40)
+    assert (record["tokens"], record["apply_to"]) == (2 * 23, "all")
+    assert "every scored token sparse" in run(*evaluate, "--prompt-tokens", "40", cwd=tmp_path).stdout
+    for options, message in (
+        ((), "griffin does not fit apply_to='all'"),
+        (("--prompt-tokens", "63"), "prompt_tokens is 63, expected 1 to 62"),
+        (("--protocol", "all"), "say how many tokens are prompt"),
+    ):
+        refused = run(*evaluate, *options, cwd=tmp_path)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert message in refused.stderr
+    generated = run("generate", model_folder, "Hello", "--profile", "p", "--max-new-tokens", "4", cwd=tmp_path)
+    assert generated.returncode == 0, generated.stderr
+    for command in (
+        ("evaluate", model_folder, "--method", "griffin"),
+        ("generate", model_folder, "H", "--profile", "p"),
+    ):
+        refused = run(*command, cwd=tmp_path)
+        assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+    assert "griffin without a prompt" in refused.stderr
+
+
 def test_sparse_linears_are_compared_with_their_exact_sets(model_folder, tmp_path):
     result = run("evaluate", model_folder, "--method", "teal", *EVALUATE, "--json", "e.json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

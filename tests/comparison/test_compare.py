@@ -501,6 +501,7 @@ def test_what_else_is_in_the_folder_is_not_replaced(run, tmp_path):
         ({"methods": ["cats:bits=4"]}, "no field 'bits'"),
         ({"methods": ["cats", "cats:weighting=none"]}, "cats at 0.5 is asked for twice"),
         ({"methods": []}, "no method to compare"),
+        ({"methods": ["griffin"]}, "griffin, topk chooses from prompts, and here every token is sparse"),
         ({"sparsities": [1.5]}, "expected 0 ≤ sparsity < 1"),
         ({"windows": 2}, "expected at least 4"),
         ({"max_loss": -1.0}, "expected more than 0"),

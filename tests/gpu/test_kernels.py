@@ -141,7 +141,7 @@ def test_opcheck(tokens, phases):
     torch.library.opcheck(OPS.select.default, (*tensors, per_neuron, now), options)
     active = torch.rand(tokens, 50, device="cuda") > 0.5
     form = {name: options[name] for name in ("kind", "formats", "activation")}
-    torch.library.opcheck(OPS.given.default, (*tensors, active), form)
+    torch.library.opcheck(OPS.given.default, (*tensors, active, None, None), form)
 
 
 @pytest.mark.parametrize("by", Triton.selectors["ffn"])

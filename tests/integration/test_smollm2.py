@@ -87,6 +87,50 @@ def test_dense_perplexity_is_that_of_plain_transformers(smollm2, profiles, ids):
     assert result.dense_perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-3)
 
 
+def test_a_prompts_set_is_better_than_one_at_random_and_worse_than_each_tokens_own(smollm2, profiles, ids, monkeypatch):
+    config = method("griffin", sparsity=0.5)
+    griffin = countdown.calibrate(smollm2, None, [], config, progress=False)
+    own = measured_after(smollm2, griffin, ids)
+    best = measured_after(smollm2, profiles["d"].with_settings(decision="topk", sparsity=0.5), ids)
+    assert own.realised_sparsity == best.realised_sparsity == pytest.approx(0.5)
+    assert own.tokens == best.tokens == 2 * 127
+    assert own.dense_perplexity == best.dense_perplexity < best.perplexity < own.perplexity
+    assert (own.weights_read, best.weights_read) == (pytest.approx(0.5), pytest.approx(2.5 / 3))
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        "countdown.modules.scores", lambda s, _: torch.rand(len(s), 1536, generator=generator, dtype=torch.float64)
+    )
+    assert 2 * own.kl < measured_after(smollm2, griffin, ids).kl
+
+
+def measured_after(model, profile, ids):
+    countdown.sparsify_(model, profile)
+    try:
+        return evaluate(model, ids, prompt_tokens=128, progress=False)
+    finally:
+        countdown.restore_(model)
+
+
+def test_sets_of_prompts_answer_alone_and_in_a_padded_batch(smollm2, tokenizer):
+    countdown.sparsify_(
+        smollm2, countdown.calibrate(smollm2, tokenizer, [], method("griffin", sparsity=0.3), progress=False)
+    )
+    questions = ["What is the capital of France? Answer with one word.", "Is water wet? Answer with yes or no."]
+    prompts = [encode_prompt(tokenizer, question) for question in questions]
+    try:
+        alone = generate(smollm2, tokenizer, prompts[0], max_new_tokens=8)
+        length = max(prompt.shape[1] for prompt in prompts)
+        batch = torch.cat([torch.nn.functional.pad(prompt, (length - prompt.shape[1], 0)) for prompt in prompts])
+        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(p), (length - p.shape[1], 0)) for p in prompts])
+        found = smollm2.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert all(site.realised_sparsity == pytest.approx(460 / 1536) for site in countdown.status(smollm2))
+    finally:
+        countdown.restore_(smollm2)
+    assert alone.by == "decode loop"
+    assert "Paris" in alone.text
+    assert tokenizer.decode(found[0, length:], skip_special_tokens=True).startswith(alone.text)
+
+
 def test_generation_answers_and_restores(smollm2, tokenizer, profiles):
     prompt = encode_prompt(tokenizer, "What is the capital of France? Answer with one word.")
     dense = generate(smollm2, tokenizer, prompt, max_new_tokens=8)

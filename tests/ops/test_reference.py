@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from calls import DISPATCHED, arguments, sparse_module
+from calls import DISPATCHED, REFERENCE, arguments, sparse_module
 from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.ops import reference
@@ -263,7 +263,7 @@ def test_opcheck(decision, shape):
     torch.library.opcheck(torch.ops.countdown.sparse.default, (*tensors, per_neuron, counters, phases), options)
     active = torch.rand(*shape[:-1], 11) > 0.5
     form = {name: options[name] for name in ("kind", "formats", "activation")}
-    torch.library.opcheck(torch.ops.countdown.given.default, (*tensors, active), form)
+    torch.library.opcheck(torch.ops.countdown.given.default, (*tensors, active, counters.clone(), None), form)
 
 
 def test_given_ffn_is_sparse_ffn_with_its_active_set():
@@ -271,6 +271,17 @@ def test_given_ffn_is_sparse_ffn_with_its_active_set():
     x = torch.randn(4, 7)
     y, active, _ = call(x, weights, biases, torch.full((11,), 0.5))
     assert torch.equal(DISPATCHED.given_ffn(x, weights, biases, active, activation="silu"), y)
+
+
+@pytest.mark.parametrize("ops", [DISPATCHED, REFERENCE])
+def test_sets_that_are_given_are_those_of_generated_tokens_alone(ops):
+    weights, biases = oracle.random_ffn(7, 11, torch.float32, bias=True)
+    x, active, counters = torch.randn(2, 2, 7), torch.rand(2, 2, 11) > 0.5, torch.tensor([5, 40])
+    now = torch.tensor([PROMPT, GENERATED, PADDING, GENERATED], dtype=torch.uint8)
+    y = ops.given_ffn(x, weights, biases, active, activation="silu", counters=counters, phases=now)
+    active[0, 0], active[1, 0] = True, False
+    assert torch.equal(y, REFERENCE.given_ffn(x, weights, biases, active, activation="silu"))
+    assert counters.tolist() == [5 + 2, 40 + int(active[:, 1].sum())]
 
 
 def test_drop_smallest_keeps_nan_and_infinity():

@@ -16,6 +16,7 @@ from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, in_turn, timed, wait
 from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device, undone
 from countdown.modules import sparse_modules
+from countdown.phase import continuing
 from countdown.replay import recorded
 from countdown.sites import SITES, find_parts
 from countdown.sparsify import reset_counters, status
@@ -90,7 +91,7 @@ class Arm:
         counters = [site.counters for site in sparse_modules(self.model).values()]
         if self._split:
             with on_device(device), undone(counters):
-                parts = {name: timed(step, device) for name, step in _parts(self.model, self.loop.linears, self.ids)}
+                parts = {name: timed(step, device) for name, step in _parts(self.model, self.loop, self.ids)}
             found |= {name: _second(run, counters) for name, run in parts.items()}
         return found
 
@@ -278,12 +279,13 @@ def _splits(model: nn.Module) -> bool:
     return sparse <= parts if sparse else bool(find_parts(model))
 
 
-def _parts(model: nn.Module, groups: list[list[Any]], ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
+def _parts(model: nn.Module, loop: DecodeLoop, ids: Tensor) -> Iterable[tuple[str, Callable[[], object]]]:
     """Return steps through the FFNs of a token, the linears of attention, and the head.
 
     Each part is timed by itself, captured or recorded, with the kernels of the step and the inputs that the prompt's
     last token gave it; the rest is what remains of the total: scores, cache, norms, and the gaps between kernels.
     """
+    groups: list[list[Any]] = loop.linears
     sparse = sparse_modules(model)
     sites = [] if sparse else find_parts(model)
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
@@ -295,8 +297,9 @@ def _parts(model: nn.Module, groups: list[list[Any]], ids: Tensor) -> Iterable[t
     gated = torch.compile(_product, dynamic=False, options=compiler_options()) if ids.is_cuda else _product
 
     def run_ffns() -> None:
-        for module in sparse.values():
-            module.sparse(inputs[id(module)][None])
+        with continuing(model, loop.cache):
+            for module in sparse.values():
+                module.sparse(inputs[id(module)][None])
         for site, (first, last) in zip(sites, dense, strict=True):
             gated(_project(first, inputs), site.sum.activation)
             _project(last, inputs)

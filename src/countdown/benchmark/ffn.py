@@ -397,7 +397,8 @@ class _Given:
         sum_ = self.layers.sum(layer)
         if len(self.x) > 1 or self.x.device.type == "cpu":
             arguments, options = _arguments(sum_)
-            return torch.ops.countdown.given(self.x, *arguments, self.sets[layer], **options)  # type: ignore[no-any-return]
+            sets = self.sets[layer], None, None
+            return torch.ops.countdown.given(self.x, *arguments, *sets, **options)  # type: ignore[no-any-return]
         from countdown.ops.triton.ffn import listed_ffn
 
         return listed_ffn(self.x, sum_, *self._lists()[layer])

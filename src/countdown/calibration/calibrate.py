@@ -49,7 +49,7 @@ def calibrate(
         texts: Text unlike the one evaluated on. Several strings are joined by newlines; of several loaded by
             `load_text`, each gives its share of the tokens, which makes thresholds hold on more kinds of text. Or a
             batch as tokenizers return it, `input_ids` and `attention_mask` `[n, length]`: then every sequence is
-            read, without its padding.
+            read, without its padding. A method that estimates nothing reads none of it.
         config: The method, e.g. `countdown.method("m-countdown", sparsity=0.7)`, or a recipe of several.
         tokens: How many tokens of text to read, rounded down to whole windows; at least one.
         window: Tokens in a window. [512, or the model's context where that is shorter]
@@ -89,11 +89,14 @@ def calibrate_all(
     check_dense(model)
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{type(model).__name__} has an encoder, and calibration reads text alone.")
-    texts = texts if isinstance(texts, Mapping) else as_texts(texts)
-    sequences = calibration_sequences(tokenizer, texts, tokens, window_length(context_of(model.config), window))
-    check_context(model, max(len(sequence) for sequence in sequences))
-    check_known(model, sequences)
-    return [_calibrate(model, texts, sequences, recipe, progress) for recipe in recipes]
+    sequences: list[Tensor] = []
+    if any(recipe.reads_text for recipe in recipes):
+        texts = texts if isinstance(texts, Mapping) else as_texts(texts)
+        sequences = calibration_sequences(tokenizer, texts, tokens, window_length(context_of(model.config), window))
+        check_context(model, max(len(sequence) for sequence in sequences))
+        check_known(model, sequences)
+    read: dict[bool, tuple[Texts, list[Tensor]]] = {True: (texts, sequences), False: ({}, [])}
+    return [_calibrate(model, *read[recipe.reads_text], recipe, progress) for recipe in recipes]
 
 
 def calibration_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:
@@ -185,9 +188,9 @@ def _provenance(texts: Texts, sequences: list[Tensor], sites: Sequence[Site]) ->
 
     described = [text.describe() for text in _loaded(texts)] or [{"source": "given"}]
     return {
-        "texts": described,
+        "texts": described if sequences else [],
         "tokens": sum(len(sequence) for sequence in sequences),
-        "window": max(len(sequence) for sequence in sequences),
+        "window": max((len(sequence) for sequence in sequences), default=0),
         "dtype": str(next(iter(sites[0].sum.weights[0].parts)).dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -157,7 +157,8 @@ def calibrate(
     tokenizer = load_tokenizer(source)
     # What is wrong with it shows before the model loads.
     read = trial_sequences if config is None else calibration_sequences
-    read(tokenizer, texts, tokens, window_length(load_context(source), window))
+    if config is None or config.reads_text:
+        read(tokenizer, texts, tokens, window_length(load_context(source), window))
     loaded = _load(source, dtype, device, seed)
     if config is None:
         profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, window, source)
@@ -190,6 +191,9 @@ def evaluate(
     text_dir: o.TextDir = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of text to score. [16]")] = None,
     window: o.Window = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="So many tokens of each window are a dense prompt. [none]")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
     tasks_dir: Annotated[Path | None, o.path(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
@@ -217,7 +221,7 @@ def evaluate(
     from countdown.sparsify import sparsify_
 
     what = subject(
-        text=text, text_dir=text_dir, windows=windows, window=window,
+        text=text, text_dir=text_dir, windows=windows, window=window, prompt_tokens=prompt_tokens,
         tasks=tasks, tasks_dir=tasks_dir, limit=limit, batch_size=batch_size,
         prompts=prompts, max_new_tokens=max_new_tokens,
         protocol=protocol, details=json is not None,
@@ -487,7 +491,7 @@ def _calibration_text(chosen: Profile | Recipe, text: str, text_dir: Path | None
     from countdown.profiles.profile import Profile
     from countdown.text import BUILT_IN, load_text
 
-    if isinstance(chosen, Profile):
+    if isinstance(chosen, Profile) or not chosen.reads_text:
         return None
     if text in BUILT_IN:
         return [load_text(text, "calibration", text_dir=text_dir)]
@@ -507,8 +511,7 @@ def _as_profile(
 
     if isinstance(chosen, Profile):
         return chosen
-    assert texts is not None
-    return _calibrate(model, tokenizer, texts, chosen, tokens, window, source)
+    return _calibrate(model, tokenizer, texts or [], chosen, tokens, window, source)
 
 
 def _calibrate(

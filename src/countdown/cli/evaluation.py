@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DIAGNOSED_WINDOWS = 2
 # Which options belong to which subject, named by the option that chooses it.
 OPTIONS = {
-    "text": ("text", "text_dir", "windows", "window"),
+    "text": ("text", "text_dir", "windows", "window", "prompt_tokens"),
     "tasks": ("tasks", "tasks_dir", "limit", "batch_size"),
     "prompts": ("prompts", "max_new_tokens"),
 }
@@ -94,16 +94,21 @@ class OnText:
     text_dir: Path | None = None
     windows: int = 16
     window: int | None = None
+    prompt_tokens: int | None = None
     _text: Text = field(init=False)
     _ids: Tensor = field(init=False)
 
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
+        from countdown.evaluation.evaluate import check_prompt
         from countdown.loading import window_length
         from countdown.text import load_text, windows
 
         self._text = load_text(self.text, "evaluation", text_dir=self.text_dir)
         _check_unseen(chosen, self._text)
         self._ids = windows(tokenizer, self._text, count=self.windows, length=window_length(context, self.window))
+        check_prompt(self.prompt_tokens, self._ids.shape[1])
+        if self.protocol == "all" and self.prompt_tokens is None:
+            _check_all(chosen)
 
     def check(self, model: nn.Module, tokenizer: Any) -> None:
         from countdown.loading import check_context
@@ -113,9 +118,10 @@ class OnText:
     def run(self, model: nn.Module, tokenizer: Any, recipe: Recipe, out: Console) -> list[dict[str, Any]]:
         from countdown.evaluation.evaluate import evaluate
 
-        result = evaluate(model, self._ids, protocol=self.protocol, progress=o.show_progress())
+        how: dict[str, Any] = {"protocol": self.protocol, "prompt_tokens": self.prompt_tokens}
+        result = evaluate(model, self._ids, **how, progress=o.show_progress())
         printing.print_evaluation(out, recipe, result, self._text.source)
-        judged = _diagnosed(model, self._ids) if self.details else {}
+        judged = _diagnosed(model, self._ids) if self.details and not _from_prompt(recipe) else {}
         sizes = {"windows": self.windows, "window_tokens": self._ids.shape[1]}
         return [{"text": self._text.source, **sizes, **result.record(), **judged}]
 
@@ -214,6 +220,20 @@ def _check_unseen(chosen: Profile | Recipe, text: Text) -> None:
         return
     if any(seen.get("sha256") == text.sha256 for seen in chosen.calibration["texts"]):
         raise ConfigError(f"the profile was calibrated on this very text ({text.source}); evaluate it on another.")
+
+
+def _from_prompt(recipe: Recipe) -> bool:
+    return any(entry.method.selector.from_prompt for entry in recipe.entries)
+
+
+def _check_all(chosen: Profile | Recipe) -> None:
+    """Raise ConfigError if what is evaluated has a method that does not apply to all tokens."""
+    from countdown.modules import check_applies
+    from countdown.profiles.recipe import Recipe
+
+    recipe = chosen if isinstance(chosen, Recipe) else chosen.recipe
+    for entry in recipe.entries:
+        check_applies(entry.method, "all")
 
 
 def _diagnosed(model: nn.Module, ids: Tensor) -> dict[str, list[float]]:

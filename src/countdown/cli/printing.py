@@ -76,7 +76,8 @@ def print_evaluation(out: Console, recipe: Recipe, result: Evaluation, text: str
     for entry in entries if len(entries) > 1 else []:
         out.print(entry, markup=False)
     layers = [layer.realised for layer in result.layers]
-    every = "every token sparse" if result.protocol == "all" else "dense prompts, every scored token sparse"
+    dense_prompts = result.protocol == "decode" or result.prompt_tokens is not None
+    every = "dense prompts, every scored token sparse" if dense_prompts else "every token sparse"
     out.print(
         f"{result.tokens} scored tokens of {text}, {every}; "
         f"realised sparsity of the modules {min(layers):.1%} to {max(layers):.1%}",

@@ -115,6 +115,12 @@ def configurations(
         ConfigError: An unknown method or setting, a sparsity out of range, or one of them twice.
     """
     recipes = _labelled(usual_methods(effort) if methods is None else methods)
+    for label, recipe in recipes:
+        if any(entry.method.selector.from_prompt for entry in recipe.entries):
+            raise ConfigError(
+                f"{label} chooses from prompts, and here every token is sparse; to judge it, evaluate it with "
+                "--prompt-tokens."
+            )
     found = [
         Configuration(f"{label} at {sparsity:g}", "sparse", sparsity, recipe.with_settings(sparsity=sparsity))
         for label, recipe in recipes

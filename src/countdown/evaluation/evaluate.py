@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from countdown.finite import not_finite
 from countdown.loading import cache_argument, check_context, check_known
 from countdown.memory import batches, logits_at_once
 from countdown.modules import running, sparse_modules
+from countdown.phase import GENERATED, PROMPT, phases
 from countdown.progress import track
 from countdown.sparsify import SiteStatus, reset_counters, status
 from countdown.text import unpadded
@@ -44,7 +46,8 @@ class Evaluation:
 
     Args:
         protocol: `all`: whole windows in one call, every token sparse. `decode`: the first half of each window
-            is a dense prompt, the second goes through the cache one token at a time.
+            is a dense prompt, the second goes through the cache one token at a time. Under either, `prompt_tokens` of
+            a window are dense where that is given, and only what the others predict is scored.
         tokens: Scored tokens.
         perplexity, dense_perplexity: exp of the mean negative log-likelihood, sparse and dense.
         kl: Mean KL(dense ‖ sparse) of the next-token distributions, in nats.
@@ -64,12 +67,15 @@ class Evaluation:
     realised_sparsity: float
     weights_read: float
     layers: list[LayerSparsity] = field(repr=False)
+    prompt_tokens: int | None = None
 
     def record(self) -> dict[str, Any]:
         """Return the fields flat, as results files hold them; of the layers, their realised sparsities."""
         flat = asdict(self)
         flat["apply_to"] = flat.pop("protocol")
         del flat["layers"]
+        if self.prompt_tokens is None:
+            del flat["prompt_tokens"]
         return flat | {"realised_sparsity_by_layer": [round(layer.realised, 5) for layer in self.layers]}
 
 
@@ -116,7 +122,12 @@ def _scores(dense: Tensor, sparse: Tensor, targets: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module, windows: Tensor | Mapping[str, Any], *, protocol: str = "all", progress: bool = True
+    model: nn.Module,
+    windows: Tensor | Mapping[str, Any],
+    *,
+    protocol: str = "all",
+    prompt_tokens: int | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Compare a sparsified model with itself run dense, on windows of text.
 
@@ -125,12 +136,14 @@ def evaluate(
         windows: Token ids, int64 `[n, length]`, from `countdown.windows`. Or a padded batch as tokenizers
             return it, `input_ids` and `attention_mask`: each sequence is run without its padding.
         protocol: `all` or `decode`; see `Evaluation`.
+        prompt_tokens: So many tokens at the beginning of each window are a prompt: dense, and not scored. Methods that
+            choose from the prompt need it under `all`. [none; under `decode` half of the window]
         progress: Show progress on stderr.
 
     Raises:
         UnsupportedModelError: The model is not sparsified, or does not decode with a plain cache.
-        ConfigError: Unknown protocol, windows too short or longer than the model's context, or tokens that it does not
-            know.
+        ConfigError: Unknown protocol, windows too short or longer than the model's context, tokens that it does not
+            know, or a method that chooses from the prompt where there is none.
         TextError: What is given as windows is none.
         CountdownError: Some scored token was not computed sparsely in some layer, or logits are not finite.
 
@@ -151,16 +164,33 @@ def evaluate(
         raise ConfigError(
             f"windows have {min(lengths)} tokens, protocol '{protocol}' needs at least {_SHORTEST[protocol]}."
         )
+    check_prompt(prompt_tokens, min(lengths))
     check_context(model, max(lengths))
     check_known(model, sequences)
     device = next(model.parameters()).device
-    score = _score_all if protocol == "all" else _score_decode
+    score = _scorer(protocol, prompt_tokens)
     sums, sparse_tokens = Sums(), 0
     with torch.inference_mode():
         for batch in track(_batches(model, sequences, protocol), f"evaluating ({protocol})", show=progress):
             sparse_tokens += score(model, batch.to(device), sums)
     check_scored(model, sums, "the sparse model")
-    return _result(model, protocol, sums, sparse_tokens)
+    return replace(_result(model, protocol, sums, sparse_tokens), prompt_tokens=prompt_tokens)
+
+
+def check_prompt(prompt_tokens: int | None, length: int) -> None:
+    """Raise ConfigError unless so many tokens can be the prompt of a window of this length."""
+    if prompt_tokens is not None and not 1 <= prompt_tokens <= length - 2:
+        raise ConfigError(
+            f"prompt_tokens is {prompt_tokens}, expected 1 to {length - 2}: a window has {length} tokens, of which one "
+            "at least predicts and one is predicted."
+        )
+
+
+def _scorer(protocol: str, prompt_tokens: int | None) -> Callable[[nn.Module, Tensor, Sums], int]:
+    """Return what scores windows `[n, length]`, and returns how many tokens were fed sparsely."""
+    if protocol == "decode":
+        return partial(_score_decode, prompt_tokens=prompt_tokens)
+    return _score_all if prompt_tokens is None else partial(_score_after, prompt_tokens=prompt_tokens)
 
 
 def _batches(model: nn.Module, sequences: Sequence[Tensor], protocol: str) -> list[Tensor]:
@@ -185,9 +215,25 @@ def _score_all(model: nn.Module, batch: Tensor, sums: Sums) -> int:
     return batch.numel()
 
 
-def _score_decode(model: nn.Module, window: Tensor, sums: Sums) -> int:
-    """Score the predictions made from the second half of a window, fed one token at a time."""
-    half = window.shape[1] // 2
+def _score_after(model: nn.Module, batch: Tensor, sums: Sums, *, prompt_tokens: int) -> int:
+    """Score the predictions made from what comes after the prompts of windows `[n, length]`, in one call.
+
+    A set that a prompt chooses depends on its tokens alone, which are dense: so this is what decoding gives.
+    """
+    now = torch.full(batch.shape, GENERATED, dtype=torch.uint8, device=batch.device)
+    now[:, :prompt_tokens] = PROMPT
+    with running(model, "dense"):
+        dense = model(batch, use_cache=False).logits
+    with running(model, "decode"), phases(model, now.flatten()):
+        sparse = model(batch, use_cache=False).logits
+    for p, q, window in zip(dense, sparse, batch, strict=True):
+        sums.add(p[prompt_tokens:-1], q[prompt_tokens:-1], window[prompt_tokens + 1 :])
+    return (batch.shape[1] - prompt_tokens) * len(batch)
+
+
+def _score_decode(model: nn.Module, window: Tensor, sums: Sums, *, prompt_tokens: int | None) -> int:
+    """Score the predictions made from what comes after a window's prompt, its first half, one token at a time."""
+    half = prompt_tokens or window.shape[1] // 2
     steps = zip(_decode(model, window, half, "dense"), _decode(model, window, half, "decode"), strict=True)
     fed = 0
     for position, (dense, sparse) in enumerate(steps, start=half):
@@ -197,9 +243,9 @@ def _score_decode(model: nn.Module, window: Tensor, sums: Sums) -> int:
 
 
 def _decode(model: nn.Module, window: Tensor, half: int, mode: str) -> Iterator[Tensor]:
-    """Yield logits `[1, vocabulary]` after each token of the second half but the last."""
+    """Yield logits `[1, vocabulary]` after each token behind the prompt, of so many as `half` says, but the last."""
     given = cache_argument(model, DynamicCache(config=model.config))
-    with running(model, "dense"):
+    with running(model, mode), phases(model, "prompt"):
         try:
             model(window[:, :half], **given, use_cache=True, logits_to_keep=1)
         except (AttributeError, TypeError, ValueError) as error:  # what models raise that keep something else

@@ -109,6 +109,11 @@ class Method:
         thresholds = ("thresholds",) if "threshold" in self.decisions else ()
         return ("moments", *ALLOCATIONS.get(self.allocation).passes, *thresholds)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration has anything to estimate from a text."""
+        return bool(self.moments()) or self.weighting != "none" or self.passes() != ("moments",)
+
     def multipliers(self, moments: Mapping[Moment, Tensor], norms: Tensor) -> Tensor | None:
         """Return what the indicator of each term is multiplied by.
 

@@ -59,7 +59,7 @@ class Chosen:
 
 def choose(
     sum_: Sum,
-    selector: Selector,
+    selector: Selector | None,
     parts: Sequence[Weight],
     rule: str,
     *,
@@ -79,7 +79,7 @@ def missing(name: str) -> str | None:
 
 
 def _refuses(
-    sum_: Sum, selector: Selector, parts: Sequence[Weight], rule: str, compensation: str, laid_out: bool
+    sum_: Sum, selector: Selector | None, parts: Sequence[Weight], rule: str, compensation: str, laid_out: bool
 ) -> str | None:
     device = sum_.weights[0].device.type
     if device not in BACKENDS:
@@ -132,6 +132,9 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
         reason = f"it has no kernel for {call.x.dtype}"
     if reason and wanted == backend.name and op == "sparse":
         raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute this call: {reason}.")
+    # Sets that are given beside phases are of prompts and generated tokens in one call, which is no decoding step.
+    if op == "given" and call.phases is not None:
+        return reference.run(call)
     if reason or wanted == REFERENCE or not 1 <= call.tokens <= MOST_TOKENS:
         return reference.run(call)
     return backend.run(call)

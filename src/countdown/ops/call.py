@@ -11,9 +11,10 @@ them: neurons h of an FFN, input channels of a linear.
 | biases | one for each weight of the sum, [rows] or None | added to its product |
 | per_term | [terms], float32 | rule threshold: τ_i; rule topk: multipliers m_i |
 | counters | [2], int64 | incremented by the generated tokens and by the active terms summed over these |
+|          |                 | (`given`: or None) |
 | phases | [T], uint8, or None | of each token, see `phase`; None: all are generated. A prompt token is dense and not |
 |        |                     | counted; of padding nothing is computed, and the result is the bias alone |
-| active | [..., terms], bool | the active set of each token |
+| active | [..., terms], bool | the active set of each token, if it is generated |
 | kind | a name of `sums.SUMS` | what is summed |
 | formats | names of `weights.FORMATS` | of each weight |
 | selector | a name of `selectors.SELECTORS` | what decides |
@@ -24,10 +25,12 @@ them: neurons h of an FFN, input channels of a linear.
 | compensation | a name of `compensation.COMPENSATIONS`, "" without one | what is added for inactive terms |
 
 Of a generated token whose x holds a NaN or an infinity, every term is active: it is computed as in the dense model.
+Not so where active sets are given: there they say all.
 
-`sparse` is the op that models run. `select` and `given` are its halves, for tests and benchmarks; where a backend sums
-in another order, an indicator at its very threshold may fall on its other side. Outputs: y [..., outputs] in the dtype
-of x, and for `select` the active sets [..., terms], bool.
+`sparse` is the op that models run, and `given` where something else than the token decides. `select` is the first half
+of `sparse`, for tests and benchmarks, and `given` the second; where a backend sums in another order, an indicator at
+its very threshold may fall on its other side. Outputs: y [..., outputs] in the dtype of x, and for `select` the active
+sets [..., terms], bool.
 
 Shapes are static and nothing is read back to the host. Arguments that do not fit raise ValueError.
 """
@@ -51,10 +54,14 @@ _DECISION = "str selector, str rule, int drop"
 SCHEMAS = {
     "sparse": f"({_SUM}, Tensor per_term, Tensor(a!) counters, Tensor? phases, *, {_DECISION}, {_FORM}) -> Tensor",
     "select": f"({_SUM}, Tensor per_term, Tensor? phases, *, {_DECISION}, {_FORM}) -> Tensor",
-    "given": f"({_SUM}, Tensor active, *, {_FORM}) -> Tensor",
+    "given": f"({_SUM}, Tensor active, Tensor(a!)? counters, Tensor? phases, *, {_FORM}) -> Tensor",
 }
 # What an op takes beside x, weights and biases, in order.
-TENSORS = {"sparse": ("per_term", "counters", "phases"), "select": ("per_term", "phases"), "given": ("active",)}
+TENSORS = {
+    "sparse": ("per_term", "counters", "phases"),
+    "select": ("per_term", "phases"),
+    "given": ("active", "counters", "phases"),
+}
 
 
 class Call:
@@ -148,14 +155,13 @@ class Call:
         self._check_devices()
         if self.compensation and (problem := self.compensation.problem(self.sum, self.added)):
             raise ValueError(f"of compensation '{self.compensation.name}' {problem}")
-        if self.op == "given":
-            return self._check_active()
-        self._check_decision()
-        self._check_parts()
         self._check_phases()
-        if self.op == "sparse":
-            self._check_counters()
-        return None
+        self._check_counters()
+        if self.op == "given":
+            self._check_active()
+        else:
+            self._check_decision()
+            self._check_parts()
 
     def _check_devices(self) -> None:
         """The dispatcher takes mixed devices, and the op of one of them would read addresses of another."""
@@ -198,6 +204,8 @@ class Call:
 
     def _check_counters(self) -> None:
         found = self.counters
+        if found is None and self.op != "sparse":
+            return
         assert found is not None
         if found.shape != (2,) or found.dtype != torch.int64 or not found.is_contiguous():
             raise ValueError(f"counters is {found.dtype} {tuple(found.shape)}, expected contiguous int64 (2,)")

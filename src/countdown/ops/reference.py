@@ -41,8 +41,7 @@ def drop_smallest(scores: Tensor, drop: int) -> Tensor:
 def run(call: Call) -> Tensor:
     """Return the result of a checked call; see `ops.call`."""
     factors = call.sum.project(call.x)
-    active = call.active if call.op == "given" else _decided(call, factors)
-    assert active is not None
+    active = _phased(call, _given(call) if call.op == "given" else _decided(call, factors))
     if call.op == "select":
         return active
     if call.counters is not None:
@@ -56,18 +55,27 @@ def _dropped(call: Call, active: Tensor) -> Tensor:
     return ~active if call.phases is None else ~active & (call.phases.view(*call.x.shape[:-1], 1) != PADDING)
 
 
+def _given(call: Call) -> Tensor:
+    assert call.active is not None
+    return call.active
+
+
 def _decided(call: Call, factors: tuple[Tensor, ...]) -> Tensor:
-    """Return the active set of each token, bool `[..., terms]`."""
+    """Return the active set of each token, bool `[..., terms]`, all of them generated."""
     x, per_term, selector = call.x, call.per_term, call.selector
     assert per_term is not None
     assert selector is not None
     value = selector.score(call.sum, x, call.parts, factors)
     active = ~(value <= per_term) if call.rule == "threshold" else drop_smallest(value * per_term, call.drop)
     # An input that is not finite says nothing about which terms matter: that token is dense.
-    active = active | ~x.isfinite().all(dim=-1, keepdim=True)
+    return active | ~x.isfinite().all(dim=-1, keepdim=True)
+
+
+def _phased(call: Call, active: Tensor) -> Tensor:
+    """Return active sets with those of prompts whole and those of padding empty."""
     if call.phases is None:
         return active
-    phases = call.phases.view(*x.shape[:-1], 1)
+    phases = call.phases.view(*call.x.shape[:-1], 1)
     return (active | (phases == PROMPT)) & (phases != PADDING)
 
 

@@ -141,6 +141,11 @@ class Recipe:
         return list(dict.fromkeys(entry.method.kind for entry in self.entries))
 
     @property
+    def reads_text(self) -> bool:
+        """Whether calibration has anything to estimate from a text."""
+        return any(entry.method.reads_text for entry in self.entries)
+
+    @property
     def has_proxy(self) -> bool:
         """Whether a method decides by weights of its own beside the model's."""
         return any(entry.method.selector.artifacts for entry in self.entries)

@@ -29,7 +29,8 @@ class Selector(ABC):
     """
 
     name: str  # under which ops receive it
-    indicator: str  # in results: `exact`, `proxy` or `low-rank`
+    indicator: str  # in results: `exact`, `proxy`, `low-rank` or `given`
+    from_prompt: bool = False  # whether it chooses one set for all generated tokens of a sequence, from its prompt
     reads: tuple[str, ...]  # roles of the weights that are read for all terms; of the others, active terms alone
     moments: tuple[Moment, ...] = ()  # what `prepare` needs of calibration
     artifacts: tuple[Artifact, ...] = ()  # what it returns, and `make` needs

@@ -156,10 +156,10 @@ def _given(ffn: FFN, call: Call) -> Tensor:
     assert call.active is not None
     active = call.active.contiguous().view(ffn.tokens, ffn.h)
     if ffn.tokens > 1:
-        return _sum_given(ffn, active)
+        return _sum_given(ffn, active, call.counters)
     indices, count = (ffn.x.new_empty(size, dtype=torch.int32) for size in (ffn.h, 1))
     options = launch.Launch((1,), {"BLOCK": 1024}, 4).options(ffn.found)
-    kernels.list_active[(1,)](active.view(torch.int8), indices, count, ffn.h, **options)
+    kernels.list_active[(1,)](active.view(torch.int8), indices, count, call.counters, ffn.h, **options)
     return _sum_listed(ffn, indices, count)
 
 
@@ -186,12 +186,12 @@ def _sum_listed(ffn: FFN, indices: Tensor, count: Tensor) -> Tensor:
     return _reduce(ffn, partial_sums)
 
 
-def _sum_given(ffn: FFN, active: Tensor) -> Tensor:
-    """Return y `[T, d]` of several tokens with their active sets `[T, h]`."""
+def _sum_given(ffn: FFN, active: Tensor, counters: Tensor | None = None) -> Tensor:
+    """Return y `[T, d]` of several tokens with their active sets `[T, h]`, and count where there are counters."""
     decider = _by_sets(ffn, active)
     if config := _row_blocks(ffn, decider, ffn.h):
-        return _sum_rows(ffn, decider, config, None, None)
-    return _sum_tiles(ffn, *_coefficients(ffn, decider, None, active))
+        return _sum_rows(ffn, decider, config, None, counters)
+    return _sum_tiles(ffn, *_coefficients(ffn, decider, None, active, counters))
 
 
 def _row_blocks(ffn: FFN, decider: Decider, expected: int) -> launch.Launch | None:
@@ -235,7 +235,9 @@ def _quantised(ffn: FFN) -> tuple[Tensor, Tensor, Tensor]:
     return words, sums, steps
 
 
-def _coefficients(ffn: FFN, decider: Decider, call: Call | None, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _coefficients(
+    ffn: FFN, decider: Decider, call: Call | None, active: Tensor | None = None, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return coefficients `[h, TILE_TOKENS]` and which neurons any token needs `[h]`.
 
     Args:
@@ -243,12 +245,14 @@ def _coefficients(ffn: FFN, decider: Decider, call: Call | None, active: Tensor 
         decider: By a projection, or by sets.
         call: What thresholds, phases and counters it has; None where sets are given.
         active: The sets `[T, h]`; with a call they are filled, and nothing else is.
+        counters: Of a call whose sets are given.
     """
     config = launch.tiled(ffn.d, ffn.h, ffn.itemsize, ffn.found, mixed=ffn.mixed)
     selects = call is not None and active is not None
     s = None if selects else ffn.x.new_empty((ffn.h, launch.TILE_TOKENS))
     needs = None if selects else ffn.x.new_empty(ffn.h, dtype=torch.int8)
-    thresholds, phases, counters = (None, None, None) if call is None else (decider.by[1], call.phases, call.counters)
+    thresholds, phases = (None, None) if call is None else (decider.by[1], call.phases)
+    counters = counters if call is None else call.counters
     kernels.coefficients[config.grid](
         ffn.x, ffn.x.stride(0), *ffn.weights(decider.gate_first)[:2], ffn.biases(decider.gate_first), thresholds,
         phases, None if active is None else active.view(torch.int8), s, needs, counters, ffn.tokens, ffn.d, ffn.h,

@@ -292,8 +292,8 @@ def sum_listed(
 
 
 @triton.jit
-def list_active(active, listed, listed_count, h, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """active [h] → listed [h] int32, its neurons in order, and listed_count [1]. One program."""
+def list_active(active, listed, listed_count, counters, h, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """active [h] → listed [h] int32, its neurons in order, and listed_count [1]. One program, which counts too."""
     begin(PDL)
     n = 0
     for start in range(0, h, BLOCK):
@@ -302,6 +302,8 @@ def list_active(active, listed, listed_count, h, BLOCK: tl.constexpr, PDL: tl.co
         tl.store(listed + n + tl.cumsum(one, 0) - one, i, mask=one != 0)
         n += tl.sum(one, 0)
     tl.store(listed_count, n)
+    if counters is not None:
+        count(counters, tl.full([], 1, tl.int32), n)
 
 
 @triton.jit

@@ -29,8 +29,12 @@ def run(x: Tensor, call: Call) -> Tensor:
     if call.op == "select":
         return _select(x, call)
     thresholds = None if call.per_term is None else [call.per_term.contiguous()]
-    counters = None if call.counters is None else [call.counters]
+    counters = None if call.counters is None or call.op == "given" else [call.counters]
     active = None if call.active is None else call.active.contiguous().view(torch.int8)
+    if active is not None and call.counters is not None:
+        # The kernel's own programs count by thresholds.
+        call.counters[0].add_(len(x))
+        call.counters[1].add_(active.sum())
     y = _sum(x, [call], thresholds, active, call.phases, counters)
     return y.view(*call.x.shape[:-1], call.sum.outputs)
 
