@@ -35,6 +35,7 @@ def test_a_padded_batch_is_written_as_on_the_cpu(family, more):
     other = copy.deepcopy(model).cuda()
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
+    countdown.reset_counters(other)
     found = written(other, IDS, attention_mask=mask.cuda(), **more)
     assert torch.equal(found, expected)
     for site in countdown.status(other):
