@@ -35,6 +35,11 @@ def curve_from(first: float) -> Callable[[Tensor], str | None]:
     return check
 
 
+def whole(number: Tensor) -> str | None:
+    """Return what is wrong where an entry is not a whole number of 0 or more."""
+    return None if bool((number >= 0).all()) and bool((number == number.floor()).all()) else "are no whole numbers"
+
+
 @dataclass(frozen=True)
 class Moment:
     """A mean over calibration tokens, in the dense model, of a power of a factor of each term.
@@ -88,5 +93,7 @@ MULTIPLIERS = Artifact("multipliers", ("terms",), non_negative)
 THRESHOLDS = Artifact("thresholds", ("points",), curve_from(-1.0), optional=True)
 # The estimated error of the output at those sparsities.
 ERRORS = Artifact("errors", ("points",), curve_from(0.0), optional=True)
+# The number of the sites that share active sets with it, for they read one input: the same for all of them.
+GROUP = Artifact("group", (), whole, optional=True)
 # Mean squares of the entries of the input.
 IMPORTANCE = Artifact("importance", ("inputs",), non_negative)

@@ -42,8 +42,8 @@ def test_yaml_and_json_mean_the_same(tmp_path):
 
 def test_settings_reach_every_entry():
     assert [entry.method.sparsity for entry in MEANT.with_settings(sparsity=0.4).entries] == [0.4, 0.4]
-    with pytest.raises(ConfigError, match="allocation of teal is 'global'"):
-        MEANT.with_settings(allocation="global")
+    with pytest.raises(ConfigError, match="weighting of teal is 'rms'"):
+        MEANT.with_settings(weighting="rms")
 
 
 @pytest.mark.parametrize(

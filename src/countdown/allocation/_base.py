@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from countdown.artifacts import Artifact, Artifacts
+from countdown.artifacts import GROUP, Artifact, Artifacts
 from countdown.registry import Registry, instances_of
 
 
@@ -24,6 +24,14 @@ class Problem:
     sparsity: float
     sizes: Mapping[str, int]
     artifacts: Mapping[str, Artifacts]
+
+    def groups(self) -> list[list[str]]:
+        """Return the names of the sites that must have one sparsity, as they share active sets; most are alone."""
+        found: dict[float | str, list[str]] = {}
+        for name in self.sizes:
+            number = self.artifacts[name].get(GROUP.name)
+            found.setdefault(name if number is None else float(number), []).append(name)
+        return list(found.values())
 
 
 class Allocation(ABC):

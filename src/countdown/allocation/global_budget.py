@@ -23,25 +23,24 @@ class GlobalBudget(Allocation):
     """Minimises the estimated rise of the model's KL; see `allocate`."""
 
     name = "global"
-    kinds = ("ffn",)
+    kinds = ("ffn", "linear")
     artifacts = (ERRORS,)
     passes = ("errors",)
 
     def allocate(self, problem: Problem) -> dict[str, float]:
         if problem.sparsity == 0:
             return dict.fromkeys(problem.sizes, 0.0)
-        errors = [problem.artifacts[name].get(ERRORS.name) for name in problem.sizes]
-        known = [error for error in errors if error is not None]
-        if len(known) < len(errors):
+        if any(ERRORS.name not in problem.artifacts[name] for name in problem.sizes):
             raise ProfileError("the profile was not calibrated for allocation 'global'; calibrate again with it.")
         import torch
 
+        groups = problem.groups()
+        errors = [torch.stack([problem.artifacts[name][ERRORS.name] for name in group]).sum(dim=0) for group in groups]
+        sizes = [sum(problem.sizes[name] for name in group) for group in groups]
         shares = allocate(
-            torch.stack(known),
-            torch.tensor(list(problem.sizes.values()), dtype=torch.int64, device="cpu"),
-            problem.sparsity,
-        )
-        return dict(zip(problem.sizes, shares.tolist(), strict=True))
+            torch.stack(errors), torch.tensor(sizes, dtype=torch.int64, device="cpu"), problem.sparsity
+        ).tolist()
+        return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
 
 
 def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from countdown.allocation import ALLOCATIONS
-from countdown.artifacts import MULTIPLIERS, THRESHOLDS, Artifact, Moment
+from countdown.artifacts import GROUP, MULTIPLIERS, THRESHOLDS, Artifact, Moment
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 
@@ -98,8 +98,10 @@ class Method:
     def artifacts(self) -> tuple[Artifact, ...]:
         """Return what a profile holds for each of its sites."""
         multipliers = () if self.weighting == "none" else (MULTIPLIERS,)
+        group = (GROUP,) if self.shares_norms else ()
         thresholds = (THRESHOLDS,) if "threshold" in self.decisions else ()
-        return (*multipliers, *thresholds, *self.selector.artifacts, *ALLOCATIONS.get(self.allocation).artifacts)
+        allocated = ALLOCATIONS.get(self.allocation).artifacts
+        return (*multipliers, *group, *thresholds, *self.selector.artifacts, *allocated)
 
     def passes(self) -> tuple[str, ...]:
         """Return the names of the passes over the text that make its artifacts; see `calibration.passes`."""
