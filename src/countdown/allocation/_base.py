@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,13 +25,19 @@ class Problem:
     sizes: Mapping[str, int]
     artifacts: Mapping[str, Artifacts]
 
-    def groups(self) -> list[list[str]]:
-        """Return the names of the sites that must have one sparsity, as they share active sets; most are alone."""
-        found: dict[float | str, list[str]] = {}
-        for name in self.sizes:
-            number = self.artifacts[name].get(GROUP.name)
-            found.setdefault(name if number is None else float(number), []).append(name)
-        return list(found.values())
+
+def together(names: Iterable[str], artifacts: Mapping[str, Artifacts]) -> list[list[str]]:
+    """Return the sites that must have one sparsity, as they share active sets, in lists; most are alone in theirs.
+
+    Args:
+        names: Of sites.
+        artifacts: What calibration left for each, by name.
+    """
+    found: dict[float | str, list[str]] = {}
+    for name in names:
+        number = artifacts[name].get(GROUP.name)
+        found.setdefault(name if number is None else float(number), []).append(name)
+    return list(found.values())
 
 
 class Allocation(ABC):

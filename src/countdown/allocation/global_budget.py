@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from countdown.allocation._base import Allocation, Problem, register
+from countdown.allocation._base import Allocation, Problem, register, together
 from countdown.artifacts import ERRORS
 from countdown.errors import ProfileError
 
@@ -34,7 +34,7 @@ class GlobalBudget(Allocation):
             raise ProfileError("the profile was not calibrated for allocation 'global'; calibrate again with it.")
         import torch
 
-        groups = problem.groups()
+        groups = together(problem.sizes, problem.artifacts)
         errors = [torch.stack([problem.artifacts[name][ERRORS.name] for name in group]).sum(dim=0) for group in groups]
         sizes = [sum(problem.sizes[name] for name in group) for group in groups]
         shares = allocate(

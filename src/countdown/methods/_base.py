@@ -38,7 +38,8 @@ class Method:
             of the factor of s_i that the indicator does not see; `column-norm`, that times ‖w_i‖₂; `shared-norm`, of
             linears, the norm over all columns that one input is multiplied with.
         allocation: A name of `allocation.ALLOCATIONS`: `uniform`, the same target everywhere; `global`, one budget for
-            all modules of the entry, spent where calibration measured that it hurts least.
+            all modules of the entry, spent where calibration measured that it hurts least; `greedy`, of linears, the
+            same for every decoder layer, divided within it where its output loses least.
 
     Raises:
         ConfigError: A setting is out of range or not offered by the method.

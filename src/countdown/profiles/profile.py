@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from countdown.allocation import ALLOCATIONS, Problem
-from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
+from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
 from countdown.config import check_fields
 from countdown.cost import beside_bytes
 from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
@@ -385,16 +385,6 @@ def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
     return found
 
 
-def threshold_at(curve: Tensor, sparsity: float) -> float:
-    """Return the value of a curve (see `artifacts`) at a sparsity: its first at 0, past its last point that one."""
-    if sparsity == 0:
-        return float(curve[0])
-    position = min(sparsity * len(curve), len(curve) - 1)
-    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
-    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
-    return float(low + (high - low) * (position - int(position)))
-
-
 def _taken(entries: Sequence[Entry], kinds: Mapping[str, str]) -> list[Entry]:
     """Return the entries, each with the artifacts of the sites that it takes now."""
     try:
@@ -452,7 +442,7 @@ def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor
         return multipliers
     if THRESHOLDS.name not in found:
         raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
-    return _thresholds(threshold_at(found[THRESHOLDS.name], method.sparsity), multipliers)
+    return _thresholds(value_at(found[THRESHOLDS.name], method.sparsity), multipliers)
 
 
 def _thresholds(tau: float, multipliers: Tensor) -> Tensor:

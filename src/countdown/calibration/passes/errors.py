@@ -6,11 +6,11 @@ import itertools
 
 from torch import Tensor
 
-from countdown.artifacts import ERRORS
+from countdown.artifacts import ERRORS, value_at
 from countdown.calibration.passes._base import Pass, Run, register
 from countdown.calibration.passes.sketches import sketch_sparse
 from countdown.calibration.passes.slopes import chord, kl_slopes
-from countdown.profiles.profile import allocated, threshold_at
+from countdown.profiles.profile import allocated
 from countdown.progress import track
 
 # Error curves are estimated on every so many-th sequence; their scales in so many rounds over the text, as a mean over
@@ -42,7 +42,7 @@ class ErrorsPass(Pass):
         scales = dict.fromkeys(local, 0.0)
         rounds = track(_rounds(run.shuffled), "calibrating, effect of each module", show=run.progress)
         for round_, some in enumerate(rounds, 1):
-            slopes = kl_slopes(run.model, run.assigned, some, now, lambda name, k: threshold_at(curves[name], k))
+            slopes = kl_slopes(run.model, run.assigned, some, now, lambda name, k: value_at(curves[name], k))
             for one in judged:
                 name = one.site.name
                 rise = _rise(local[name], now[name])
@@ -62,7 +62,7 @@ def _rounds(sequences: list[Tensor]) -> list[list[Tensor]]:
 def _rise(local: Tensor, sparsity: float) -> float:
     """Return the slope of an error curve at a sparsity, over the chord that the slopes of the KL are taken over."""
     low, high = chord(sparsity)
-    return (threshold_at(local, high) - threshold_at(local, low)) / (high - low)
+    return (value_at(local, high) - value_at(local, low)) / (high - low)
 
 
 register(ErrorsPass())
