@@ -2,11 +2,12 @@
 
     python benchmarks/quality.py MODEL --sweep SWEEP --windows 16 --text-dir DIR --output benchmarks/results/NAME.json
 
-Calibrates on 32,768 tokens of WikiText-2's validation split, evaluates on the first windows of its test split. MODEL
-is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt. Sweeps:
+Calibrates on 32,768 tokens (--tokens) of WikiText-2's validation split, evaluates on the first windows of its test
+split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt. Sweeps:
 
     methods     every method, decision and weighting, 0.5 to 0.9; --only NAME for one method
     allocation  uniform against global, and against global by the local output error alone
+    linears     teal and wina under every allocation, on all linears and on those of attention; one profile each
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
     shipped     proxies of 4 bits against the exact coefficient: without --dither, where weights lie on a grid
@@ -42,6 +43,7 @@ from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import Method, method, method_class, method_names
 from countdown.modules import SparseModule
 from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.results import meta, write
 from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
@@ -51,6 +53,7 @@ from countdown.text import Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+LINEAR_SPARSITIES = (0.25, 0.4, 0.5)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = 32768
 # Groups and steps of a row in the GGUF files at hand: asymmetric, four bits.
@@ -62,7 +65,7 @@ def main() -> None:
     arguments = _arguments()
     bench = Bench.of(arguments)
     command = shlex.join(["python", "benchmarks/quality.py", bench.source.label, *arguments.public])
-    header = meta(command, commit=arguments.commit or _commit(), tokens=TOKENS)
+    header = meta(command, commit=arguments.commit or _commit(), tokens=bench.tokens)
     records = []
     for record in SWEEPS[arguments.sweep](bench, arguments):
         records.append(record)
@@ -82,6 +85,7 @@ class Bench:
     valid: Text
     test: Text
     windows: int
+    tokens: int
     dithered: bool
 
     @classmethod
@@ -92,11 +96,12 @@ class Bench:
         model = load_model(source, dtype="float32" if arguments.dither else "bfloat16", device=arguments.device)
         if arguments.dither:
             _dither(model)
-        return cls(source, model, load_tokenizer(source), valid, test, arguments.windows, arguments.dither)
+        counts = (arguments.windows, arguments.tokens)
+        return cls(source, model, load_tokenizer(source), valid, test, *counts, arguments.dither)
 
-    def calibrated(self, config: Method, *texts: Text) -> Profile:
+    def calibrated(self, config: Method | Recipe, *texts: Text) -> Profile:
         """Return a profile of `config`, calibrated on these texts or else on the validation split."""
-        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=TOKENS, progress=False)
+        found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=self.tokens, progress=False)
         print("calibrated", config, flush=True)
         return found
 
@@ -156,7 +161,7 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     (entry,) = profile.entries
     sites = find_sites(bench.model, profile.kinds)
     assigned = [Assignment(site, entry.method, dict(entry.sites[site.name])) for site in sites]
-    sequences = calibration_sequences(bench.tokenizer, bench.valid, TOKENS)
+    sequences = calibration_sequences(bench.tokenizer, bench.valid, bench.tokens)
     owners = dict.fromkeys(entry.sites, 0)
     run = Run(bench.model, sequences, sequences, profile.recipe, assigned, owners, progress=False)
     levels = repeat({site.name: entry.method.sparsity for site in sites})
@@ -164,6 +169,16 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     errors = {site.name: sketches[site.name].errors(site.terms).float() for site in sites}
     changed: dict[str, Artifacts] = {name: {**found, ERRORS.name: errors[name]} for name, found in entry.sites.items()}
     return replace(profile, entries=[replace(entry, sites=changed)])
+
+
+def _linears(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for part, pattern in (("all", "*"), ("attention", "*.self_attn.*")):
+        for name in ("teal", "wina"):
+            for allocation in method_class(name).allocations():
+                entry = RecipeEntry(method(name, sparsity=0.4, allocation=allocation), pattern)
+                profile = bench.calibrated(Recipe((entry,)))
+                for sparsity in LINEAR_SPARSITIES:
+                    yield bench.measured(profile.with_settings(sparsity=sparsity), linears=part)
 
 
 def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -238,6 +253,7 @@ def _dither(model: nn.Module) -> None:
 SWEEPS = {
     "methods": _methods,
     "allocation": _allocation,
+    "linears": _linears,
     "texts": _texts,
     "proxy": _proxy,
     "shipped": _shipped,
@@ -253,6 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--other", type=Path)
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--text-dir", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, required=True)
@@ -261,7 +278,9 @@ def _arguments() -> argparse.Namespace:
     only = ["--only", arguments.only] if arguments.only else []
     other = ["--other", arguments.other.name] if arguments.other else []
     dither = ["--dither"] if arguments.dither else []
-    arguments.public = ["--sweep", arguments.sweep, *only, *other, *dither, "--windows", str(arguments.windows)]
+    tokens = ["--tokens", str(arguments.tokens)] if arguments.tokens != TOKENS else []
+    counts = ["--windows", str(arguments.windows), *tokens]
+    arguments.public = ["--sweep", arguments.sweep, *only, *other, *dither, *counts]
     return arguments
 
 
