@@ -84,6 +84,11 @@ def test_inspect(model_folder, tmp_path):
     result = run("inspect", model_folder, "--json", "-", cwd=tmp_path)
     facts = json.loads(result.stdout)
     assert [ffn["name"] for ffn in facts["ffns"]] == [f"model.layers.{i}.mlp" for i in range(3)]
+    read = {row["method"]: row["weights_read"] for row in facts["ceilings"] if row["sparsity"] == 0.5}
+    assert {"chess", "d-proxy+wina", "teal"} <= set(read)
+    # FFNs and attention's linears, each at half, and the proxies of the FFNs.
+    ffn, attention = 3 * 24 * 53, 2 * 24 * 24 + 2 * 24 * 12
+    assert read["d-proxy+wina"] == pytest.approx((read["d-proxy"] * ffn + 0.5 * attention) / (ffn + attention))
 
 
 def test_calibrate_then_evaluate(made, model_folder):
@@ -267,6 +272,19 @@ def test_global_allocation_gives_each_module_its_own_target(model_folder, tmp_pa
     assert record["allocation"] == "global"
     assert record["realised_sparsity"] == pytest.approx(0.7, abs=0.03)
     assert max(record["realised_sparsity_by_layer"]) - min(record["realised_sparsity_by_layer"]) > 0.1
+
+
+def test_one_budget_from_a_recipe_file_to_the_status(model_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text("sparsity: 0.4\nentries: [{method: d-proxy}, {method: wina}]")
+    made = run("calibrate", model_folder, "-o", "p", "--method", "r.yaml", "--tokens", "2048", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "one budget, global, at 0.4" in made.stderr
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
+    (record,) = json.loads(result.stdout)["records"]
+    assert (record["method"], record["allocation"], record["sparsity"]) == ("recipe", "global", 0.4)
+    assert len(record["realised_sparsity_by_layer"]) == 3 + 3 * 4
+    shown = run("evaluate", model_folder, "--profile", "p", "--sparsity", "0.2", *EVALUATE, cwd=tmp_path)
+    assert "one budget, global, at 0.2" in shown.stdout
 
 
 def test_an_exported_folder_runs_sparse_by_its_name_alone(made, model_folder, tmp_path):

@@ -16,8 +16,9 @@ class Problem:
     """What is to be allocated.
 
     Args:
-        sparsity: Over all sites, which share one method.
-        sizes: Weights of each site, by name.
+        sparsity: Over all sites, each counted by its size.
+        sizes: Of each site, by name: the bytes of weights that a token saves where none of its terms are active, so
+            that what is spent are bytes whatever methods the sites have.
         artifacts: What calibration left for each site, by name.
     """
 
@@ -47,6 +48,7 @@ class Allocation(ABC):
     kinds: ClassVar[tuple[str, ...] | None] = None  # of sites it applies to, None for all
     artifacts: ClassVar[tuple[Artifact, ...]] = ()  # that it needs of each site
     passes: ClassVar[tuple[str, ...]] = ()  # of calibration that make them
+    across: ClassVar[bool] = False  # whether it can divide one budget among several entries of a recipe
 
     @abstractmethod
     def allocate(self, problem: Problem) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One budget of weights read for all sites, spent where it hurts least."""
+"""One budget of bytes read for all sites, spent where it hurts least."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class GlobalBudget(Allocation):
     kinds = ("ffn", "linear")
     artifacts = (ERRORS,)
     passes = ("errors",)
+    across = True
 
     def allocate(self, problem: Problem) -> dict[str, float]:
         if problem.sparsity == 0:
@@ -44,15 +45,14 @@ class GlobalBudget(Allocation):
 
 
 def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """Spend one budget of weights read where it hurts least: `allocation="global"`.
+    """Spend one budget of bytes read where it hurts least: `allocation="global"`.
 
-    Minimises Σ_l errors_l(k_l) under Σ_l size_l·k_l = sparsity·Σ_l size_l. The sites share one method, so a budget
-    of sparsity is one of weights read. Solved by a price λ of sparsity: each site takes its own minimum of
-    errors_l(k) − λ·size_l·k, and λ is bisected until the budget is met.
+    Minimises Σ_l errors_l(k_l) under Σ_l size_l·k_l = sparsity·Σ_l size_l. Solved by a price λ of sparsity: each site
+    takes its own minimum of errors_l(k) − λ·size_l·k, and λ is bisected until the budget is met.
 
     Args:
         errors: Estimated error at sparsities 0, 1/n, ..., (n-1)/n, float `[sites, n]`, finite.
-        sizes: Weights of each site, `[sites]`.
+        sizes: What a unit of sparsity saves of each site, `[sites]`.
         sparsity: 0 ≤ sparsity < 1, over all sites.
 
     Returns:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
 from countdown.config import check_fields
-from countdown.cost import beside_bytes
+from countdown.cost import beside_bytes, saved_bytes
 from countdown.errors import AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
@@ -91,6 +91,7 @@ class Profile:
         calibration: Text, tokens, dtype and versions: what is needed to repeat it.
         entries: Methods by module pattern, as in a recipe.
         proxies: Parts of selectors that are stored with it, if any.
+        allocation: Of one budget for all entries, if they have one; see `Recipe`.
     """
 
     base_model: dict[str, Any]
@@ -99,6 +100,7 @@ class Profile:
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
     proxies: StoredParts | None = None
+    allocation: str | None = None
 
     def __repr__(self) -> str:
         """Return one line: its tensors would fill pages."""
@@ -160,12 +162,12 @@ class Profile:
                 if name in settings and settings[name] != getattr(entry.method, name):
                     raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
             entries.append(replace(entry, method=replace(entry.method, **settings)))
-        return replace(self, entries=entries)
+        return replace(self, entries=entries, allocation=self.recipe.with_settings(**settings).allocation)
 
     @property
     def recipe(self) -> Recipe:
         """What was calibrated, with the settings it has now."""
-        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries))
+        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries), self.allocation)
 
     @property
     def kinds(self) -> list[str]:
@@ -178,12 +180,14 @@ class Profile:
         Raises:
             ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
         """
-        sizes = {site.name: site.size for site in sites}
         by_name = {site.name: site for site in sites}
+        taken = _taken(self.entries, {site.name: site.kind for site in sites})
+        sizes = {name: saved_bytes(by_name[name], entry.method) for entry in taken for name in entry.sites}
+        sparsities = allocated(taken, sizes, self.allocation)
         chosen = {}
-        for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
-            for name, sparsity in allocated(entry, sizes).items():
-                method, found = replace(entry.method, sparsity=sparsity), entry.sites[name]
+        for entry in taken:
+            for name, found in entry.sites.items():
+                method = replace(entry.method, sparsity=sparsities[name])
                 per_term = _per_term(name, method, found, self._axes(name)["terms"])
                 chosen[name] = Setting(method, per_term, found, self._stored((by_name[name], method.selector, found)))
         if self.proxies and any(one.method.selector.artifacts and one.parts is None for one in chosen.values()):
@@ -311,6 +315,7 @@ class Profile:
             "calibration": self.calibration,
             "structure": self.structure,
             "entries": [{"pattern": e.pattern, "method": e.method.to_dict()} for e in self.entries],
+            **({"allocation": self.allocation} if self.allocation else {}),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -329,7 +334,7 @@ class Profile:
             raise ValueError(f"version is {version!r}")
         if version > VERSION:
             raise ProfileError(f"the profile has version {version}, this countdown reads up to {VERSION}: upgrade it.")
-        known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries")
+        known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries", "allocation")
         check_fields("profile.json", header, known)
         sites: list[dict[str, dict[str, Tensor]]] = [{} for _ in header["entries"]]
         samples: dict[str, Tensor] = {}
@@ -347,7 +352,8 @@ class Profile:
             Entry(entry["pattern"], parse_method(entry["method"]), dict(by_name))
             for entry, by_name in zip(header["entries"], sites, strict=True)
         ]
-        profile = cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
+        facts = (header["base_model"], header["structure"], samples, header["calibration"])
+        profile = cls(*facts, entries, allocation=header.get("allocation"))
         _check_contents(profile)
         return profile
 
@@ -365,22 +371,32 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ProfileError(problem)
 
 
-def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the sparsity of each site of an entry.
+def allocated(entries: Sequence[Entry], sizes: Mapping[str, int], allocation: str | None = None) -> dict[str, float]:
+    """Return the sparsity of each site.
 
     Args:
-        entry: The entry.
-        sizes: Weights of each site, by name.
+        entries: The entries.
+        sizes: What sparsity saves of each site, by name; see `Problem`.
+        allocation: Of one budget for all entries, None where each has its own.
 
     Raises:
-        ProfileError: The entry allocates globally and has no error estimates.
+        ProfileError: A site lacks what its allocation needs.
         ConfigError: An allocation gives no sparsity that a module can have.
     """
-    problem = Problem(entry.method.sparsity, {name: sizes[name] for name in entry.sites}, entry.sites)
-    found = ALLOCATIONS.get(entry.method.allocation).allocate(problem)
-    wrong = [name for name in problem.sizes if not 0 <= found.get(name, -1.0) < 1]
-    if wrong := wrong or [name for name in found if name not in problem.sizes]:
-        allocation = entry.method.allocation
+    if allocation is not None:
+        sites = {name: found for entry in entries for name, found in entry.sites.items()}
+        return _of_budget(allocation, entries[0].method.sparsity, sites, sizes)
+    budgets = [_of_budget(one.method.allocation, one.method.sparsity, one.sites, sizes) for one in entries]
+    return {name: sparsity for found in budgets for name, sparsity in found.items()}
+
+
+def _of_budget(
+    allocation: str, sparsity: float, sites: Mapping[str, Artifacts], sizes: Mapping[str, int]
+) -> dict[str, float]:
+    problem = Problem(sparsity, {name: sizes[name] for name in sites}, sites)
+    found = ALLOCATIONS.get(allocation).allocate(problem)
+    wrong = [name for name in sites if not 0 <= found.get(name, -1.0) < 1]
+    if wrong := wrong or [name for name in found if name not in sites]:
         raise ConfigError(f"allocation '{allocation}' gives {wrong[0]} no sparsity of 0 or more and below 1.")
     return found
 

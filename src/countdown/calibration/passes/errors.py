@@ -10,7 +10,6 @@ from countdown.artifacts import ERRORS, value_at
 from countdown.calibration.passes._base import Pass, Run, register
 from countdown.calibration.passes.sketches import sketch_sparse
 from countdown.calibration.passes.slopes import chord, kl_slopes
-from countdown.profiles.profile import allocated
 from countdown.progress import track
 
 # Error curves are estimated on every so many-th sequence; their scales in so many rounds over the text, as a mean over
@@ -49,7 +48,7 @@ class ErrorsPass(Pass):
                 # A mean over the rounds that forgets the first ones, which were made elsewhere.
                 scales[name] += ((slopes[name] / rise if rise else 0.0) - scales[name]) / min(round_, MEMORY)
                 one.artifacts[ERRORS.name] = (local[name] * max(scales[name], 0.0)).float()
-            wanted = {name: k for entry in run.entries for name, k in allocated(entry, run.sizes).items()}
+            wanted = run.allocated()
             now = {name: k + STEP * (wanted[name] - k) for name, k in now.items()}
 
 
