@@ -7,7 +7,9 @@ split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt 
 
     methods     every method, decision and weighting, 0.5 to 0.9; --only NAME for one method
     allocation  uniform against global, and against global by the local output error alone
-    linears     teal and wina under every allocation, on all linears and on those of attention; one profile each
+    linears     teal and wina under every allocation, on all linears; one profile each
+    attention   the same on the linears of attention
+    budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
     shipped     proxies of 4 bits against the exact coefficient: without --dither, where weights lie on a grid
@@ -20,6 +22,7 @@ its own either way: a proxy of few bits would fit that grid by luck. The dithere
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -38,6 +41,7 @@ from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.passes import Assignment, Run
 from countdown.calibration.passes.errors import ERROR_STRIDE
 from countdown.calibration.passes.sketches import sketch_sparse
+from countdown.cost import saved_bytes, token_bytes
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import Method, method, method_class, method_names
@@ -53,6 +57,7 @@ from countdown.text import Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+BUDGET_SPARSITIES = (0.5, 0.6, 0.7)
 LINEAR_SPARSITIES = (0.25, 0.4, 0.5)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = 32768
@@ -66,11 +71,11 @@ def main() -> None:
     bench = Bench.of(arguments)
     command = shlex.join(["python", "benchmarks/quality.py", bench.source.label, *arguments.public])
     header = meta(command, commit=arguments.commit or _commit(), tokens=bench.tokens)
-    records = []
+    records = json.loads(arguments.output.read_text())["records"] if arguments.extend else []
     for record in SWEEPS[arguments.sweep](bench, arguments):
         records.append(record)
         shown = ("method", "weighting", "decision", "allocation", "sparsity", "text", "realised_sparsity", "perplexity")
-        print(*(record[key] for key in shown), flush=True)
+        print(*(record.get(key, "") for key in shown), flush=True)
         # Each time: a sweep that is cut short has what it measured.
         write(arguments.output, {"meta": header, "records": records})
 
@@ -117,6 +122,8 @@ class Bench:
         result = evaluate(self.model, ids, progress=False)
         sites = status(self.model)
         restore_(self.model)
+        bytes_ = {site.name: site.nbytes for site in find_sites(self.model, profile.kinds)}
+        saved = sum(bytes_[site.name] * (1 - (site.weights_read or 0.0)) for site in sites)
         return {
             "model": self.source.label,
             "sites": len(sites),
@@ -129,6 +136,7 @@ class Bench:
             "calibrated_on": [seen["source"] for seen in profile.calibration["texts"]],
             "windows": len(ids),
             **result.record(),
+            "token_read": 1 - saved / token_bytes(self.model, ()).total,
             "target_by_layer": [round(layer.target, 5) for layer in result.layers],
             **about,
         }
@@ -171,14 +179,27 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     return replace(profile, entries=[replace(entry, sites=changed)])
 
 
-def _linears(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for part, pattern in (("all", "*"), ("attention", "*.self_attn.*")):
-        for name in ("teal", "wina"):
-            for allocation in method_class(name).allocations():
-                entry = RecipeEntry(method(name, sparsity=0.4, allocation=allocation), pattern)
-                profile = bench.calibrated(Recipe((entry,)))
-                for sparsity in LINEAR_SPARSITIES:
-                    yield bench.measured(profile.with_settings(sparsity=sparsity), linears=part)
+def _linears(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    pattern = {"linears": "*", "attention": "*.self_attn.*"}[arguments.sweep]
+    for name in [arguments.only] if arguments.only else ["teal", "wina"]:
+        for allocation in arguments.allocation or method_class(name).allocations():
+            entry = RecipeEntry(method(name, sparsity=0.4, allocation=allocation), pattern)
+            profile = bench.calibrated(Recipe((entry,)))
+            for sparsity in LINEAR_SPARSITIES:
+                yield bench.measured(profile.with_settings(sparsity=sparsity))
+
+
+def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The sparsities of one budget are those at which it saves the bytes that d-proxy alone does at its own."""
+    sites = {site.name: site for site in find_sites(bench.model, ["ffn", "linear"])}
+    for name in ("d-proxy", "d-proxy+wina"):
+        profile = bench.calibrated(Recipe.named(name, sparsity=0.5, allocation="global"))
+        saved = {site: saved_bytes(sites[site], entry.method) for entry in profile.entries for site in entry.sites}
+        part = sum(bytes_ for site, bytes_ in saved.items() if sites[site].kind == "ffn") / sum(saved.values())
+        for sparsity in BUDGET_SPARSITIES:
+            for allocation in ("uniform", "global"):
+                at = profile.with_settings(sparsity=sparsity * part, allocation=allocation)
+                yield bench.measured(at, recipe_name=name, bytes_of_ffn_sparsity=sparsity)
 
 
 def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -254,6 +275,8 @@ SWEEPS = {
     "methods": _methods,
     "allocation": _allocation,
     "linears": _linears,
+    "attention": _linears,
+    "budget": _budget,
     "texts": _texts,
     "proxy": _proxy,
     "shipped": _shipped,
@@ -265,8 +288,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--sweep", choices=list(SWEEPS), default="methods")
-    parser.add_argument("--only", choices=method_names())
+    parser.add_argument("--only", choices=[*method_names(), "wina"])
     parser.add_argument("--other", type=Path)
+    parser.add_argument("--allocation", nargs="+", help="of linears and attention, only these")
+    parser.add_argument("--extend", action="store_true", help="keep the records that the output has")
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=TOKENS)

@@ -11,7 +11,7 @@ from countdown.artifacts import ERRORS, GROUP
 from countdown.calibration.calibrate import calibrate
 from countdown.calibration.passes import Assignment, Run
 from countdown.calibration.passes.sketches import sketch_sparse
-from countdown.calibration.passes.slopes import chord, kl_slopes
+from countdown.calibration.passes.slopes import chord, kl_curvatures, kl_slopes
 from countdown.errors import ProfileError
 from countdown.methods import method
 from countdown.profiles.profile import Profile
@@ -87,6 +87,29 @@ def test_slopes_are_derivatives_of_the_models_kl(tokenizer, text):
         step = 0.05  # norms compute in float32, so a small one would drown
         expected = (masked.kl(name, step) - masked.kl(name, -step)) / (2 * step) / (high - low)
         assert slopes[name] == pytest.approx(expected, rel=1e-2, abs=1e-8), name
+
+
+@pytest.mark.parametrize("name", ["1.self_attn.v_proj", "0.mlp.down_proj", "2.mlp.gate_proj"])
+def test_curvatures_are_the_kl_that_the_errors_of_one_site_make(name, tokenizer, text):
+    model = llama(torch.float64)
+    sequences = list(windows(tokenizer, text, count=16, length=64))
+    site = next(one for one in find_sites(model, ["linear"]) if one.name.endswith(name))
+    threshold = float(torch.cat([Masked(model, ids).inputs[site.name] for ids in sequences]).abs().quantile(K))
+    (found,) = kl_curvatures(
+        model, [Assignment(site, method("teal", sparsity=0.0))], sequences, {site.name: 0.0},
+        lambda _, sparsity: threshold if sparsity else -1.0,
+    ).values()  # fmt: skip
+    expected = 0.0
+    for ids in sequences:
+        with torch.no_grad():
+            dense = model(ids[None]).logits
+            hook = site.module.register_forward_pre_hook(lambda _, x: torch.where(x[0].abs() > threshold, x[0], 0))
+            sparse = model(ids[None]).logits
+            hook.remove()
+        p, q = (F.log_softmax(one, dim=-1) for one in (dense, sparse))
+        expected += float(F.kl_div(q, p, reduction="sum", log_target=True)) / len(ids) / len(sequences)
+    # One token is drawn for each position, and effects of several positions on one are added as if independent.
+    assert found == pytest.approx(expected, rel=0.5)
 
 
 def test_the_error_of_a_linear_is_what_its_dropped_channels_add(tokenizer, text):
