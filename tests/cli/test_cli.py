@@ -72,6 +72,9 @@ def made(model_folder, tmp_path_factory):
     assert result.stdout == "p\n"
     (folder / "wrong.yaml").write_text("- method: cats\n  sparsty: 0.5\n")
     (folder / "two.yaml").write_text("- method: d-proxy\n- method: cats\n  pattern: nothing\n")
+    (folder / "budget.yaml").write_text("entries:\n- method: d-proxy\n- method: wina\n  sparsity: 0.3\n")
+    (folder / "both.yaml").write_text("entries:\n- method: d-proxy\n- method: teal\n  pattern: '*.gate_proj'\n")
+    (folder / "layers.yaml").write_text("entries:\n- method: d-proxy\n- {method: wina, pattern: '*.9.self_attn.*'}\n")
     (folder / "nowhere.json").write_text('[{"method": "cats", "pattern": "blocks.*"}]')
     return folder
 
@@ -384,6 +387,13 @@ MISTAKES = {
     "recipe": (["calibrate", "{model}", "--method", "wrong.yaml"], "Did you mean 'sparsity'"),
     "no such recipe": (["calibrate", "{model}", "--method", "nope.yaml"], "recipe nope.yaml cannot be read"),
     "pattern": (["calibrate", "{model}", "--method", "nowhere.json"], "takes no module of the model"),
+    "budget": (["calibrate", "{model}", "--method", "budget.yaml"], "entry 2 of budget.yaml has sparsity of its own"),
+    "one linear": (
+        ["calibrate", "{model}", "--method", "both.yaml"],
+        "'*.gate_proj' takes no module of the model: earlier",
+    ),
+    "layers": (["calibrate", "{model}", "--method", "layers.yaml"], "'*.9.self_attn.*' takes no module of the model"),
+    "greedy": (["calibrate", "{model}", "--method", "cats", "--allocation", "greedy"], "expected one of: global, unif"),
     "allocation": (["calibrate", "{model}", "--method", "cats", "--allocation", "globl"], "Did you mean 'global'"),
     "picked": (["calibrate", "{model}", "--bits", "4"], "--bits is picked by --method auto"),
     "too little to pick by": (["calibrate", "{model}", "-o", "new", "--tokens", "1024"], "takes 3 sequences of text"),
