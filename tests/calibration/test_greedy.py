@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was(tokenizer, text, monkeypatch):
 
 def test_progress_is_said(tokenizer, text, capsys):
     calibrate(llama(), tokenizer, text, method("teal", allocation="greedy"), tokens=512)
-    assert "calibrating, greedy allocation by layer: 3 steps\n" in capsys.readouterr().err
+    assert "calibrating (1 of 2), greedy allocation by layer: 3 steps\n" in capsys.readouterr().err
 
 
 def test_bad_input(tokenizer, text, made):
