@@ -2,11 +2,14 @@
 
     python benchmarks/quality.py MODEL --sweep SWEEP --windows 16 --text-dir DIR --output benchmarks/results/NAME.json
 
-Calibrates on 32,768 tokens of WikiText-2's validation split, evaluates on the first windows of its test split. MODEL
-is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt. Sweeps:
+Calibrates on 32,768 tokens (--tokens) of WikiText-2's validation split, evaluates on the first windows of its test
+split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt and test.txt. Sweeps:
 
     methods     every method, decision and weighting, 0.5 to 0.9; --only NAME for one method
     allocation  uniform against global, and against global by the local output error alone
+    linears     teal and wina under every allocation, on all linears; one profile each
+    attention   the same on the linears of attention
+    budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
     shipped     proxies of 4 bits against the exact coefficient: without --dither, where weights lie on a grid
@@ -21,6 +24,7 @@ its own either way: a proxy of few bits would fit that grid by luck. The dithere
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -39,11 +43,13 @@ from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.passes import Assignment, Run
 from countdown.calibration.passes.errors import ERROR_STRIDE
 from countdown.calibration.passes.sketches import sketch_sparse
+from countdown.cost import saved_bytes, token_bytes
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.methods import Method, method, method_class, method_names
 from countdown.modules import SparseModule
 from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.results import meta, write
 from countdown.sites import find_sites
 from countdown.sites.ffn import find_ffns
@@ -53,6 +59,8 @@ from countdown.text import WINDOW, Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+BUDGET_SPARSITIES = (0.5, 0.6, 0.7)
+LINEAR_SPARSITIES = (0.25, 0.4, 0.5)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 PROMPT_SPARSITIES = (0.5, 0.7)
 TOKENS = 32768
@@ -65,12 +73,12 @@ def main() -> None:
     arguments = _arguments()
     bench = Bench.of(arguments)
     command = shlex.join(["python", "benchmarks/quality.py", bench.source.label, *arguments.public])
-    header = meta(command, commit=arguments.commit or _commit(), tokens=TOKENS)
-    records = []
+    header = meta(command, commit=arguments.commit or _commit(), tokens=bench.tokens)
+    records = json.loads(arguments.output.read_text())["records"] if arguments.extend else []
     for record in SWEEPS[arguments.sweep](bench, arguments):
         records.append(record)
         shown = ("method", "weighting", "decision", "allocation", "sparsity", "text", "realised_sparsity", "perplexity")
-        print(*(record[key] for key in shown), flush=True)
+        print(*(record.get(key, "") for key in shown), flush=True)
         # Each time: a sweep that is cut short has what it measured.
         write(arguments.output, {"meta": header, "records": records})
 
@@ -85,6 +93,7 @@ class Bench:
     valid: Text
     test: Text
     windows: int
+    tokens: int
     dithered: bool
     prompt_tokens: int | None
 
@@ -96,11 +105,13 @@ class Bench:
         model = load_model(source, dtype="float32" if arguments.dither else "bfloat16", device=arguments.device)
         if arguments.dither:
             _dither(model)
+        counts = (arguments.windows, arguments.tokens)
         read = load_tokenizer(source), valid, test
-        return cls(source, model, *read, arguments.windows, arguments.dither, arguments.prompt_tokens)
+        return cls(source, model, *read, *counts, arguments.dither, arguments.prompt_tokens)
 
-    def calibrated(self, config: Method, *texts: Text, tokens: int = TOKENS) -> Profile:
+    def calibrated(self, config: Method | Recipe, *texts: Text, tokens: int | None = None) -> Profile:
         """Return a profile of `config`, calibrated on these texts or else on the validation split."""
+        tokens = tokens or self.tokens
         found = calibrate(self.model, self.tokenizer, texts or self.valid, config, tokens=tokens, progress=False)
         print("calibrated", config, flush=True)
         return found
@@ -117,6 +128,8 @@ class Bench:
         result = evaluate(self.model, ids, prompt_tokens=self.prompt_tokens, progress=False)
         sites = status(self.model)
         restore_(self.model)
+        bytes_ = {site.name: site.nbytes for site in find_sites(self.model, profile.kinds)}
+        saved = sum(bytes_[site.name] * (1 - (site.weights_read or 0.0)) for site in sites)
         return {
             "model": self.source.label,
             "sites": len(sites),
@@ -130,6 +143,7 @@ class Bench:
             "windows": len(ids),
             "window_tokens": ids.shape[1],
             **result.record(),
+            "token_read": 1 - saved / token_bytes(self.model, ()).total,
             "target_by_layer": [round(layer.target, 5) for layer in result.layers],
             **about,
         }
@@ -164,7 +178,7 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     (entry,) = profile.entries
     sites = find_sites(bench.model, profile.kinds)
     assigned = [Assignment(site, entry.method, dict(entry.sites[site.name])) for site in sites]
-    sequences = calibration_sequences(bench.tokenizer, bench.valid, TOKENS)
+    sequences = calibration_sequences(bench.tokenizer, bench.valid, bench.tokens)
     owners = dict.fromkeys(entry.sites, 0)
     run = Run(bench.model, sequences, sequences, profile.recipe, assigned, owners, progress=False)
     levels = repeat({site.name: entry.method.sparsity for site in sites})
@@ -172,6 +186,29 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     errors = {site.name: sketches[site.name].errors(site.terms).float() for site in sites}
     changed: dict[str, Artifacts] = {name: {**found, ERRORS.name: errors[name]} for name, found in entry.sites.items()}
     return replace(profile, entries=[replace(entry, sites=changed)])
+
+
+def _linears(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    pattern = {"linears": "*", "attention": "*.self_attn.*"}[arguments.sweep]
+    for name in [arguments.only] if arguments.only else ["teal", "wina"]:
+        for allocation in arguments.allocation or method_class(name).allocations():
+            entry = RecipeEntry(method(name, sparsity=0.4, allocation=allocation), pattern)
+            profile = bench.calibrated(Recipe((entry,)))
+            for sparsity in LINEAR_SPARSITIES:
+                yield bench.measured(profile.with_settings(sparsity=sparsity))
+
+
+def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The sparsities of one budget are those at which it saves the bytes that d-proxy alone does at its own."""
+    sites = {site.name: site for site in find_sites(bench.model, ["ffn", "linear"])}
+    for name in ("d-proxy", "d-proxy+wina"):
+        profile = bench.calibrated(Recipe.named(name, sparsity=0.5, allocation="global"))
+        saved = {site: saved_bytes(sites[site], entry.method) for entry in profile.entries for site in entry.sites}
+        part = sum(bytes_ for site, bytes_ in saved.items() if sites[site].kind == "ffn") / sum(saved.values())
+        for sparsity in BUDGET_SPARSITIES:
+            for allocation in ("uniform", "global"):
+                at = profile.with_settings(sparsity=sparsity * part, allocation=allocation)
+                yield bench.measured(at, recipe_name=name, bytes_of_ffn_sparsity=sparsity)
 
 
 def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -256,6 +293,9 @@ def _dither(model: nn.Module) -> None:
 SWEEPS = {
     "methods": _methods,
     "allocation": _allocation,
+    "linears": _linears,
+    "attention": _linears,
+    "budget": _budget,
     "texts": _texts,
     "proxy": _proxy,
     "shipped": _shipped,
@@ -268,11 +308,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--sweep", choices=list(SWEEPS), default="methods")
-    parser.add_argument("--only", choices=method_names())
+    parser.add_argument("--only", choices=[*method_names(), "wina"])
     parser.add_argument("--other", type=Path)
+    parser.add_argument("--allocation", nargs="+", help="of linears and attention, only these")
+    parser.add_argument("--extend", action="store_true", help="keep the records that the output has")
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--prompt-tokens", type=int)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--text-dir", type=Path)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, required=True)
@@ -282,16 +325,9 @@ def _arguments() -> argparse.Namespace:
     other = ["--other", arguments.other.name] if arguments.other else []
     dither = ["--dither"] if arguments.dither else []
     prompt = ["--prompt-tokens", str(arguments.prompt_tokens)] if arguments.prompt_tokens else []
-    arguments.public = [
-        "--sweep",
-        arguments.sweep,
-        *only,
-        *other,
-        *dither,
-        "--windows",
-        str(arguments.windows),
-        *prompt,
-    ]
+    tokens = ["--tokens", str(arguments.tokens)] if arguments.tokens != TOKENS else []
+    counts = ["--windows", str(arguments.windows), *tokens, *prompt]
+    arguments.public = ["--sweep", arguments.sweep, *only, *other, *dither, *counts]
     if arguments.sweep == "prompt" and not prompt:
         parser.error("--sweep prompt needs --prompt-tokens")
     return arguments

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import allocation_tables
 import proxy_tables
 import speed
 from documents import load, row
@@ -294,6 +295,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-prompt-smollm2": lambda: prompt("quality-prompt-smollm2"),
     "allocation-smollm2": lambda: allocation("allocation-smollm2"),
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
+    "linears-smollm2": lambda: allocation_tables.linears("quality-linears-smollm2"),
+    "budget-smollm2": lambda: allocation_tables.budget("quality-budget-smollm2"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
     "gpu-ffn": lambda: speed.ffn("gpu-ffn-h200", "quality-proxy-gemma3"),

@@ -31,11 +31,11 @@ def test_half_the_bytes_in_bfloat16():
 def test_ceiling():
     model = llama()
     found = token_bytes(model, find_ffns(model))
-    row = ceiling(found, find_ffns(model), method("m-countdown", sparsity=0.7))
+    row = ceiling(found, [(find_ffns(model), method("m-countdown", sparsity=0.7))], "m-countdown")
     assert row.weights_read == pytest.approx(1.6 / 3)
     assert row.own_speedup == pytest.approx(3 / 1.6)
     assert row.token_speedup == pytest.approx(found.total / (found.other + found.own * 1.6 / 3))
-    assert ceiling(found, find_ffns(model), method("m-countdown", sparsity=0.0)).token_speedup == 1.0
+    assert ceiling(found, [(find_ffns(model), method("m-countdown", sparsity=0.0))], "").token_speedup == 1.0
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ class LastLayersFirst(allocation.Allocation):
     def allocate(self, problem):
         left, found = problem.sparsity * sum(problem.sizes.values()), {}
         for name in reversed(problem.sizes):
-            found[name] = min(0.9, left / problem.sizes[name])
+            found[name] = max(0.0, min(0.9, left / problem.sizes[name]))
             left -= found[name] * problem.sizes[name]
         return {name: found[name] for name in problem.sizes}
 

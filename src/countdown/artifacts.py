@@ -35,6 +35,11 @@ def curve_from(first: float) -> Callable[[Tensor], str | None]:
     return check
 
 
+def whole(number: Tensor) -> str | None:
+    """Return what is wrong where an entry is not a whole number of 0 or more."""
+    return None if bool((number >= 0).all()) and bool((number == number.floor()).all()) else "are no whole numbers"
+
+
 @dataclass(frozen=True)
 class Moment:
     """A mean over calibration tokens, in the dense model, of a power of a factor of each term.
@@ -82,11 +87,30 @@ class Artifact:
         return self.check(value)
 
 
+def shares(curve: Tensor) -> str | None:
+    """Return what is wrong where a curve of sparsities does not begin at 0, falls, or leaves no term."""
+    return curve_from(0.0)(curve) or ("reach 1" if bool((curve >= 1).any()) else None)
+
+
+def value_at(curve: Tensor, sparsity: float) -> float:
+    """Return the value of a curve, `[POINTS]`, at a sparsity: its first at 0, past its last point that one."""
+    if sparsity == 0:
+        return float(curve[0])
+    position = min(sparsity * len(curve), len(curve) - 1)
+    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
+    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
+    return float(low + (high - low) * (position - int(position)))
+
+
 # What the indicator of each term is multiplied by.
 MULTIPLIERS = Artifact("multipliers", ("terms",), non_negative)
 # τ at sparsities 0, 0.001, ..., 0.999.
 THRESHOLDS = Artifact("thresholds", ("points",), curve_from(-1.0), optional=True)
 # The estimated error of the output at those sparsities.
 ERRORS = Artifact("errors", ("points",), curve_from(0.0), optional=True)
+# The site's own sparsity at those of what it is allocated with.
+PATH = Artifact("path", ("points",), shares, optional=True)
+# The number of the sites that share active sets with it, for they read one input: the same for all of them.
+GROUP = Artifact("group", (), whole, optional=True)
 # Mean squares of the entries of the input.
 IMPORTANCE = Artifact("importance", ("inputs",), non_negative)

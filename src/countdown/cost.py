@@ -36,8 +36,8 @@ class Ceiling:
     """What a method can gain where decoding is bound by reading weights.
 
     Args:
-        method: Its name.
-        sparsity: Share of inactive neurons.
+        method: Its name, or that of a recipe.
+        sparsity: Share of inactive terms.
         weights_read: Share of those sites' weight bytes read.
         own_speedup: 1 / weights_read.
         token_speedup: Over the whole token, everything outside those sites unchanged.
@@ -92,12 +92,24 @@ def _bytes_read(site: Site, method: Method, active: float | None) -> float:
     return method.selector.bytes_read(sum_, share) + (0.0 if added is None else added.bytes_read(sum_, share))
 
 
-def ceiling(bytes_: TokenBytes, sites: Sequence[Site], method: Method) -> Ceiling:
-    """Return what a method can gain at its sparsity, by bytes alone."""
-    read = weights_read(sites, method)
+def saved_bytes(site: Site, method: Method) -> int:
+    """Return the bytes of a site's weights that a token saves where none of its terms are active."""
+    sum_, selector = site.sum, method.selector
+    return round(selector.bytes_read(sum_, 1.0) - selector.bytes_read(sum_, 0.0))
+
+
+def ceiling(bytes_: TokenBytes, parts: Sequence[tuple[Sequence[Site], Method]], name: str) -> Ceiling:
+    """Return what a method, or several at one sparsity, can gain by bytes alone.
+
+    Args:
+        bytes_: Of a token; its own those of all these sites.
+        parts: Sites, and the method that they have.
+        name: What the methods are called.
+    """
+    read = sum(weights_read(sites, one) * sum(s.nbytes for s in sites) for sites, one in parts) / bytes_.own
     return Ceiling(
-        method=method.name,
-        sparsity=method.sparsity,
+        method=name,
+        sparsity=parts[0][1].sparsity,
         weights_read=read,
         own_speedup=1 / read,
         token_speedup=bytes_.total / (bytes_.other + read * bytes_.own),

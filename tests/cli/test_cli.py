@@ -74,6 +74,9 @@ def made(model_folder, tmp_path_factory):
     assert result.stdout == "p\n"
     (folder / "wrong.yaml").write_text("- method: cats\n  sparsty: 0.5\n")
     (folder / "two.yaml").write_text("- method: d-proxy\n- method: cats\n  pattern: nothing\n")
+    (folder / "budget.yaml").write_text("entries:\n- method: d-proxy\n- method: wina\n  sparsity: 0.3\n")
+    (folder / "both.yaml").write_text("entries:\n- method: d-proxy\n- method: teal\n  pattern: '*.gate_proj'\n")
+    (folder / "layers.yaml").write_text("entries:\n- method: d-proxy\n- {method: wina, pattern: '*.9.self_attn.*'}\n")
     (folder / "nowhere.json").write_text('[{"method": "cats", "pattern": "blocks.*"}]')
     return folder
 
@@ -86,6 +89,11 @@ def test_inspect(model_folder, tmp_path):
     result = run("inspect", model_folder, "--json", "-", cwd=tmp_path)
     facts = json.loads(result.stdout)
     assert [ffn["name"] for ffn in facts["ffns"]] == [f"model.layers.{i}.mlp" for i in range(3)]
+    read = {row["method"]: row["weights_read"] for row in facts["ceilings"] if row["sparsity"] == 0.5}
+    assert {"chess", "d-proxy+wina", "teal"} <= set(read)
+    # FFNs and attention's linears, each at half, and the proxies of the FFNs.
+    ffn, attention = 3 * 24 * 53, 2 * 24 * 24 + 2 * 24 * 12
+    assert read["d-proxy+wina"] == pytest.approx((read["d-proxy"] * ffn + 0.5 * attention) / (ffn + attention))
 
 
 def test_calibrate_then_evaluate(made, model_folder):
@@ -300,6 +308,19 @@ def test_global_allocation_gives_each_module_its_own_target(model_folder, tmp_pa
     assert max(record["realised_sparsity_by_layer"]) - min(record["realised_sparsity_by_layer"]) > 0.1
 
 
+def test_one_budget_from_a_recipe_file_to_the_status(model_folder, tmp_path):
+    (tmp_path / "r.yaml").write_text("sparsity: 0.4\nentries: [{method: d-proxy}, {method: wina}]")
+    made = run("calibrate", model_folder, "-o", "p", "--method", "r.yaml", "--tokens", "2048", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "one budget, global, at 0.4" in made.stderr
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
+    (record,) = json.loads(result.stdout)["records"]
+    assert (record["method"], record["allocation"], record["sparsity"]) == ("recipe", "global", 0.4)
+    assert len(record["realised_sparsity_by_layer"]) == 3 + 3 * 4
+    shown = run("evaluate", model_folder, "--profile", "p", "--sparsity", "0.2", *EVALUATE, cwd=tmp_path)
+    assert "one budget, global, at 0.2" in shown.stdout
+
+
 def test_an_exported_folder_runs_sparse_by_its_name_alone(made, model_folder, tmp_path):
     profile = made / "p"
     written = run("export", model_folder, "--profile", profile, "-o", "mine", cwd=tmp_path)
@@ -397,6 +418,13 @@ MISTAKES = {
     "recipe": (["calibrate", "{model}", "--method", "wrong.yaml"], "Did you mean 'sparsity'"),
     "no such recipe": (["calibrate", "{model}", "--method", "nope.yaml"], "recipe nope.yaml cannot be read"),
     "pattern": (["calibrate", "{model}", "--method", "nowhere.json"], "takes no module of the model"),
+    "budget": (["calibrate", "{model}", "--method", "budget.yaml"], "entry 2 of budget.yaml has sparsity of its own"),
+    "one linear": (
+        ["calibrate", "{model}", "--method", "both.yaml"],
+        "'*.gate_proj' takes no module of the model: earlier",
+    ),
+    "layers": (["calibrate", "{model}", "--method", "layers.yaml"], "'*.9.self_attn.*' takes no module of the model"),
+    "greedy": (["calibrate", "{model}", "--method", "cats", "--allocation", "greedy"], "expected one of: global, unif"),
     "allocation": (["calibrate", "{model}", "--method", "cats", "--allocation", "globl"], "Did you mean 'global'"),
     "picked": (["calibrate", "{model}", "--bits", "4"], "--bits is picked by --method auto"),
     "too little to pick by": (["calibrate", "{model}", "-o", "new", "--tokens", "1024"], "takes 3 sequences of text"),

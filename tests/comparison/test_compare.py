@@ -21,6 +21,7 @@ from countdown.comparison.comparison import CURVE, Cell, Comparison, Speed
 from countdown.comparison.session import pieces
 from countdown.errors import AccidentError, ConfigError, TextError, UnsupportedModelError
 from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe
 from tiny import byte_tokenizer, llama
 
 FAST = {"windows": 4, "tokens": 1024, "progress": False}
@@ -119,6 +120,16 @@ def test_what_is_measured(run):
         assert cell.speed.tokens_per_s > 0
         assert cell.quality.loss_interval[0] <= cell.quality.loss <= cell.quality.loss_interval[1]
     assert set(dense.speed.split_us) == set(half.speed.split_us) == {"ffn", "attention_linears", "head", "rest"}
+
+
+def test_methods_on_one_budget_read_less_of_the_whole_token(run):
+    found = run(methods=["d-proxy", "d-proxy+wina"], sparsities=[0.5], speed=False, quantised=False)
+    one, both = found.cells[1:]
+    assert both.label == "d-proxy, 4 bits; teal × shared-norm; one budget, global at 0.5"
+    assert both.error is None
+    assert len(both.quality.layers) > len(one.quality.layers)
+    assert both.weights_read < one.weights_read
+    assert grid.Configuration.of_cell(both).recipe == Recipe.named("d-proxy+wina", sparsity=0.5)
 
 
 def test_it_says_how_far_along_it_is_and_what_it_found(run):

@@ -42,8 +42,8 @@ def test_yaml_and_json_mean_the_same(tmp_path):
 
 def test_settings_reach_every_entry():
     assert [entry.method.sparsity for entry in MEANT.with_settings(sparsity=0.4).entries] == [0.4, 0.4]
-    with pytest.raises(ConfigError, match="allocation of teal is 'global'"):
-        MEANT.with_settings(allocation="global")
+    with pytest.raises(ConfigError, match="weighting of teal is 'rms'"):
+        MEANT.with_settings(weighting="rms")
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,64 @@ def test_the_first_entry_that_takes_a_site_or_the_ffn_around_it_has_it():
 def test_entries_that_conflict_or_take_nothing_are_refused(entries, message):
     with pytest.raises(ConfigError, match=message):
         match(entries, SITES)
+
+
+BUDGET = """
+sparsity: 0.4
+entries:
+  - method: d-proxy
+  - pattern: "*.self_attn.*"
+    method: wina
+"""
+
+
+def test_entries_of_one_budget_stand_in_a_mapping(tmp_path):
+    (tmp_path / "r.yaml").write_text(BUDGET)
+    found = Recipe.load(tmp_path / "r.yaml")
+    own = {"sparsity": 0.4, "allocation": "global"}
+    entries = (RecipeEntry(method("d-proxy", **own)), RecipeEntry(method("wina", **own), "*.self_attn.*"))
+    assert found == Recipe(entries, "global")
+    assert Recipe.of_record(found.record()) == found
+    assert Recipe.of_record(json.loads(json.dumps(found.with_settings(allocation="uniform").record()))) != found
+    assert found.record()["allocation"] == "global"
+    assert found.lines() == [
+        "*: d-proxy, 4 bits, threshold",
+        "*.self_attn.*: teal × shared-norm, threshold",
+        "one budget, global, at 0.4",
+    ]
+
+
+def test_one_entry_has_a_budget_of_its_own(tmp_path):
+    (tmp_path / "r.yaml").write_text("sparsity: 0.4\nentries: [{method: teal}]")
+    assert Recipe.load(tmp_path / "r.yaml") == Recipe.of(method("teal", sparsity=0.4, allocation="global"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("entries: []", "is not a list of entries such as"),
+        ("sparsity: 0.5\nentries: 3", "is not a list of entries such as"),
+        ("entries: [{method: cats}]\nsparsty: 0.5", "has no field 'sparsty'.*Did you mean 'sparsity'"),
+        ("entries: [{method: cats, sparsity: 0.5}]", "entry 1 of .* has sparsity of its own, and all entries have one"),
+        ("entries: [{method: cats, allocation: global}]", "entry 1 of .* has allocation of its own"),
+        ("sparsity: 1.5\nentries: [{method: cats}]", "sparsity of cats is 1.5, expected 0 ≤ sparsity < 1"),
+        ("sparsity: half\nentries: [{method: cats}]", "sparsity of cats is 'half', expected a number"),
+        ("allocation: globl\nentries: [{method: cats}]", "Did you mean 'global'"),
+        ("allocation: greedy\nentries: [{method: cats}]", "allocation of cats is 'greedy', expected one of"),
+        (
+            "allocation: greedy\nentries: [{method: teal, pattern: '*.q'}, {method: teal}]",
+            "allocation 'greedy' is for single entries; one budget for all takes: global, uniform",
+        ),
+        ("- method: d-proxy+wina", "entry 1 of .* whose entries have a budget of their own: name it by itself"),
+    ],
+)
+def test_bad_budgets_say_what_is_wrong(content, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_entries_of_one_budget_must_agree():
+    differ = (RecipeEntry(method("cats", allocation="global")), RecipeEntry(method("teal")))
+    with pytest.raises(ConfigError, match="one sparsity, and the recipe's allocation"):
+        Recipe(differ, "global")

@@ -1,11 +1,11 @@
-"""One budget of weights read for all sites, spent where it hurts least."""
+"""One budget of bytes read for all sites, spent where it hurts least."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from countdown.allocation._base import Allocation, Problem, register
+from countdown.allocation._base import Allocation, Problem, register, together
 from countdown.artifacts import ERRORS
 from countdown.errors import ProfileError
 
@@ -23,37 +23,36 @@ class GlobalBudget(Allocation):
     """Minimises the estimated rise of the model's KL; see `allocate`."""
 
     name = "global"
-    kinds = ("ffn",)
+    kinds = ("ffn", "linear")
     artifacts = (ERRORS,)
     passes = ("errors",)
+    across = True
 
     def allocate(self, problem: Problem) -> dict[str, float]:
         if problem.sparsity == 0:
             return dict.fromkeys(problem.sizes, 0.0)
-        errors = [problem.artifacts[name].get(ERRORS.name) for name in problem.sizes]
-        known = [error for error in errors if error is not None]
-        if len(known) < len(errors):
+        if any(ERRORS.name not in problem.artifacts[name] for name in problem.sizes):
             raise ProfileError("the profile was not calibrated for allocation 'global'; calibrate again with it.")
         import torch
 
+        groups = together(problem.sizes, problem.artifacts)
+        errors = [torch.stack([problem.artifacts[name][ERRORS.name] for name in group]).sum(dim=0) for group in groups]
+        sizes = [sum(problem.sizes[name] for name in group) for group in groups]
         shares = allocate(
-            torch.stack(known),
-            torch.tensor(list(problem.sizes.values()), dtype=torch.int64, device="cpu"),
-            problem.sparsity,
-        )
-        return dict(zip(problem.sizes, shares.tolist(), strict=True))
+            torch.stack(errors), torch.tensor(sizes, dtype=torch.int64, device="cpu"), problem.sparsity
+        ).tolist()
+        return {name: share for group, share in zip(groups, shares, strict=True) for name in group}
 
 
 def allocate(errors: Tensor, sizes: Tensor, sparsity: float) -> Tensor:
-    """Spend one budget of weights read where it hurts least: `allocation="global"`.
+    """Spend one budget of bytes read where it hurts least: `allocation="global"`.
 
-    Minimises Σ_l errors_l(k_l) under Σ_l size_l·k_l = sparsity·Σ_l size_l. The sites share one method, so a budget
-    of sparsity is one of weights read. Solved by a price λ of sparsity: each site takes its own minimum of
-    errors_l(k) − λ·size_l·k, and λ is bisected until the budget is met.
+    Minimises Σ_l errors_l(k_l) under Σ_l size_l·k_l = sparsity·Σ_l size_l. Solved by a price λ of sparsity: each site
+    takes its own minimum of errors_l(k) − λ·size_l·k, and λ is bisected until the budget is met.
 
     Args:
         errors: Estimated error at sparsities 0, 1/n, ..., (n-1)/n, float `[sites, n]`, finite.
-        sizes: Weights of each site, `[sites]`.
+        sizes: What a unit of sparsity saves of each site, `[sites]`.
         sparsity: 0 ≤ sparsity < 1, over all sites.
 
     Returns:

@@ -9,6 +9,7 @@ class Uniform(Allocation):
     """Asks nothing of calibration."""
 
     name = "uniform"
+    across = True
 
     def allocate(self, problem: Problem) -> dict[str, float]:
         return dict.fromkeys(problem.sizes, problem.sparsity)

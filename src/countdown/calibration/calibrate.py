@@ -160,6 +160,7 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
         samples={site.name: weight_sample(site) for site in sites},
         calibration=_provenance(texts, sequences, sites),
         entries=run.entries,
+        allocation=recipe.allocation,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,11 +18,12 @@ from countdown.cli.options import AUTO
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.files import streams, unwritable_file
-from countdown.methods import method, method_names
+from countdown.methods import METHODS, method, method_class, method_names, named
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from countdown.cost import Ceiling
     from countdown.evaluation.generation import Generation
     from countdown.loading import Source
     from countdown.profiles.profile import Profile
@@ -59,22 +59,15 @@ def inspect(
     debug: o.Debug = False,
 ) -> None:
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
-    from countdown.cost import beside_bytes, ceiling, token_bytes
+    from countdown.cost import beside_bytes, token_bytes
     from countdown.loading import Source, load_skeleton
-    from countdown.sites import SITES
     from countdown.sites.ffn import find_ffns
 
     skeleton = load_skeleton(Source.parse(model, revision=revision, trust_remote_code=trust_remote_code))
     ffns = find_ffns(skeleton)
     bytes_ = token_bytes(skeleton, ffns)
-    methods = [method(name, sparsity=sparsity) for name in method_names() for sparsity in (0.5, 0.7, 0.8, 0.9)]
-    sites: dict[str, Sequence[Site]] = {}
-    for kind in dict.fromkeys(one.kind for one in methods):
-        with suppress(UnsupportedModelError):  # the model has none of these
-            sites[kind] = SITES.get(kind).find(skeleton)
-    methods = [one for one in methods if one.kind in sites]
-    ceilings = [ceiling(token_bytes(skeleton, sites[one.kind]), sites[one.kind], one) for one in methods]
-    beside = {one.name: extra for one in methods if (extra := beside_bytes(ffns, one))}
+    ceilings = _ceilings(skeleton)
+    beside = {name: extra for name in method_names() if (extra := beside_bytes(ffns, method(name)))}
     facts = {
         "model_class": type(skeleton).__name__,
         "ffns": [
@@ -107,6 +100,32 @@ def inspect(
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
     for name, extra in beside.items():
         out.print(f"{name} keeps {extra / 1e6:.1f} MB of proxies beside the weights.")
+
+
+def _ceilings(model: nn.Module) -> list[Ceiling]:
+    """Return what each method and named recipe that has modules in a model could gain, at several sparsities."""
+    from countdown.cost import ceiling, token_bytes
+    from countdown.profiles.recipe import Recipe, match
+    from countdown.sites import SITES
+
+    sites: dict[str, Site] = {}
+    for kind in dict.fromkeys(method_class(name).kind for name in method_names()):
+        with suppress(UnsupportedModelError):  # the model has none of these
+            sites |= {site.name: site for site in SITES.get(kind).find(model)}
+    found = []
+    for name in [*method_names(), *(name for name in METHODS.names() if named(name))]:
+        entries = Recipe.named(name).entries
+        wanted = [(entry.pattern, entry.method.kind) for entry in entries]
+        try:
+            owners = match(wanted, [(site.name, site.kind) for site in sites.values()])
+        except ConfigError:  # it takes modules that the model does not have
+            continue
+        taken = [[sites[n] for n, owner in owners.items() if owner == place] for place in range(len(entries))]
+        own = token_bytes(model, [sites[n] for n in owners])
+        for sparsity in (0.5, 0.7, 0.8, 0.9):
+            methods = [entry.method for entry in Recipe.named(name, sparsity=sparsity).entries]
+            found.append(ceiling(own, list(zip(taken, methods, strict=True)), name))
+    return found
 
 
 @app.command()

@@ -110,7 +110,9 @@ METHOD_HELP = "Method to calibrate, or a recipe: a .yaml or .json file."
 MethodName = Annotated[str | None, typer.Option("--method", callback=known_methods, help=METHOD_HELP)]
 Sparsity = Annotated[float | None, typer.Option(help="Share to skip, 0 to 1. [0.5, or the profile's]")]
 Decision = Annotated[str | None, typer.Option(help="threshold (what runs fast) or topk (the ideal).")]
-Allocation = Annotated[str | None, typer.Option(help="uniform, or global: more where it hurts least.")]
+Allocation = Annotated[
+    str | None, typer.Option(help="uniform; global, or of linears greedy: more where it hurts least.")
+]
 Weighting = Annotated[str | None, typer.Option(help="none, rms, column-norm or shared-norm.")]
 Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3, for methods that have one.")]
 TEXT_HELP = "wikitext2, python-docs, or a text file."

@@ -169,8 +169,9 @@ def _settings(name: str, text: str) -> dict[str, Any]:
 
 def _label(recipe: Recipe) -> str:
     """Return a short name for what a recipe does at any sparsity."""
+    labels = recipe.labels()
     parts = []
-    for entry in recipe.entries:
-        label = entry.method.label + ("" if entry.method.decision == "threshold" else f", {entry.method.decision}")
+    for entry, name in zip(recipe.entries, labels, strict=False):
+        label = name + ("" if entry.method.decision == "threshold" else f", {entry.method.decision}")
         parts.append(label if entry.pattern == "*" else f"{entry.pattern}: {label}")
-    return "; ".join(parts)
+    return "; ".join([*parts, *labels[len(parts) :]])

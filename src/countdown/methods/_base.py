@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from countdown.allocation import ALLOCATIONS
-from countdown.artifacts import MULTIPLIERS, THRESHOLDS, Artifact, Moment
+from countdown.artifacts import GROUP, MULTIPLIERS, THRESHOLDS, Artifact, Moment
 from countdown.compensation import Compensation
 from countdown.config import check_choice
 from countdown.errors import ConfigError
@@ -41,7 +41,8 @@ class Method:
             of the factor of s_i that the indicator does not see; `column-norm`, that times ‖w_i‖₂; `shared-norm`, of
             linears, the norm over all columns that one input is multiplied with.
         allocation: A name of `allocation.ALLOCATIONS`: `uniform`, the same target everywhere; `global`, one budget for
-            all modules of the entry, spent where calibration measured that it hurts least.
+            all modules of the entry, spent where calibration measured that it hurts least; `greedy`, of linears, the
+            same for every decoder layer, divided within it where its output loses least.
 
     Raises:
         ConfigError: A setting is out of range or not offered by the method.
@@ -101,8 +102,10 @@ class Method:
     def artifacts(self) -> tuple[Artifact, ...]:
         """Return what a profile holds for each of its sites."""
         multipliers = () if self.weighting == "none" else (MULTIPLIERS,)
+        group = (GROUP,) if self.shares_norms else ()
         thresholds = (THRESHOLDS,) if "threshold" in self.decisions else ()
-        return (*multipliers, *thresholds, *self.selector.artifacts, *ALLOCATIONS.get(self.allocation).artifacts)
+        allocated = ALLOCATIONS.get(self.allocation).artifacts
+        return (*multipliers, *group, *thresholds, *self.selector.artifacts, *allocated)
 
     def passes(self) -> tuple[str, ...]:
         """Return the names of the passes over the text that make its artifacts; see `calibration.passes`."""

@@ -23,12 +23,14 @@ class NamedRecipe:
     Args:
         name, summary, source: As a method's.
         entries: As in a recipe file: `method`, `pattern` and settings.
+        allocation: Of one budget for all entries, None where each has its own.
     """
 
     name: str
     summary: str
     source: str
     entries: tuple[Mapping[str, Any], ...]
+    allocation: str | None = None
 
 
 def _check(entry: type[Method] | NamedRecipe) -> None:

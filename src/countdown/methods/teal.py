@@ -13,7 +13,8 @@ class Teal(Method):
 
     Reads of each linear the columns of its active channels: ρ·d·d_out weights, ρ the active share. Thresholds are
     quantiles of |x_j| pooled over tokens, of each linear's own input. Which linears: all of every layer, or those
-    that a recipe's pattern names. TEAL's greedy allocation over a block's linears is not included.
+    that a recipe's pattern names. TEAL's
+    greedy allocation over the linears of a layer is allocation `greedy`.
     Weighting `column-norm` ranks by |x_j|·‖W[:, j]‖₂, as WINA does (arXiv 2505.19427), each linear with a mask of its
     own. With `shared-norm` linears that read the same input (q, k and v; gate and up) at the same sparsity have one
     mask, by the root of the sum of their squared norms: the expected error of all of them together.

@@ -22,9 +22,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from countdown.allocation import ALLOCATIONS, Problem
-from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts
+from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
 from countdown.config import check_fields
-from countdown.cost import beside_bytes
+from countdown.cost import beside_bytes, saved_bytes
 from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
@@ -92,6 +92,7 @@ class Profile:
         calibration: Text, tokens, dtype and versions: what is needed to repeat it.
         entries: Methods by module pattern, as in a recipe.
         proxies: Parts of selectors that are stored with it, if any.
+        allocation: Of one budget for all entries, if they have one; see `Recipe`.
     """
 
     base_model: dict[str, Any]
@@ -100,6 +101,7 @@ class Profile:
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
     proxies: StoredParts | None = None
+    allocation: str | None = None
 
     def __repr__(self) -> str:
         """Return one line: its tensors would fill pages."""
@@ -161,12 +163,12 @@ class Profile:
                 if name in settings and settings[name] != getattr(entry.method, name):
                     raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
             entries.append(replace(entry, method=replace(entry.method, **settings)))
-        return replace(self, entries=entries)
+        return replace(self, entries=entries, allocation=self.recipe.with_settings(**settings).allocation)
 
     @property
     def recipe(self) -> Recipe:
         """What was calibrated, with the settings it has now."""
-        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries))
+        return Recipe(tuple(RecipeEntry(entry.method, entry.pattern) for entry in self.entries), self.allocation)
 
     @property
     def kinds(self) -> list[str]:
@@ -179,12 +181,14 @@ class Profile:
         Raises:
             ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
         """
-        sizes = {site.name: site.size for site in sites}
         by_name = {site.name: site for site in sites}
+        taken = _taken(self.entries, {site.name: site.kind for site in sites})
+        sizes = {name: saved_bytes(by_name[name], entry.method) for entry in taken for name in entry.sites}
+        sparsities = allocated(taken, sizes, self.allocation)
         chosen = {}
-        for entry in _taken(self.entries, {site.name: site.kind for site in sites}):
-            for name, sparsity in allocated(entry, sizes).items():
-                method, found = entry.method.at(name, sparsity), entry.sites[name]
+        for entry in taken:
+            for name, found in entry.sites.items():
+                method = entry.method.at(name, sparsities[name])
                 per_term = _per_term(name, method, found, self._axes(name)["terms"])
                 chosen[name] = Setting(method, per_term, found, self._stored((by_name[name], method.selector, found)))
         if self.proxies and any(one.method.selector.artifacts and one.parts is None for one in chosen.values()):
@@ -321,6 +325,7 @@ class Profile:
             "calibration": self.calibration,
             "structure": self.structure,
             "entries": [{"pattern": e.pattern, "method": e.method.to_dict()} for e in self.entries],
+            **({"allocation": self.allocation} if self.allocation else {}),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -339,7 +344,7 @@ class Profile:
             raise ValueError(f"version is {version!r}")
         if version > VERSION:
             raise ProfileError(f"the profile has version {version}, this countdown reads up to {VERSION}: upgrade it.")
-        known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries")
+        known = ("format", "version", "countdown", "base_model", "calibration", "structure", "entries", "allocation")
         check_fields("profile.json", header, known)
         sites: list[dict[str, dict[str, Tensor]]] = [{} for _ in header["entries"]]
         samples: dict[str, Tensor] = {}
@@ -357,7 +362,8 @@ class Profile:
             Entry(entry["pattern"], parse_method(entry["method"]), dict(by_name))
             for entry, by_name in zip(header["entries"], sites, strict=True)
         ]
-        profile = cls(header["base_model"], header["structure"], samples, header["calibration"], entries)
+        facts = (header["base_model"], header["structure"], samples, header["calibration"])
+        profile = cls(*facts, entries, allocation=header.get("allocation"))
         _check_contents(profile)
         return profile
 
@@ -388,34 +394,34 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         raise ProfileError(problem)
 
 
-def allocated(entry: Entry, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the sparsity of each site of an entry.
+def allocated(entries: Sequence[Entry], sizes: Mapping[str, int], allocation: str | None = None) -> dict[str, float]:
+    """Return the sparsity of each site.
 
     Args:
-        entry: The entry.
-        sizes: Weights of each site, by name.
+        entries: The entries.
+        sizes: What sparsity saves of each site, by name; see `Problem`.
+        allocation: Of one budget for all entries, None where each has its own.
 
     Raises:
-        ProfileError: The entry allocates globally and has no error estimates.
+        ProfileError: A site lacks what its allocation needs.
         ConfigError: An allocation gives no sparsity that a module can have.
     """
-    problem = Problem(entry.method.sparsity, {name: sizes[name] for name in entry.sites}, entry.sites)
-    found = ALLOCATIONS.get(entry.method.allocation).allocate(problem)
-    wrong = [name for name in problem.sizes if not 0 <= found.get(name, -1.0) < 1]
-    if wrong := wrong or [name for name in found if name not in problem.sizes]:
-        allocation = entry.method.allocation
+    if allocation is not None:
+        sites = {name: found for entry in entries for name, found in entry.sites.items()}
+        return _of_budget(allocation, entries[0].method.sparsity, sites, sizes)
+    budgets = [_of_budget(one.method.allocation, one.method.sparsity, one.sites, sizes) for one in entries]
+    return {name: sparsity for found in budgets for name, sparsity in found.items()}
+
+
+def _of_budget(
+    allocation: str, sparsity: float, sites: Mapping[str, Artifacts], sizes: Mapping[str, int]
+) -> dict[str, float]:
+    problem = Problem(sparsity, {name: sizes[name] for name in sites}, sites)
+    found = ALLOCATIONS.get(allocation).allocate(problem)
+    wrong = [name for name in sites if not 0 <= found.get(name, -1.0) < 1]
+    if wrong := wrong or [name for name in found if name not in sites]:
         raise ConfigError(f"allocation '{allocation}' gives {wrong[0]} no sparsity of 0 or more and below 1.")
     return found
-
-
-def threshold_at(curve: Tensor, sparsity: float) -> float:
-    """Return the value of a curve (see `artifacts`) at a sparsity: its first at 0, past its last point that one."""
-    if sparsity == 0:
-        return float(curve[0])
-    position = min(sparsity * len(curve), len(curve) - 1)
-    # The first point stands for "nothing dropped"; below one step it is 0, the smallest magnitude.
-    low, high = curve.clamp(min=0)[[int(position), min(int(position) + 1, len(curve) - 1)]].tolist()
-    return float(low + (high - low) * (position - int(position)))
 
 
 def _taken(entries: Sequence[Entry], kinds: Mapping[str, str]) -> list[Entry]:
@@ -477,7 +483,7 @@ def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor
         return torch.full_like(multipliers, torch.inf)
     if THRESHOLDS.name not in found:
         raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
-    return _thresholds(threshold_at(found[THRESHOLDS.name], method.dropped), multipliers)
+    return _thresholds(value_at(found[THRESHOLDS.name], method.dropped), multipliers)
 
 
 def _thresholds(tau: float, multipliers: Tensor) -> Tensor:

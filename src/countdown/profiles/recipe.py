@@ -10,6 +10,14 @@
 
 An entry takes the sites of its method's kind whose names match. A site belongs to the first entry that takes it or
 the FFN around it.
+
+Entries that have one budget stand in a mapping, which has the sparsity:
+
+    allocation: global
+    sparsity: 0.5
+    entries:
+      - method: d-proxy
+      - method: wina
 """
 
 from __future__ import annotations
@@ -22,12 +30,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from countdown.allocation import ALLOCATIONS
 from countdown.config import check_fields
 from countdown.errors import ConfigError
 from countdown.files import reason
 from countdown.methods import Method, NamedRecipe, method, method_class, named, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
+# What is said once of entries that have one budget.
+_BUDGET = ("allocation", "sparsity")
 _EXAMPLES = {"YAML": "- {pattern: '*.mlp', method: cats}", "JSON": '[{"pattern": "*.mlp", "method": "cats"}]'}
 
 
@@ -50,14 +61,33 @@ class Recipe:
 
     Args:
         entries: In order; the first that takes a site has it.
+        allocation: Of one budget for all entries, whose methods then have one sparsity: what is read are the bytes
+            that would be if every module had it. None where each entry has its own, as one alone has.
+
+    Raises:
+        ConfigError: No entries, an allocation that does not divide a budget among several, or entries that differ in
+            sparsity or allocation though they have one budget.
     """
 
     entries: tuple[RecipeEntry, ...]
+    allocation: str | None = None
 
     def __post_init__(self) -> None:
-        """Check that there is something to calibrate."""
+        """Check that there is something to calibrate, and that the entries of one budget have one."""
         if not self.entries:
             raise ConfigError("the recipe has no entries.")
+        if self.allocation is None:
+            return
+        if not ALLOCATIONS.get(self.allocation).across:
+            able = ", ".join(one.name for one in ALLOCATIONS if one.across)
+            raise ConfigError(
+                f"allocation '{self.allocation}' is for single entries; one budget for all takes: {able}."
+            )
+        own = {(entry.method.allocation, entry.method.sparsity) for entry in self.entries}
+        if own != {(self.allocation, self.entries[0].method.sparsity)}:
+            raise ConfigError("entries of one budget have one sparsity, and the recipe's allocation.")
+        if len(self.entries) == 1:
+            object.__setattr__(self, "allocation", None)
 
     @classmethod
     def of(cls, config: Method | Recipe) -> Recipe:
@@ -83,9 +113,11 @@ class Recipe:
         found = named(name)
         if found is None:
             return cls.of(method(name, **settings))
-        entries = [_entry(f"entry {place + 1} of {name}", one) for place, one in enumerate(found.entries)]
+        budget = {} if found.allocation is None else {"allocation": found.allocation}
+        entries = [_entry(f"entry {place + 1} of {name}", {**one, **budget}) for place, one in enumerate(found.entries)]
         try:
-            return cls(tuple(entry for some in entries for entry in some)).with_settings(**_free(found, settings))
+            whole = cls(tuple(entry for some in entries for entry in some), found.allocation)
+            return whole.with_settings(**_free(found, settings))
         except ConfigError as error:
             raise ConfigError(f"'{name}': {error}") from error
 
@@ -95,13 +127,18 @@ class Recipe:
 
         Raises:
             ConfigError: The file cannot be read, is not a list of entries, or an entry has an unknown field, an
-                unknown method or a value out of range.
+                unknown method or a value out of range, or what belongs to the one budget of all.
         """
         content = _read(Path(os.path.expanduser(path)))
+        budget: dict[str, Any] = {}
+        if isinstance(content, dict) and "entries" in content:
+            check_fields(f"recipe {path}", content, ["entries", *_BUDGET])
+            budget = {"allocation": "global", **{field: content[field] for field in _BUDGET if field in content}}
+            content = content["entries"]
         if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
             raise ConfigError(f"recipe {path} is not a list of entries such as: {_EXAMPLES['YAML']}")
-        entries = [_entry(f"entry {index + 1} of {path}", entry) for index, entry in enumerate(content)]
-        return cls(tuple(entry for some in entries for entry in some))
+        entries = [_entry(f"entry {index + 1} of {path}", entry, budget) for index, entry in enumerate(content)]
+        return cls(tuple(entry for some in entries for entry in some), budget.get("allocation"))
 
     def with_settings(self, **settings: Any) -> Recipe:
         """Return the recipe with these settings in every method.
@@ -111,7 +148,8 @@ class Recipe:
         """
         for entry in self.entries:
             check_fields(f"method '{entry.method.name}'", settings, [field.name for field in fields(entry.method)])
-        return Recipe(tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries))
+        entries = tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries)
+        return Recipe(entries, self.allocation and settings.get("allocation", self.allocation))
 
     def record(self) -> dict[str, Any]:
         """Return the settings flat, as results files hold them; for several entries, as a list under `recipe`."""
@@ -121,7 +159,8 @@ class Recipe:
             pattern = {} if entry.pattern == "*" else {"pattern": entry.pattern}
             return {"method": settings.pop("name"), "indicator": entry.method.selector.indicator, **settings, **pattern}
         entries = [{"pattern": entry.pattern, **entry.method.to_dict()} for entry in self.entries]
-        return {"method": "recipe", "recipe": entries}
+        budget = {"sparsity": self.entries[0].method.sparsity, "allocation": self.allocation} if self.allocation else {}
+        return {"method": "recipe", **budget, "recipe": entries}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Recipe:
@@ -133,7 +172,8 @@ class Recipe:
         single = {"name": record["method"], **{k: v for k, v in record.items() if k not in ("method", "indicator")}}
         entries = [dict(entry) for entry in record.get("recipe", [single])]
         patterns = [entry.pop("pattern", "*") for entry in entries]
-        return cls(tuple(RecipeEntry(parse_method(e), p) for e, p in zip(entries, patterns, strict=True)))
+        allocation = record.get("allocation") if "recipe" in record else None
+        return cls(tuple(RecipeEntry(parse_method(e), p) for e, p in zip(entries, patterns, strict=True)), allocation)
 
     @property
     def kinds(self) -> list[str]:
@@ -157,7 +197,18 @@ class Recipe:
         """Return a line for each entry."""
         if [entry.pattern for entry in self.entries] == ["*"]:
             return [str(self.entries[0].method)]
-        return [f"{entry.pattern}: {entry.method}" for entry in self.entries]
+        if self.allocation is None:
+            return [f"{entry.pattern}: {entry.method}" for entry in self.entries]
+        parts = zip(self.entries, self.labels(), strict=False)
+        lines = [f"{entry.pattern}: {label}, {entry.method.decision}" for entry, label in parts]
+        return [*lines, f"{self.labels()[-1]}, at {self.entries[0].method.sparsity:g}"]
+
+    def labels(self) -> list[str]:
+        """Return what each entry's method is called, and last what divides their budget, if they have one."""
+        if self.allocation is None:
+            return [entry.method.label for entry in self.entries]
+        plain = [replace(entry.method, allocation="uniform").label for entry in self.entries]
+        return [*plain, f"one budget, {self.allocation}"]
 
 
 def recipe(name: str, **settings: Any) -> Recipe:
@@ -254,8 +305,17 @@ def _free(found: NamedRecipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in settings.items() if not any(field in entry for entry in found.entries)}
 
 
-def _entry(what: str, given: Mapping[str, Any]) -> list[RecipeEntry]:
-    """Return the entry that a mapping describes; those of a named recipe in its place."""
+def _entry(what: str, given: Mapping[str, Any], budget: Mapping[str, Any] | None = None) -> list[RecipeEntry]:
+    """Return the entry that a mapping describes; those of a named recipe in its place.
+
+    Args:
+        what: What it is called.
+        given: The mapping.
+        budget: Settings of the one budget that it has with others, none where it has its own.
+    """
+    if own := [field for field in _BUDGET if budget and field in given]:
+        raise ConfigError(f"{what} has {own[0]} of its own, and all entries have one budget: leave it out.")
+    given = {**given, **(budget or {})}
     name, pattern = given.get("method"), given.get("pattern", "*")
     if not isinstance(name, str):
         check_fields(what, given, ["pattern", "method", *(field.name for field in fields(Method))])
@@ -263,7 +323,9 @@ def _entry(what: str, given: Mapping[str, Any]) -> list[RecipeEntry]:
     if not isinstance(pattern, str):
         raise ConfigError(f"the pattern of {what} is {pattern!r}, expected text such as '*.mlp'.")
     settings = {field: value for field, value in given.items() if field not in ("pattern", "method")}
-    if named(name):
+    if found := named(name):
+        if found.allocation is not None:
+            raise ConfigError(f"{what} is '{name}', whose entries have a budget of their own: name it by itself.")
         if pattern != "*":
             raise ConfigError(f"{what} is '{name}', which has patterns of its own: leave out '{pattern}'.")
         try:

@@ -5,19 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
+from countdown.cost import saved_bytes
 from countdown.errors import CountdownError, UnsupportedModelError, told
 from countdown.finite import not_finite
 from countdown.memory import batches
 from countdown.methods import Method
 from countdown.modules import Adder, Observer, observed
-from countdown.profiles.profile import Entry
+from countdown.profiles.profile import Entry, allocated
 from countdown.profiles.recipe import Recipe
 from countdown.progress import track
 from countdown.registry import Registry, instances_of
@@ -107,10 +109,10 @@ class Run:
         terms = max(one.site.terms for one in self.assigned)
         return batches(sequences, next(self.model.parameters()).device, terms=terms)
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
-        """Weights of each site, by name."""
-        return {one.site.name: one.site.size for one in self.assigned}
+        """What sparsity saves of each site, by name; see `Problem`."""
+        return {one.site.name: saved_bytes(one.site, one.method) for one in self.assigned}
 
     @property
     def entries(self) -> list[Entry]:
@@ -120,6 +122,13 @@ class Run:
             Entry(entry.pattern, entry.method, {n: found[n] for n, owner in self.owners.items() if owner == place})
             for place, entry in enumerate(self.recipe.entries)
         ]
+
+    def allocated(self, sparsity: float | None = None) -> dict[str, float]:
+        """Return the sparsity of each site where every entry has this one, or its own; see `profile.allocated`."""
+        entries = self.entries
+        if sparsity is not None:
+            entries = [replace(entry, method=replace(entry.method, sparsity=sparsity)) for entry in entries]
+        return allocated(entries, self.sizes, self.recipe.allocation)
 
     def wanting(self, name: str) -> list[Assignment]:
         """Return the assignments whose method names a pass."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from countdown.artifacts import MULTIPLIERS, Moment
+from countdown.artifacts import GROUP, MULTIPLIERS, Moment
 from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
 from countdown.config import check_choice
 from countdown.cost import beside_bytes
@@ -29,7 +29,8 @@ class MomentsPass(Pass):
         wanting = run.wanting(self.name)
         moments = estimate(run, wanting) if self.readings(run) else {}
         with memory_for(sum(beside_bytes([one.site], one.method) for one in wanting)):
-            norms = _norms(run, wanting)
+            groups = _groups(run, wanting)
+            norms = _norms(wanting, groups)
             for one in wanting:
                 _prepare(one, moments.get(one.site.name, {}), norms)
 
@@ -68,16 +69,30 @@ def estimate(run: Run, assigned: list[Assignment]) -> Moments:
 
 
 @torch.no_grad()
-def _norms(run: Run, assigned: list[Assignment]) -> dict[str, Tensor]:
-    """Return the norms of each weighted site's columns, float64 `[terms]`, by name."""
+def _norms(assigned: list[Assignment], groups: list[list[str]]) -> dict[str, Tensor]:
+    """Return the norms of each weighted site's columns, float64 `[terms]`, by name; those of a group taken together."""
     weighted = [one.site for one in assigned if one.method.weighting != "none"]
     norms = {site.name: site.sum.weights[-1].column_norms().cpu() for site in weighted}
-    sharing = [one.site for one in assigned if one.method.shares_norms]
     together: dict[str, Tensor] = {}
-    for group in same_inputs(run, sharing) if sharing else ():
+    for group in groups:
         of_all = torch.stack([norms[name] for name in group]).square().sum(dim=0).sqrt()
-        together |= {name: of_all for name in group if name not in together}
+        together |= dict.fromkeys(group, of_all)
     return norms | together
+
+
+def _groups(run: Run, assigned: list[Assignment]) -> list[list[str]]:
+    """Return the names of the sites that share norms by the input that they read first; number them in artifacts."""
+    sharing = {one.site.name: one for one in assigned if one.method.shares_norms}
+    groups: list[list[str]] = []
+    free = set(sharing)
+    for readers in same_inputs(run, [one.site for one in sharing.values()]) if sharing else ():
+        if group := [name for name in readers if name in free]:
+            groups.append(group)
+            free -= set(group)
+    for number, group in enumerate(groups):
+        for name in group:
+            sharing[name].artifacts[GROUP.name] = torch.tensor(float(number), dtype=torch.float32, device="cpu")
+    return groups
 
 
 def same_inputs(run: Run, sites: list[Site]) -> list[list[str]]:

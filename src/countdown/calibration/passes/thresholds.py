@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from countdown.artifacts import THRESHOLDS
 from countdown.calibration.passes._base import Pass, Run, register
 from countdown.calibration.passes.sketches import sketch_sparse
-from countdown.profiles.profile import allocated
 
 # The sparsities at which the sparse pass runs the model, beside the one that was asked for.
 LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -24,16 +22,8 @@ class ThresholdsPass(Pass):
         wanting = run.wanting(self.name)
         if not wanting:
             return
-        entries, sizes = run.entries, run.sizes
-
-        def levels(sparsity: float | None) -> dict[str, float]:
-            asked = (
-                e if sparsity is None else replace(e, method=replace(e.method, sparsity=sparsity)) for e in entries
-            )
-            return {name: level for entry in asked for name, level in allocated(entry, sizes).items()}
-
-        label = f"thresholds of {'; '.join(entry.method.label for entry in entries)}"
-        sketches = sketch_sparse(run, run.sequences, _schedule(levels), label=label)
+        label = f"thresholds of {'; '.join(run.recipe.labels())}"
+        sketches = sketch_sparse(run, run.sequences, _schedule(run.allocated), label=label)
         for one in wanting:
             one.artifacts[THRESHOLDS.name] = sketches[one.site.name].thresholds()
 
