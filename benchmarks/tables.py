@@ -296,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allocation-smollm2": lambda: allocation("allocation-smollm2"),
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
     "linears-smollm2": lambda: allocation_tables.linears("quality-linears-smollm2"),
+    "attention-smollm2": lambda: allocation_tables.linears("quality-attention-smollm2"),
     "budget-smollm2": lambda: allocation_tables.budget("quality-budget-smollm2"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),

@@ -94,7 +94,9 @@ def _bytes_read(site: Site, method: Method, active: float | None) -> float:
 
 def saved_bytes(site: Site, method: Method) -> int:
     """Return the bytes of a site's weights that a token saves where none of its terms are active."""
-    sum_, selector = site.sum, method.selector
+    weights, selector = site.weights, method.selector
+    # Adapters that are around them are refused where it matters, by name.
+    sum_ = site.sum_class(weights, (None,) * len(weights))
     return round(selector.bytes_read(sum_, 1.0) - selector.bytes_read(sum_, 0.0))
 
 
