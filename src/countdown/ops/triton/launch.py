@@ -282,7 +282,10 @@ def channel_selection(d: int, tokens: int) -> Launch:
 
 def finish(heights: list[int], ranks: list[int], splits: int, tokens: int) -> Launch:
     """Return the launch of `finish`."""
-    constants = {"P": _power(splits), "COLUMNS": 32, "RANK": _clamp(_power(max(ranks, default=1)), 16, 64)}
+    # A tile of partial sums of a low rank must fit the registers.
+    parts = _power(splits)
+    rank = _clamp(_power(max(ranks, default=1)), 16, _clamp(8 * _KB // parts, 16, 64))
+    constants = {"P": parts, "COLUMNS": 32, "RANK": rank}
     return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
 
 
