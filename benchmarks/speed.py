@@ -244,6 +244,7 @@ def linears(name: str) -> str:
     meta = document["meta"]
     gpu = "gpu" in meta["hardware"]
     against = ["dense", "fused"] if gpu else ["dense"]
+    ranked = any(record.get("alpha", 1.0) < 1 for record in document["records"])
     rows = []
     for record in document["records"]:
         shapes = "; ".join(f"{d} → {' + '.join(map(str, heights))}" for d, *heights in record["shapes"])
@@ -252,6 +253,7 @@ def linears(name: str) -> str:
                 f"{record['linears']} ({shapes})" if len(record["shapes"]) == 1 else record["linears"],
                 *([] if gpu else [str(record["threads"])]),
                 f"{record['sparsity']:.0%}",
+                *([f"{record['alpha']:g}"] if ranked else []),
                 *(f"{record[f'{arm}_us']:.1f}" for arm in against),
                 f"{record['sparse_us']:.1f}",
                 *(f"**{record[f'speedup_over_{arm}']:.2f}**" for arm in against),
@@ -259,11 +261,11 @@ def linears(name: str) -> str:
             ]
         )
     arms = ["dense, µs", "fused, µs"] if gpu else ["dense, µs"]
-    head = ["linears", *([] if gpu else ["threads"]), "sparsity", *arms, "sparse, µs"]
+    head = ["linears", *([] if gpu else ["threads"]), "sparsity", *(["α"] if ranked else []), *arms, "sparse, µs"]
     head += ["× dense", "× fused", "over the floor"] if gpu else ["× dense", "over the floor"]
     dtype, rate = document["records"][0]["dtype"], document["records"][0]["bytes_s"]
     return table(head, rows) + (
-        "\nOne token; medians over rounds in which all took turns. Floor: bytes of active channels at "
+        "\nOne token; medians over rounds in which all took turns. Floor: bytes that are read at "
         f"{rate / 1e9:.0f} GB/s. "
         f"{meta['hardware'].get('gpu') or meta['hardware']['cpu']}, {dtype}, {_from(name, meta)}\n"
     )
