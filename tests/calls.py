@@ -61,6 +61,13 @@ class Ops:
         return self.op("given")(*tensors, active, counters, None, **{k: options[k] for k in FORM})
 
 
+def written(model: nn.Module, ids: Tensor, **more: Any) -> Tensor:
+    """Greedy tokens after a prompt `[sequences, tokens]`, on the CPU: 12, the model's own `generate`."""
+    mask = more.pop("attention_mask", torch.ones_like(ids)).to(model.device)
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids.to(model.device), attention_mask=mask, **how, **more)[:, ids.shape[1] :].cpu()
+
+
 REFERENCE, CPU, TRITON, DISPATCHED = Ops("reference"), Ops("cpu"), Ops("triton"), Ops(None)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 import countdown
+from countdown.ops.cpu import library
 
 
 def loaded_by(code: str) -> set[str]:
@@ -73,3 +75,9 @@ def test_what_torchao_lacks_is_not_said_where_we_import_it(code, model_folder):
     run = subprocess.run([sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, check=True)
     assert "torchao" not in run.stderr
     assert "register_constant" not in run.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_cpu_kernels_are_built_where_there_is_a_compiler():
+    # The package installs without them, and their own tests are left out then: an error in them would pass unseen.
+    assert library.missing() is None

@@ -324,7 +324,9 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
                 artifacts=found.artifacts,
                 parts=found.parts,
             )
-            for name, found in track(list(chosen.items()), "making proxies", show=_slow(chosen, by_name))
+            for name, found in track(
+                list(chosen.items()), "making what is kept beside the weights", show=_slow(chosen, by_name)
+            )
         }
     for name, module in modules.items():
         reason = module.planned_refusal
@@ -343,7 +345,7 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
 
 def _slow(chosen: Mapping[str, Setting], sites: Mapping[str, Site]) -> bool:
     """Return whether making the modules takes seconds."""
-    made = [name for name, found in chosen.items() if found.method.selector.artifacts and found.parts is None]
+    made = [name for name, found in chosen.items() if found.parts is None and beside_bytes([sites[name]], found.method)]
     return sum(sites[name].size for name in made) > SLOW_WEIGHTS
 
 

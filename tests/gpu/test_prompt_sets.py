@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import countdown
+from calls import written
 from countdown.decoding import DecodeLoop
 from countdown.methods import method
 from tiny import FAMILIES, byte_tokenizer
@@ -22,11 +23,6 @@ def griffin(family):
     return countdown.sparsify_(model, profile)
 
 
-def written(model, ids, **more):
-    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    return model.generate(ids.to(model.device), **how, **more)[:, ids.shape[1] :].cpu()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}], ids=str)
 def test_a_padded_batch_is_written_as_on_the_cpu(family, more):
@@ -36,7 +32,7 @@ def test_a_padded_batch_is_written_as_on_the_cpu(family, more):
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
     countdown.reset_counters(other)
-    found = written(other, IDS, attention_mask=mask.cuda(), **more)
+    found = written(other, IDS, attention_mask=mask, **more)
     assert torch.equal(found, expected)
     for site in countdown.status(other):
         assert (site.backend, site.tokens) == ("triton", 2 * 11)

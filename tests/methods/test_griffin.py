@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import countdown
 import oracle
+from calls import written
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
@@ -72,12 +73,6 @@ def decoded(model, ids, after, *, mask=None, cache=None):
 
 def sets_in(cache):
     return torch.stack([beside(cache).active(site, torch.device("cpu")) for site in SITES])
-
-
-def written(model, ids, **more):
-    mask = more.pop("attention_mask", torch.ones_like(ids))
-    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    return model.generate(ids, attention_mask=mask, **how, **more)[:, ids.shape[1] :]
 
 
 def score_of(coefficients, neuron):

@@ -190,7 +190,8 @@ def calibrate(
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
-        printing.say(f"when it runs, proxies take {extra / 1e6:.1f} MB beside the weights")
+        what = "proxies" if profile.has_proxy else "low ranks"
+        printing.say(f"when it runs, {what} take {extra / 1e6:.1f} MB beside the weights")
     again = shlex.join(["countdown", "generate", model, "--profile", str(path), "Hello"])
     printing.say(f"profile of {profile.recipe} written; run: {again}")
     typer.echo(str(path))

@@ -162,8 +162,8 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
         if sites:
             size = sum(site.size for site in sites)
             mean = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
-            proxies = sum(site.beside_bytes for site in sites)
-            beside = f", proxies {proxies / 1e6:.0f} MB beside the weights" if proxies else ""
+            kept = sum(site.beside_bytes for site in sites)
+            beside = f", {kept / 1e6:.0f} MB beside the weights" if kept else ""
             computed_by = ", ".join(dict.fromkeys(site.backend for site in sites))
             err.print(f"realised sparsity {mean:.1%}, backend {computed_by}{beside}")
 
