@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from countdown.calibration.calibrate import calibrate
+    from countdown.calibration.evolution import SearchSettings
+    from countdown.calibration.search import search_alpha
     from countdown.comparison.compare import compare
     from countdown.comparison.comparison import Comparison
     from countdown.errors import (
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibrate": "countdown.calibration.calibrate",
+    "SearchSettings": "countdown.calibration.evolution",
+    "search_alpha": "countdown.calibration.search",
     "compare": "countdown.comparison.compare",
     "Comparison": "countdown.comparison.comparison",
     "choose": "countdown.evaluation.choice",
@@ -78,6 +82,7 @@ __all__ = [
     "ProfileWarning",
     "Recipe",
     "RecipeEntry",
+    "SearchSettings",
     "TextError",
     "UnsupportedModelError",
     "__version__",
@@ -95,6 +100,7 @@ __all__ = [
     "recipe",
     "reset_counters",
     "restore_",
+    "search_alpha",
     "sparsify_",
     "status",
     "windows",

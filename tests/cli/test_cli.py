@@ -77,6 +77,9 @@ def made(model_folder, tmp_path_factory):
     (folder / "budget.yaml").write_text("entries:\n- method: d-proxy\n- method: wina\n  sparsity: 0.3\n")
     (folder / "both.yaml").write_text("entries:\n- method: d-proxy\n- method: teal\n  pattern: '*.gate_proj'\n")
     (folder / "layers.yaml").write_text("entries:\n- method: d-proxy\n- {method: wina, pattern: '*.9.self_attn.*'}\n")
+    (folder / "half.yaml").write_text("- method: r-sparse\n  pattern: '*.self_attn.*'\n")
+    (folder / "short.txt").write_text("A text. " * 100)
+    (folder / "recorded.search.json").write_text("[]")
     (folder / "nowhere.json").write_text('[{"method": "cats", "pattern": "blocks.*"}]')
     return folder
 
@@ -283,6 +286,24 @@ def test_a_recipe_is_a_method_by_another_name(model_folder, tmp_path):
     assert "m-countdown × rms, threshold at 0.1\n*.self_attn.*: teal, threshold at 0.1\n" in again.stdout
 
 
+def test_a_search_writes_a_recipe_and_its_profile(model_folder, tmp_path):
+    search = ["--method", "r-sparse", "--search", "--population", "4", "--generations", "2", "--tokens", "1024"]
+    made = run("calibrate", model_folder, *search, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == "tiny-llama-r-sparse\n"
+    assert "8 of 8 candidates, generation 2: best perplexity" in made.stderr
+    assert "on other samples" in made.stderr
+    record = json.loads((tmp_path / "tiny-llama-r-sparse.search.json").read_text())
+    assert len(record["perplexities"]) == 8
+    again = run("calibrate", model_folder, "--method", "tiny-llama-r-sparse.yaml", "-o", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    first, second = (json.loads((tmp_path / name / "profile.json").read_text()) for name in (made.stdout[:-1], "again"))
+    assert first["entries"][0]["method"] == second["entries"][0]["method"]
+    taken = run("calibrate", model_folder, *search, cwd=tmp_path)
+    assert taken.returncode == 2
+    assert "tiny-llama-r-sparse exists already" in taken.stderr
+
+
 def test_without_a_method_one_is_picked_and_the_reason_said(model_folder, tmp_path):
     made = run("calibrate", model_folder, "-o", "p", "--sparsity", "0.6", "--tokens", "1536", "-q", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
@@ -443,6 +464,25 @@ MISTAKES = {
     "context": (["generate", "{model}", "hi", "--max-new-tokens", "5000"], "longer than the model's context"),
     "no such folder": (["calibrate", "{model}", "-o", "p/profile.json/q"], "not a folder that you may write to"),
     "apply to": (["generate", "{model}", "hi", "--profile", "p", "--apply-to", "most"], "--apply-to is 'most'"),
+}
+SEARCHED = ["calibrate", "{model}", "-o", "new", "--search"]
+MISTAKES |= {
+    "search of auto": (SEARCHED, "--search is for α of r-sparse; give --method r-sparse"),
+    "search of another": ([*SEARCHED, "--method", "teal"], "--search is for α of r-sparse; give --method r-sparse"),
+    "search of a part": ([*SEARCHED, "--method", "half.yaml"], "--search is for α of r-sparse; give --method r-sparse"),
+    "search and alpha": ([*SEARCHED, "--method", "r-sparse", "--alpha", "0.9"], "leave out the one that is given"),
+    "small search": (
+        [*SEARCHED, "--method", "r-sparse", "--population", "3"],
+        "population of the search is 3, expected",
+    ),
+    "no search": (["calibrate", "{model}", "--method", "r-sparse", "--generations", "9"], "--generations belongs to"),
+    "alpha": (["calibrate", "{model}", "--method", "r-sparse", "--alpha", "1.2"], "expected 0 ≤ alpha ≤ 1"),
+    "alpha of another": (["calibrate", "{model}", "--method", "teal", "--alpha", "1"], "'teal' has no field 'alpha'"),
+    "search short of text": (
+        [*SEARCHED, "--method", "r-sparse", "--text", "short.txt", "--tokens", "512"],
+        "too few for",
+    ),
+    "another's record": ([*SEARCHED, "--method", "r-sparse", "-o", "recorded"], "is no record of a search; remove it"),
 }
 EVALUATED = ["evaluate", "{model}", "--profile", "p"]
 MISTAKES |= {

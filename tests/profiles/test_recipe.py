@@ -108,6 +108,19 @@ def test_what_is_no_recipe_is_said():
         Recipe.of("cats")
 
 
+ALPHAS = method("r-sparse", sparsity=0.3, alpha={"*.q_proj": 0.9, "*": 1.0})
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+@pytest.mark.parametrize(
+    "given", [MEANT, Recipe.of(ALPHAS), Recipe.named("chess"), Recipe.named("d-proxy+wina", sparsity=0.4)], ids=str
+)
+def test_what_is_written_is_read_again(given, suffix, tmp_path):
+    path = tmp_path / f"recipe{suffix}"
+    given.save(path)
+    assert Recipe.load(path) == given
+
+
 def test_records_name_what_was_calibrated():
     (entry,) = Recipe.of(method("teal")).entries
     assert "pattern" not in Recipe((entry,)).record()

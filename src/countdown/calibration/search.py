@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,15 +21,17 @@ from torch import Tensor, nn
 
 from countdown.autocast import without_autocast
 from countdown.calibration.calibrate import Texts, calibration_sequences
+from countdown.calibration.evolution import SearchSettings, evolve
 from countdown.compensation.svd import DroppedSvd
-from countdown.errors import AccidentError, ConfigError
-from countdown.files import reason, write_text
+from countdown.errors import ConfigError, TextError
+from countdown.files import write_text
 from countdown.finite import not_finite
 from countdown.loading import check_context, check_known
 from countdown.memory import batches, logits_at_once, memory_for
 from countdown.methods.r_sparse import RSparse
 from countdown.modules import check_dense, observed
-from countdown.progress import Steps, say
+from countdown.ops.reference import drop_smallest
+from countdown.progress import Steps, about, say, track
 from countdown.sites import Site, check_untouched, find_sites
 from countdown.sites.decoder import stacks
 from countdown.sites.fingerprint import structure, weight_sample
@@ -37,16 +40,12 @@ from countdown.text import as_texts
 from countdown.weights import Weight
 from countdown.wrappers import base_model
 
-# Of the text: so many samples of so many tokens.
+# Of the text: so many samples of so many tokens are judged on; as many others check what was found.
 SAMPLES, LENGTH = 16, 256
-# Thresholds of a batch are taken from every so many-th token.
-SPARED = 4
-# Differential evolution: how far a difference moves a candidate, and the share of its entries that move.
-MUTATION = CROSSOVER = 0.5
-# A new candidate leaves out the low-rank term in this share of its entries; elsewhere α is down to this.
-WITHOUT, LOWEST = 0.75, 0.7
-# α has so many decimals, so that a recipe says exactly what was tried.
-DECIMALS = 3
+# Thresholds of a sample are taken from every so many-th of its tokens.
+STRIDE = 4
+# Seconds between lines of progress.
+BETWEEN_LINES = 30.0
 _VERSION = 1
 
 
@@ -55,58 +54,47 @@ class Found:
     """What a search found.
 
     Args:
-        method: The method with the best α, by name of each linear.
-        perplexity: On the samples.
+        best: The method with the α of the best candidate, by name of each linear.
+        perplexity: Of the best candidate, on the samples that it was searched on.
         uniform_perplexity: The same where every α is 1.
+        check_perplexity: Of the best candidate, on other samples of the text.
+        check_uniform_perplexity: The same where every α is 1.
         evaluations: How many candidates were tried.
     """
 
-    method: RSparse
+    best: RSparse
     perplexity: float
     uniform_perplexity: float
+    check_perplexity: float
+    check_uniform_perplexity: float
     evaluations: int
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is tried.
-
-    Args:
-        population: Candidates at a time; at least 4, of which three make a new one.
-        generations: How often the population is tried; the first time as it is drawn. At least 1.
-        groups: Into how many groups of neighbours the layers are put; linears of one kind in a group share α.
-        seed: Of the random numbers.
-
-    Raises:
-        ConfigError: A number is out of range.
-    """
-
-    population: int = 32
-    generations: int = 5
-    groups: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        for name, least in (("population", 4), ("generations", 1), ("groups", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} of the search is {value!r}, expected a whole number of {least} or more.")
+    @property
+    def holds(self) -> bool:
+        """Whether what was found is better than α = 1 on the other samples, too."""
+        return self.check_perplexity < self.check_uniform_perplexity
 
     @property
-    def evaluations(self) -> int:
-        """How many candidates are tried."""
-        return self.population * self.generations
+    def method(self) -> RSparse:
+        """The best candidate if it holds, else α = 1 everywhere."""
+        return self.best if self.holds else replace(self.best, alpha=1.0)
+
+    def __str__(self) -> str:
+        outcome = "it is taken" if self.holds else "so α = 1 everywhere is taken"
+        return (
+            f"search: best perplexity {self.perplexity:.4f}, {self.uniform_perplexity:.4f} with α = 1 everywhere; on "
+            f"other samples {self.check_perplexity:.4f} and {self.check_uniform_perplexity:.4f}: {outcome}"
+        )
 
 
 @without_autocast()
-def search(
+def search_alpha(
     model: nn.Module,
     tokenizer: Any,
     texts: Texts,
     config: RSparse,
     *,
-    effort: Effort | None = None,
+    settings: SearchSettings | None = None,
     record: Path | None = None,
     progress: bool = True,
 ) -> Found:
@@ -114,15 +102,16 @@ def search(
 
     A candidate has an α for each kind of linear (q_proj, say) and group of neighbouring layers. It is judged by the
     perplexity of 16 samples of 256 tokens with all linears sparse, by thresholds that are quantiles of the very
-    samples: nothing is calibrated meanwhile. Every α = 1 is among the first candidates, so what is found is no worse on
-    the samples. The same seed, model and text give the same result.
+    sample: nothing is calibrated meanwhile. Every α = 1 is among the first candidates. The best candidate and α = 1
+    everywhere are then compared on 16 other samples, and the better one is what is found: on few samples a search
+    finds what holds on these alone, too. The same seed, model and text give the same result.
 
     Args:
         model: A dense causal language model of transformers, in eval mode. It is left as it was.
         tokenizer: Its tokenizer.
         texts: Text to calibrate on, as for `calibrate`; never what is evaluated on.
         config: `method("r-sparse", ...)`; its own α does not matter.
-        effort: How much is tried. [32 candidates, 5 times]
+        settings: How much is tried. [32 candidates, 5 times]
         record: A file that keeps what was tried: a search that was interrupted goes on from there.
         progress: Show progress on stderr, with the best so far.
 
@@ -134,88 +123,63 @@ def search(
         AccidentError: Memory runs out, or the file cannot be written.
 
     Example:
-        found = countdown.search(model, tokenizer, text, countdown.method("r-sparse", sparsity=0.5))
+        found = countdown.search_alpha(model, tokenizer, text, countdown.method("r-sparse", sparsity=0.5))
         profile = countdown.calibrate(model, tokenizer, text, found.method)
     """
     if not isinstance(config, RSparse):
         raise ConfigError(f"the search is for α of r-sparse, and {config} has none.")
-    effort, base = effort or Effort(), base_model(model)
+    settings, base = settings or SearchSettings(), base_model(model)
     check_dense(base)
-    texts = texts if isinstance(texts, Mapping) else as_texts(texts)
-    samples = calibration_sequences(tokenizer, texts, SAMPLES * LENGTH, LENGTH)
-    check_context(base, LENGTH)
-    check_known(base, samples)
+    samples, others = search_samples(tokenizer, texts)
+    check_context(base, max(len(one) for one in samples + others))
+    check_known(base, samples + others)
     sites = find_sites(base, [config.kind])
     for site in sites:
         check_untouched(site)
-    kinds = _kinds(base, sites, effort.groups)
-    trial = _Trial(base, sites, config, samples)
-    tried = _Record.open(record, _identity(base, sites, config, samples, effort))
-    names = [site.name for site in sites]
+    entries = _entries(base, sites, settings.groups)
+    tried = _Record.open(record, _identity(base, sites, config, samples, settings))
+    trial = _Trial(base, sites, config, progress)
+    batches_, other_batches = trial.batches(samples), trial.batches(others)
 
-    def perplexity(candidate: Sequence[float]) -> float:
-        return trial.perplexity({name: candidate[kinds[name]] for name in names})
+    def alphas(candidate: Sequence[float]) -> dict[str, float]:
+        return {name: candidate[place] for name, place in entries.items()}
 
     with trial.running():
-        judged = _Judged(perplexity, tried, effort, progress)
-        best = evolve(judged, len(set(kinds.values())), effort)
-    alphas = tuple((name, best[kinds[name]]) for name in names)
-    return Found(replace(config, alpha=alphas), judged.best, judged.first, effort.evaluations)
+        judged = _Judged(lambda candidate: trial.perplexity(alphas(candidate), batches_), tried, settings, progress)
+        with tried.kept_on_interrupt():
+            best = alphas(evolve(judged, len(set(entries.values())), settings))
+        check, uniform = (trial.perplexity(one, other_batches) for one in (best, dict.fromkeys(best, 1.0)))
+    method = replace(config, alpha=tuple(best.items()))
+    found = Found(method, judged.best, judged.first, check, uniform, settings.evaluations)
+    if progress:
+        say(str(found))
+    return found
 
 
-def evolve(judge: Callable[[Sequence[float]], float], entries: int, effort: Effort) -> list[float]:
-    """Return the candidate for which `judge` is smallest, by differential evolution (rand/1/bin).
+def search_samples(tokenizer: Any, texts: Texts) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the samples that a search judges on, and those that check what it found; or raise its errors about text.
 
-    Args:
-        judge: From a candidate, `entries` numbers from 0 to 1, to what is minimised.
-        entries: At least 1.
-        effort: How many candidates, how often, and the seed. The first candidate is all ones.
+    Returns:
+        Token ids, each int64 `[256]` or what a batch has. Of a text both are spread over the whole.
     """
-    generator = torch.Generator().manual_seed(effort.seed)
-    population = [_drawn(entries, generator) for _ in range(effort.population)]
-    population[0] = torch.ones(entries, dtype=torch.float64, device="cpu")
-    values = [judge(_numbers(candidate)) for candidate in population]
-    for _ in range(1, effort.generations):
-        # All of a generation are made from the one before, whichever of its own turn out better.
-        trials = [_mutated(population, place, generator) for place in range(effort.population)]
-        for place, candidate in enumerate(trials):
-            value = judge(_numbers(candidate))
-            if value <= values[place]:
-                population[place], values[place] = candidate, value
-    return _numbers(population[values.index(min(values))])
+    texts = texts if isinstance(texts, Mapping) else as_texts(texts)
+    found = calibration_sequences(tokenizer, texts, 2 * SAMPLES * LENGTH, LENGTH)
+    scored = [sequence[:LENGTH] for sequence in found if len(sequence) > 1][: 2 * SAMPLES]
+    if len(scored) < 2:
+        raise TextError("the search needs at least two sequences: one to search on, one to check what it found.")
+    return scored[::2], scored[1::2]
 
 
-def _drawn(entries: int, generator: torch.Generator) -> Tensor:
-    """Return a random candidate, float64 `[entries]`."""
-    left_out, depth = torch.rand(2, entries, generator=generator, dtype=torch.float64, device="cpu")
-    return torch.where(left_out < WITHOUT, 1.0, 1 - (1 - LOWEST) * depth).round(decimals=DECIMALS)
-
-
-def _mutated(population: Sequence[Tensor], place: int, generator: torch.Generator) -> Tensor:
-    """Return a candidate with some entries moved to where three others point, float64 `[entries]`."""
-    order = torch.randperm(len(population), generator=generator, dtype=torch.int64, device="cpu").tolist()
-    base, plus, minus = (population[other] for other in [one for one in order if one != place][:3])
-    entries = len(base)
-    crossed = torch.rand(entries, generator=generator, dtype=torch.float64, device="cpu") < CROSSOVER
-    crossed[int(torch.randint(entries, (), generator=generator, dtype=torch.int64, device="cpu"))] = True
-    moved = (base + MUTATION * (plus - minus)).clamp(0, 1).round(decimals=DECIMALS)
-    return torch.where(crossed, moved, population[place])
-
-
-def _numbers(candidate: Tensor) -> list[float]:
-    return [round(value, DECIMALS) for value in candidate.tolist()]
-
-
-def _kinds(model: nn.Module, sites: Sequence[Site], groups: int) -> dict[str, int]:
+def _entries(model: nn.Module, sites: Sequence[Site], groups: int) -> dict[str, int]:
     """Return for each linear, by name, which entry of a candidate is its α."""
     layers = {path: (place, len(stack)) for stack in stacks(model) for place, (path, _) in enumerate(stack)}
-    entries: dict[tuple[str, int], int] = {}
+    places: dict[tuple[str, int], int] = {}
     found: dict[str, int] = {}
     for site in sites:
         path = next(path for path in layers if site.name.startswith(f"{path}."))
         place, count = layers[path]
         key = site.name.removeprefix(f"{path}."), place * min(groups, count) // count
-        found[site.name] = entries.setdefault(key, len(entries))
+        found[site.name] = places.setdefault(key, len(places))
     return found
 
 
@@ -224,24 +188,27 @@ class _Trial:
 
     Args:
         model, sites: What runs.
-        config: Sparsity and weighting.
-        samples: Token ids, each int64 `[length]`.
+        config: Sparsity, weighting and decision.
+        progress: Show that low ranks are made.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], config: RSparse, samples: Sequence[Tensor]) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], config: RSparse, progress: bool) -> None:
         self._model: Any = model
         self._sites, self._config = sites, config
-        device = next(model.parameters()).device
-        self._batches = [
-            batch.to(device)
-            for batch in batches(samples, device, terms=max(one.terms for one in sites), logits=_logit_bytes(model))
-        ]
         self._norms = {site.name: site.sum.weights[-1].column_norms().float() for site in sites}
         # The widest that any α asks for, of which others are a part.
         widest = DroppedSvd(config.sparsity, 0.0)
+        self._factors: dict[str, Sequence[Weight]] = {}
         with torch.no_grad(), memory_for(sum(widest.part_bytes(site.sum) for site in sites)):
-            self._factors: dict[str, Sequence[Weight]] = {site.name: widest.make(site.sum) for site in sites}
+            for site in track(sites, "low ranks", show=progress):
+                self._factors[site.name] = widest.make(site.sum)
         self._methods: dict[str, RSparse] = {}
+
+    def batches(self, samples: Sequence[Tensor]) -> list[Tensor]:
+        """Return samples in batches that run in one call, each int64 `[samples, length]`."""
+        device = next(self._model.parameters()).device
+        widest = max(site.terms for site in self._sites)
+        return [one.to(device) for one in batches(samples, device, terms=widest, logits=_logit_bytes(self._model))]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -249,15 +216,16 @@ class _Trial:
         with torch.inference_mode(), observed(self._model, self._sites, self._active, self._added):
             yield
 
-    def perplexity(self, alphas: Mapping[str, float]) -> float:
-        """Return exp of the mean negative log-likelihood of the samples.
+    def perplexity(self, alphas: Mapping[str, float], batches_: Sequence[Tensor]) -> float:
+        """Return exp of the mean negative log-likelihood of samples.
 
         Args:
             alphas: Of every linear, by name.
+            batches_: Token ids, each int64 `[samples, length]`.
         """
         self._methods = {name: replace(self._config, alpha=alpha) for name, alpha in alphas.items()}
         total, count = 0.0, 0
-        for batch in self._batches:
+        for batch in batches_:
             logits = self._model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = batch[:, 1:].flatten()
             step = logits_at_once(logits)
@@ -270,10 +238,12 @@ class _Trial:
 
     def _active(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         method = self._methods[site.name]
-        sizes = x.flatten(0, -2).abs().float()
         multipliers = method.multipliers({}, self._norms[site.name])
-        sizes = sizes if multipliers is None else sizes * multipliers
-        return (sizes > _quantile(sizes[::SPARED], method.dropped)).view(x.shape)
+        sizes = x.abs().float() if multipliers is None else x.abs().float() * multipliers
+        if method.decision == "topk":
+            return drop_smallest(sizes, method.drop(sum_.terms))
+        # Of each sample for itself, so that it does not matter which share a batch.
+        return sizes > _quantile(sizes[:, ::STRIDE].flatten(1), method.dropped)[:, None]
 
     def _added(self, site: Site, x: Tensor, dropped: Tensor) -> Tensor | None:
         compensation = self._methods[site.name].compensation
@@ -283,9 +253,9 @@ class _Trial:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """Return the value at or below which this share of the values lies, float32 `[]`; -1 for none of them."""
-    place = round(share * values.numel())
-    return values.flatten().kthvalue(place).values if place else values.new_full((), -1.0)
+    """Return the value of each row at or below which this share of it lies, float32 `[rows, 1]`; -1 for none of it."""
+    place = round(share * values.shape[1])
+    return values.kthvalue(place, dim=1, keepdim=True).values if place else values.new_full((len(values), 1), -1.0)
 
 
 def _logit_bytes(model: Any) -> int:
@@ -299,36 +269,41 @@ class _Judged:
     Args:
         perplexity: Tries one.
         record: What was tried.
-        effort: How many there will be.
+        settings: How many there will be.
         progress: Show it on stderr.
     """
 
     def __init__(
-        self, perplexity: Callable[[Sequence[float]], float], record: _Record, effort: Effort, progress: bool
+        self, perplexity: Callable[[Sequence[float]], float], record: _Record, settings: SearchSettings, progress: bool
     ) -> None:
-        self._perplexity, self._record, self._effort, self._progress = perplexity, record, effort, progress
-        self._steps = Steps([""] * (effort.evaluations - min(len(record.values), effort.evaluations)))
+        self._perplexity, self._record, self._settings, self._progress = perplexity, record, settings, progress
+        self._steps = Steps([""] * (settings.evaluations - min(len(record.values), settings.evaluations)))
         self.first, self.best, self._count = math.nan, math.inf, 0
+        self._said = time.monotonic()
         if progress and record.values:
-            say(f"search: {len(record.values)} of {effort.evaluations} candidates were tried before")
+            say(f"search: {len(record.values)} of {settings.evaluations} candidates were tried before")
 
     def __call__(self, candidate: Sequence[float]) -> float:
         place = self._count
-        if place >= len(self._record.values):
+        new = place >= len(self._record.values)
+        if new:
             with self._steps.step(""):
                 self._record.add(self._perplexity(candidate))
         value = self._record.values[place]
         self._count += 1
         self.first = value if place == 0 else self.first
         self.best = min(self.best, value)
-        if self._progress and self._count % self._effort.population == 0:
+        whole = self._count % self._settings.population == 0
+        if self._progress and new and (whole or time.monotonic() - self._said > BETWEEN_LINES):
             self._report()
         return value
 
     def _report(self) -> None:
-        left = "" if not self._steps.left or self._steps.seconds is None else f"; {self._steps}"
-        generation = f"generation {self._count // self._effort.population} of {self._effort.generations}"
-        say(f"search: {generation}: best perplexity {self.best:.4f}, {self.first:.4f} with α = 1 everywhere{left}")
+        self._said = time.monotonic()
+        left = "" if self._steps.seconds is None or not self._steps.left else f"; {about(self._steps.seconds)} left"
+        generation = math.ceil(self._count / self._settings.population)
+        place = f"{self._count} of {self._settings.evaluations} candidates, generation {generation}"
+        say(f"search: {place}: best perplexity {self.best:.4f}, {self.first:.4f} with α = 1 everywhere{left}")
 
 
 class _Record:
@@ -336,6 +311,16 @@ class _Record:
 
     def __init__(self, path: Path | None, identity: str, values: list[float]) -> None:
         self._path, self._identity, self.values = path, identity, values
+
+    @contextmanager
+    def kept_on_interrupt(self) -> Iterator[None]:
+        """Within the context, say of an interrupt that nothing is lost."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._path is not None and self.values:
+                say(f"stopped: {len(self.values)} candidates are kept in {self._path}; the same search goes on there")
+            raise
 
     @classmethod
     def open(cls, path: Path | None, identity: str) -> _Record:
@@ -350,9 +335,7 @@ class _Record:
             found: Any = json.loads(path.read_text(encoding="utf-8"))
             of, values = found["search"], [float(value) for value in found["perplexities"]]
         except (OSError, ValueError, TypeError, LookupError) as error:
-            raise ConfigError(
-                f"{path} is no record of a search ({reason(error)}); remove it to search anew."
-            ) from error
+            raise ConfigError(f"{path} is no record of a search; remove it to search anew.") from error
         if of != identity:
             raise ConfigError(
                 f"{path} is the record of a search with other settings, text or model; remove it to search anew."
@@ -362,16 +345,12 @@ class _Record:
     def add(self, value: float) -> None:
         """Keep one more."""
         self.values.append(value)
-        if self._path is None:
-            return
-        try:
+        if self._path is not None:
             write_text(self._path, json.dumps({"search": self._identity, "perplexities": self.values}) + "\n")
-        except OSError as error:
-            raise AccidentError(f"{self._path} cannot be written: {reason(error)}.") from error
 
 
 def _identity(
-    model: nn.Module, sites: Sequence[Site], config: RSparse, samples: Sequence[Tensor], effort: Effort
+    model: nn.Module, sites: Sequence[Site], config: RSparse, samples: Sequence[Tensor], settings: SearchSettings
 ) -> str:
     """Return a hash of all that a search depends on."""
     found = hashlib.sha256(
@@ -381,7 +360,8 @@ def _identity(
                 "structure": structure(model, sites),
                 "sparsity": config.sparsity,
                 "weighting": config.weighting,
-                "effort": [effort.population, effort.generations, effort.groups, effort.seed],
+                "decision": config.decision,
+                "settings": [settings.population, settings.generations, settings.groups, settings.seed],
                 "dtype": str(next(model.parameters()).dtype),
             },
             sort_keys=True,

@@ -33,7 +33,7 @@ from typing import Any
 from countdown.allocation import ALLOCATIONS
 from countdown.config import check_fields
 from countdown.errors import ConfigError
-from countdown.files import reason
+from countdown.files import reason, write_text
 from countdown.methods import Method, NamedRecipe, method, method_class, named, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -139,6 +139,28 @@ class Recipe:
             raise ConfigError(f"recipe {path} is not a list of entries such as: {_EXAMPLES['YAML']}")
         entries = [_entry(f"entry {index + 1} of {path}", entry, budget) for index, entry in enumerate(content)]
         return cls(tuple(entry for some in entries for entry in some), budget.get("allocation"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as a YAML file, or a JSON file where the name ends so, that `load` reads.
+
+        Raises:
+            AccidentError: The file cannot be written.
+        """
+        import yaml
+
+        path = Path(os.path.expanduser(path))
+        entries = [self._written(entry) for entry in self.entries]
+        budget = {"allocation": self.allocation, "sparsity": self.entries[0].method.sparsity, "entries": entries}
+        content = entries if self.allocation is None else budget
+        as_json = path.suffix == ".json"
+        text = json.dumps(content, indent=2) + "\n" if as_json else yaml.safe_dump(content, sort_keys=False)
+        write_text(path, text)
+
+    def _written(self, entry: RecipeEntry) -> dict[str, Any]:
+        shared = () if self.allocation is None else _BUDGET
+        found = entry.method.to_dict()
+        own = {field.name: found[field.name] for field in fields(entry.method) if field.name not in shared}
+        return {"pattern": entry.pattern, "method": entry.method.name, **own}
 
     def with_settings(self, **settings: Any) -> Recipe:
         """Return the recipe with these settings in every method.
