@@ -25,7 +25,7 @@ from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError
 from countdown.loading import Source, load_model
 from countdown.results import meta, write
-from quality import _commit
+from documents import commit
 
 PROMPT = torch.arange(1, 17)[None]
 DEFAULT, ONE, OTHER = "default", "one thread", "llama.cpp BF16"
@@ -55,7 +55,7 @@ def main() -> None:
                     runs[name]()
                     times[name].append(time.perf_counter() - started)
         records += [record(arguments, busy, name, times) for name in runs]
-    header = meta("python benchmarks/busy_cores.py MODEL", commit=_commit())
+    header = meta("python benchmarks/busy_cores.py MODEL", commit=commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

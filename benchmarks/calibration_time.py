@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from countdown.results import meta, write
-from quality import _commit
+from documents import commit
 
 CASES = {"auto": [], "d-proxy": ["--method", "d-proxy"], "m-countdown": ["--method", "m-countdown"]}
 
@@ -33,7 +33,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
         records.append({"model": Path(arguments.model).name, "method": method, "seconds": seconds})
         print(records[-1])
-    header = meta("python benchmarks/calibration_time.py MODEL", commit=_commit())
+    header = meta("python benchmarks/calibration_time.py MODEL", commit=commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

@@ -25,7 +25,7 @@ from countdown.phase import GENERATED, Phases
 from countdown.results import meta, write
 from countdown.sites.gated import GatedFFN
 from countdown.sites.holders import Rows
-from quality import _commit
+from documents import commit
 
 D, H, ROUNDS, CALLS = 64, 16, 40, 500
 
@@ -52,7 +52,7 @@ def main() -> None:
         for name, median in medians.items()
     ]
     print(*records, sep="\n")
-    header = meta("python benchmarks/call_overhead.py", commit=_commit())
+    header = meta("python benchmarks/call_overhead.py", commit=commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

@@ -17,8 +17,6 @@ import multiprocessing
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +37,7 @@ from countdown.results import meta, write
 from countdown.sites.decoder import decoder_of
 from countdown.sites.ffn import find_ffns
 from countdown.sites.gated import GatedFFN
+from documents import commit
 
 MAPPINGS = {
     "causal-lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
@@ -132,7 +131,7 @@ def main() -> None:
     for outcome, count in Counter((r["outcome"], r["category"] or r["verified"]) for r in records).most_common():
         print(count, *outcome)
     command = shlex.join(["python", "benchmarks/census.py", "--output", arguments.output])
-    write(arguments.output, {"meta": meta(command, commit=arguments.commit or _commit()), "records": records})
+    write(arguments.output, {"meta": meta(command, commit=arguments.commit or commit()), "records": records})
 
 
 def classes() -> dict[type[PreTrainedModel], list[str]]:
@@ -380,11 +379,6 @@ def _differ(one: Tensor, other: Tensor) -> float:
 
 def _out_of_time(*_: object) -> None:
     raise TimeoutError(f"more than {TIMEOUT} s")
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or sys.exit("no git history here: give --commit")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Reads results files, and writes Markdown."""
+"""Reads results files and writes Markdown, and what results say of the checkout."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,12 @@ def load(name: str) -> dict[str, Any]:
         if "weighting" in record:
             record["weighting"] = RENAMED.get(record["weighting"], record["weighting"])
     return document
+
+
+def commit() -> str:
+    """Return the commit of this checkout."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or sys.exit("no git history here: give --commit")
 
 
 def row(cells: list[str]) -> str:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from countdown.results import meta, write
-from quality import _commit
+from documents import commit
 
 CODE = """
 import time, torch
@@ -48,7 +48,7 @@ def main() -> None:
             )
         records.append({"d": 4096, "h": 14336, "cached": cached, "first_call_s": float(run.stdout)})
         print(records[-1], flush=True)
-    header = meta("python benchmarks/first_call.py", commit=arguments.commit or _commit())
+    header = meta("python benchmarks/first_call.py", commit=arguments.commit or commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

@@ -31,8 +31,7 @@ from countdown.compensation import kept, rank
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 from countdown.results import meta, write
-from documents import said
-from quality import _commit
+from documents import commit, said
 
 GROUPS = {
     "q, k, v": (4096, [4096, 1024, 1024]),
@@ -66,7 +65,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         records += measured(groups, arguments)
     command = shlex.join(["python", "benchmarks/linears.py", *said(sys.argv[1:])])
-    header = meta(command, commit=arguments.commit or _commit())
+    header = meta(command, commit=arguments.commit or commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

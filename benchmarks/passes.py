@@ -30,8 +30,7 @@ from countdown.modules import running
 from countdown.profiles.profile import Profile
 from countdown.results import meta, write
 from countdown.text import WINDOW, windows
-from documents import said
-from quality import _commit
+from documents import commit, said
 
 METHODS = ("m-countdown", "cats", "d-countdown", "d-proxy", "teal")
 DECISIONS = ("threshold", "topk")
@@ -53,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    commit = arguments.commit or _commit()
+    checkout = arguments.commit or commit()
     model = countdown.from_pretrained(arguments.model, device=arguments.device)
     tokenizer = countdown.load_tokenizer(arguments.model)
     texts = [countdown.load_text("python-docs", split) for split in ("calibration", "evaluation")]
@@ -65,7 +64,7 @@ def main() -> None:
         for record in _of_method(model, tokenizer, texts[0], rows, name, arguments):
             records.append({"model": Path(arguments.model).name, "device": str(model.device), **record})
             print(records[-1], flush=True)
-            write(arguments.output, {"meta": meta(command, commit=commit), "records": records})
+            write(arguments.output, {"meta": meta(command, commit=checkout), "records": records})
 
 
 def _of_method(

@@ -9,6 +9,8 @@ split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt 
     allocation  uniform against global, and against global by the local output error alone
     linears     teal and wina under every allocation, on all linears; one profile each
     attention   the same on the linears of attention
+    low-rank    r-sparse at several α, the same everywhere, on all linears and on those of attention
+    chess       the recipe
     budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
@@ -26,8 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -57,10 +57,12 @@ from countdown.sparsify import restore_, sparsify_, status
 from countdown.sums._base import product_of
 from countdown.text import WINDOW, Text, load_text, windows
 from countdown.weights.symmetric import round_tokens
+from documents import commit
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
 BUDGET_SPARSITIES = (0.5, 0.6, 0.7)
 LINEAR_SPARSITIES = (0.25, 0.4, 0.5)
+ALPHAS = (1.0, 0.98, 0.95)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 PROMPT_SPARSITIES = (0.5, 0.7)
 TOKENS = 32768
@@ -73,7 +75,7 @@ def main() -> None:
     arguments = _arguments()
     bench = Bench.of(arguments)
     command = shlex.join(["python", "benchmarks/quality.py", bench.source.label, *arguments.public])
-    header = meta(command, commit=arguments.commit or _commit(), tokens=bench.tokens)
+    header = meta(command, commit=arguments.commit or commit(), tokens=bench.tokens)
     records = json.loads(arguments.output.read_text())["records"] if arguments.extend else []
     for record in SWEEPS[arguments.sweep](bench, arguments):
         records.append(record)
@@ -198,6 +200,20 @@ def _linears(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, 
                 yield bench.measured(profile.with_settings(sparsity=sparsity))
 
 
+def _low_rank(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for pattern in ("*", "*.self_attn.*"):
+        for alpha in ALPHAS:
+            for sparsity in LINEAR_SPARSITIES:
+                entry = RecipeEntry(method("r-sparse", sparsity=sparsity, alpha=alpha), pattern)
+                yield bench.measured(bench.calibrated(Recipe((entry,))))
+
+
+def _chess(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    profile = bench.calibrated(Recipe.named("chess", sparsity=0.4))
+    for sparsity in LINEAR_SPARSITIES:
+        yield bench.measured(profile.with_settings(sparsity=sparsity))
+
+
 def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The sparsities of one budget are those at which it saves the bytes that d-proxy alone does at its own."""
     sites = {site.name: site for site in find_sites(bench.model, ["ffn", "linear"])}
@@ -295,6 +311,8 @@ SWEEPS = {
     "allocation": _allocation,
     "linears": _linears,
     "attention": _linears,
+    "low-rank": _low_rank,
+    "chess": _chess,
     "budget": _budget,
     "texts": _texts,
     "proxy": _proxy,
@@ -331,11 +349,6 @@ def _arguments() -> argparse.Namespace:
     if arguments.sweep == "prompt" and not prompt:
         parser.error("--sweep prompt needs --prompt-tokens")
     return arguments
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or sys.exit("no git history here: give --commit")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from countdown.sums import Sum
 from countdown.sums.activations import ACTIVATIONS
 from countdown.text import load_text, windows
 from countdown.weights.symmetric import SHRINK, round_tokens
-from quality import _commit, _dither
+from documents import commit
+from quality import _dither
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 EVERY = 3
@@ -81,7 +82,7 @@ def main() -> None:
         for window in ids:
             model(window[None], use_cache=False, logits_to_keep=1)
     command = shlex.join(["python", "benchmarks/quantisers.py", source.label])
-    header = meta(command, commit=_commit(), tokens=ids.numel())
+    header = meta(command, commit=commit(), tokens=ids.numel())
     records = []
     for form in forms():
         losses = [lost(ffn, torch.cat(inputs[ffn.name]), form) for ffn in ffns]

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from countdown.results import meta, write
-from quality import _commit
+from documents import commit
 
 WIDTHS = (576, 1536, 4096)
 SHARES = (1.0, 0.4, 0.2)
@@ -44,7 +44,7 @@ def main() -> None:
                     case = {"row_bytes": 2 * d, "share": share, "threads": threads}
                     records.append(case | {"gb_per_s": plain, "fetched_gb_per_s": fetched})
                     print(records[-1], flush=True)
-    header = meta("python benchmarks/random_rows.py", commit=_commit())
+    header = meta("python benchmarks/random_rows.py", commit=commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

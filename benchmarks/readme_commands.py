@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from countdown.results import meta, write
-from quality import _commit
+from documents import commit
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     records = [timed(command, arguments.model, arguments.folder) for command in commands(README.read_text())]
-    header = meta("python benchmarks/readme_commands.py MODEL", commit=_commit())
+    header = meta("python benchmarks/readme_commands.py MODEL", commit=commit())
     write(arguments.output, {"meta": header, "records": records})
 
 

@@ -13,8 +13,6 @@ import argparse
 import math
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,6 +30,7 @@ from countdown.methods import Method, method, method_class, method_names
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_, status
 from countdown.text import WINDOW, load_text, windows
+from documents import commit
 
 SPARSITIES = (0.5, 0.7)
 TOKENS = 16384
@@ -47,7 +46,7 @@ def main() -> None:
     public = [bench.source.label, "--limit", str(arguments.limit)]
     header = meta(
         shlex.join(["python", "benchmarks/tasks.py", *public]),
-        commit=arguments.commit or _commit(),
+        commit=arguments.commit or commit(),
         tokens=TOKENS,
         batch_size=BATCH,
         lm_eval=version("lm-eval"),
@@ -159,11 +158,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", help="where the checkout has no git history")
     return parser.parse_args()
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or sys.exit("no git history here: give --commit")
 
 
 if __name__ == "__main__":

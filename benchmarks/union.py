@@ -23,7 +23,7 @@ from countdown.modules import running, sparse_modules
 from countdown.results import meta, write
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import load_text, windows
-from quality import _commit
+from documents import commit
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TOKENS = range(1, 9)
@@ -54,7 +54,7 @@ def main() -> None:
             records[-1] |= {"tokens": tokens, "union": round(union, 4)}
             print(sparsity, tokens, union, flush=True)
     command = shlex.join(["python", "benchmarks/union.py", source.label])
-    write(arguments.output, {"meta": meta(command, commit=_commit()), "records": records})
+    write(arguments.output, {"meta": meta(command, commit=commit()), "records": records})
 
 
 @torch.no_grad()
