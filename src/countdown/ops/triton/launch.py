@@ -25,6 +25,8 @@ PAIR_WIDTH = 4096
 TILE_TOKENS = 16
 # Channels of a linear whose active set is a word.
 CHUNK = 64
+# So many of them are summed by a program of a low rank.
+LOW_CHUNKS = 8
 _KB = 1024
 
 
@@ -231,19 +233,18 @@ def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = Fal
 
 @dataclass(frozen=True)
 class Channels:
-    """The launch of `sum_channels`, with its tiles of columns, those of low ranks, and into how many parts the channels
-    of each are split.
+    """The launch of `sum_channels`: its tiles of columns, and into how many parts the channels are split; of low ranks,
+    the same.
     """
 
     launch: Launch
     tiles: int
-    low_tiles: int
     splits: int
+    low_tiles: int
+    low_splits: int
 
 
-def channels(
-    d: int, heights: list[int], ranks: list[int], itemsize: int, tokens: int, found: Hardware, *, counting: bool
-) -> Channels:
+def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens: int, found: Hardware) -> Channels:
     """Return the launch for linears with so many outputs, and low ranks if any.
 
     Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more chunks a
@@ -260,38 +261,35 @@ def channels(
     splits = _ceil(d, CHUNK * chunks)
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
     low_tiles = sum(_ceil(rank, low_width) for rank in ranks)
+    low_splits = _ceil(d, CHUNK * LOW_CHUNKS)
     constants = {
         "T": tokens,
         "COLUMNS": width,
         "CHUNKS": chunks,
-        "CHUNK": CHUNK,
         "ROWS": rows,
         "STAGES": _stages(rows * width * itemsize, 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
+        "LOW_CHUNKS": LOW_CHUNKS,
         "LOW_ROWS": _clamp(16 * _KB // (low_width * itemsize), 1, CHUNK),
-        "BLOCK": _counted(d),
+        "CHUNK": CHUNK,
     }
-    programs = (tiles + low_tiles) * splits + (len(heights) if counting else 0)
-    return Channels(Launch((programs,), constants, 4), tiles, low_tiles, splits)
+    return Channels(
+        Launch((tiles * splits + low_tiles * low_splits,), constants, 4), tiles, splits, low_tiles, low_splits
+    )
 
 
 def channel_selection(d: int, tokens: int) -> Launch:
     """Return the launch of `select_channels`."""
-    return Launch((tokens,), {"BLOCK": _counted(d)}, 4)
+    return Launch((tokens,), {"BLOCK": _clamp(_power(d), 16, 1024)}, 4)
 
 
-def finish(heights: list[int], ranks: list[int], splits: int, tokens: int) -> Launch:
+def finish(heights: list[int], ranks: list[int], splits: int, low_splits: int, tokens: int) -> Launch:
     """Return the launch of `finish`."""
     # A tile of partial sums of a low rank must fit the registers.
-    parts = _power(splits)
+    parts = _power(low_splits)
     rank = _clamp(_power(max(ranks, default=1)), 16, _clamp(8 * _KB // parts, 16, 64))
-    constants = {"P": parts, "COLUMNS": 32, "RANK": rank}
+    constants = {"P": _power(splits), "COLUMNS": 32, "LOW_P": parts, "RANK": rank}
     return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
-
-
-def _counted(d: int) -> int:
-    # Few enough that counting takes no more registers than summing does, in whose kernel it is done.
-    return _clamp(_power(d), 16, 1024)
 
 
 def reduction(d: int, programs: int, tokens: int) -> Launch:

@@ -81,25 +81,26 @@ def _sum(
     inner, outer = _factors(calls)
     heights, ranks = [call.sum.outputs for call in calls], [len(factor) for factor in inner]
     tokens, d = x.shape
-    form = launch.channels(d, heights, ranks, weights[0].element_size(), tokens, found, counting=counters is not None)
-    config, splits = form.launch, form.splits
-    partial_sums = x.new_empty((splits, tokens, sum(heights) + sum(ranks)), dtype=torch.float32)
-    sizes = (*(*heights, 0, 0)[:3], *(*ranks, 0, 0, 0)[:3])
-    linear_kernels.sum_channels[config.grid](
+    form = launch.channels(d, heights, ranks, weights[0].element_size(), tokens, found)
+    partial_sums = x.new_empty((form.splits, tokens, sum(heights)), dtype=torch.float32)
+    low = x.new_empty((form.low_splits, tokens, sum(ranks)), dtype=torch.float32) if ranks else None
+    counts = x.new_empty((form.splits, tokens, 3), dtype=torch.int32) if counters else None
+    sizes, low_sizes = (*heights, 0, 0)[:3], (*ranks, 0, 0, 0)[:3]
+    linear_kernels.sum_channels[form.launch.grid](
         x, x.stride(0), _apart(weights, 1), _apart(inner, 1), thresholds and three(thresholds), active, phases,
-        counters and three(counters), partial_sums, sizes, form.tiles, form.low_tiles, splits, d,
-        LOAD=FORMATS[calls[0].sum.weights[0].format], COUNTING=len(calls) if counters else 0, **config.options(found),
+        partial_sums, low, counts, sizes, low_sizes, form.tiles, form.low_tiles, form.low_tiles * form.low_splits, d,
+        LOAD=FORMATS[calls[0].sum.weights[0].format], **form.launch.options(found),
     )  # fmt: skip
     y = x.new_empty((tokens, sum(heights)))
-    last = launch.finish(heights, ranks, splits, tokens)
+    last = launch.finish(heights, ranks, form.splits, form.low_splits, tokens)
     biases = [contiguous(call.sum.biases)[0] for call in calls]
     there = next((bias for bias in biases if bias is not None), None)
     has_bias, some = there is not None, None
     if there is not None:
         some = [there.new_zeros(size) if b is None else b for size, b in zip(heights, biases, strict=True)]
     linear_kernels.finish[last.grid](
-        partial_sums, _apart(outer, 0), some and three(some), y, sizes, splits, tokens, HAS_BIAS=has_bias,
-        **last.options(found),
+        partial_sums, low, _apart(outer, 0), counts, counters and three(counters), some and three(some), phases, y,
+        sizes, low_sizes, form.splits, form.low_splits, tokens, d, HAS_BIAS=has_bias, **last.options(found),
     )  # fmt: skip
     return y
 

@@ -10,8 +10,11 @@ before are added. Rows that no token needs are not read; the others are read onc
 sums that `finish` adds in a fixed order: the same bits every time.
 
 Where a low rank stands for dropped channels, z += A (B (x ⊙ ¬m)), the columns of B are rows of up to three more
-matrices, whose programs read what the others leave out. Their sums stand behind the outputs, and `finish` multiplies
-them with the rows of A.
+matrices, whose programs read what the others leave out. They are small, so a program takes more chunks and leaves fewer
+partial sums; each program of `finish` adds them all and multiplies them with its rows of A.
+
+Thresholds are loaded before a program waits for the kernel before it: no kernel writes them that runs in one queue with
+these.
 
 Of a token that is not finite every channel is active by definition. Here its channels that are not finite are, which
 makes the same result where weights are finite and sums of what is finite do not overflow: no other sum with an infinity
@@ -31,6 +34,9 @@ from countdown.ops.triton.kernel_parts import (
     in_phase,
     is_above,
 )
+
+# Marks the count of a token that is not finite; more than a program's channels.
+STRANGE = tl.constexpr(1 << 16)
 
 
 @triton.jit
@@ -68,12 +74,24 @@ def _decided(xv, threshold):
 
 
 @triton.jit
-def _active(x, x_stride, thresholds, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, i, d):
+def _limits(thresholds, first, d, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Thresholds of the chunks from `first` on, float32 [CHUNK] each; none where there are active sets."""
+    found = ()
+    for chunk in tl.static_range(CHUNKS):
+        if thresholds is None:
+            found = found + (None,)
+        else:
+            i = first + chunk * CHUNK + tl.arange(0, CHUNK)
+            found = found + (tl.load(thresholds + i, mask=i < d, other=0.0),)
+    return found
+
+
+@triton.jit
+def _active(x, x_stride, limit, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, i, d):
     """Whether token t needs channels i; or, if DROPPED, leaves them out."""
     here = i < d
     if active_set is None:
-        xv = tl.load(x + t * x_stride + i, mask=here, other=0.0).to(tl.float32)
-        active = _decided(xv, tl.load(thresholds + i, mask=here, other=0.0))
+        active = _decided(tl.load(x + t * x_stride + i, mask=here, other=0.0).to(tl.float32), limit)
         if phases is not None:
             active = in_phase(active, tl.load(phases + t))
     else:
@@ -86,14 +104,14 @@ def _active(x, x_stride, thresholds, active_set, phases, DROPPED: tl.constexpr, 
 
 
 @triton.jit
-def _words(x, x_stride, thresholds, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, d,
-           CHUNKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+def _words(x, x_stride, limits, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, d,
+           CHUNK: tl.constexpr):  # fmt: skip
     """The channels that token t needs of each chunk, int64 with a bit for each."""
     k = tl.arange(0, CHUNK)
     words = ()
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.static_range(len(limits)):
         i = first + chunk * CHUNK + k
-        active = _active(x, x_stride, thresholds, active_set, phases, DROPPED, t, i, d)
+        active = _active(x, x_stride, limits[chunk], active_set, phases, DROPPED, t, i, d)
         words = words + (tl.sum(active.to(tl.int64) << k.to(tl.int64), 0),)
     return words
 
@@ -108,42 +126,46 @@ def _bits(words, start, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _count_of(x, x_stride, thresholds, counters, phases, d, T: tl.constexpr, BLOCK: tl.constexpr):
-    """counters += (generated tokens, their active channels)."""
-    tokens = tl.full([], 0, tl.int64)
-    active = tl.full([], 0, tl.int64)
+def _leave_counts(x, x_stride, limits, counts, split, member, first, d, T: tl.constexpr, CHUNK: tl.constexpr):
+    """How many channels of its chunks each token needs, plus STRANGE if one is not finite: int32 in counts [T, 3]."""
     for t in tl.static_range(T):
-        found = tl.zeros([BLOCK], tl.int32)
-        strange = tl.zeros([BLOCK], tl.int32)
-        for start in tl.range(0, d, BLOCK, num_stages=3):
-            i = start + tl.arange(0, BLOCK)
+        n = tl.zeros([CHUNK], tl.int32)
+        strange = tl.zeros([CHUNK], tl.int32)
+        for chunk in tl.static_range(len(limits)):
+            i = first + chunk * CHUNK + tl.arange(0, CHUNK)
             xv = tl.load(x + t * x_stride + i, mask=i < d, other=0.0).to(tl.float32)
-            above = _decided(xv, tl.load(thresholds + i, mask=i < d, other=0.0))
-            found += ((i < d) & above).to(tl.int32)
-            strange += (~(tl.abs(xv) < float("inf"))).to(tl.int32)
-        n = tl.where(tl.sum(strange, 0) > 0, d, tl.sum(found, 0)).to(tl.int64)
-        one = tl.full([], 1, tl.int64)
-        if phases is not None:
-            one = (tl.load(phases + t) == GENERATED).to(tl.int64)
-        tokens += one
-        active += n * one
-    tl.atomic_add(counters, tokens, sem="relaxed")
-    tl.atomic_add(counters + 1, active, sem="relaxed")
+            n += ((i < d) & _decided(xv, limits[chunk])).to(tl.int32)
+            strange |= (~(tl.abs(xv) < float("inf"))).to(tl.int32)
+        found = tl.sum(n, 0) + tl.where(tl.max(strange, 0) > 0, STRANGE, 0)
+        tl.store(counts + (split * T + t) * 3 + member, found, eviction_policy="evict_last")
+
+
+@triton.jit
+def _add_counts(counts, counters, phases, member, splits, tokens, t, d, P: tl.constexpr):
+    """counters += (1 if token t is a generated one, its active channels, which are all d if it is not finite)."""
+    p = tl.arange(0, P)
+    found = tl.load(counts + (p * tokens + t) * 3 + member, mask=p < splits, other=0)
+    n = tl.where(tl.max(found, 0) >= STRANGE, d, tl.sum(found, 0))
+    one = tl.full([], 1, tl.int64)
+    if phases is not None:
+        one = (tl.load(phases + t) == GENERATED).to(tl.int64)
+    # Integers: the sum is the same in whatever order programs add.
+    tl.atomic_add(counters, one, sem="relaxed")
+    tl.atomic_add(counters + 1, n.to(tl.int64) * one, sem="relaxed")
 
 
 @triton.jit
 def _sums(
-    x, x_stride, w, stride, c, inside, thresholds, active_set, phases, DROPPED: tl.constexpr, first, d,
-    LOAD: tl.constexpr, T: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, x_stride, w, stride, c, inside, limits, active_set, phases, DROPPED: tl.constexpr, first, d,
+    LOAD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Σ over active channels of the chunks from `first` on, float32 [columns] for each token."""
     words = ()
     sums = ()
     for t in tl.static_range(T):
-        words = words + (_words(x, x_stride, thresholds, active_set, phases, DROPPED, t, first, d, CHUNKS, CHUNK),)
+        words = words + (_words(x, x_stride, limits, active_set, phases, DROPPED, t, first, d, CHUNK),)
         sums = sums + (tl.zeros(c.shape, tl.float32),)
-    for start in tl.range(0, CHUNKS * CHUNK, ROWS, num_stages=STAGES):
+    for start in tl.range(0, len(limits) * CHUNK, ROWS, num_stages=STAGES):
         i = first + start + tl.arange(0, ROWS)
         needed = _bits(words[0], start, ROWS, CHUNK)
         for t in tl.static_range(1, T):
@@ -166,101 +188,99 @@ def _store(partial, sums, split, total, offset, c, h):
 
 @triton.jit
 def sum_channels(
-    x, x_stride, weights, inner, thresholds, active_set, phases, counters, partial, sizes, tiles, low_tiles, splits, d,
-    LOAD: tl.constexpr, COUNTING: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x, x_stride, weights, inner, thresholds, active_set, phases, partial, low, counts, sizes, ranks, tiles, low_tiles,
+    low_programs, d, LOAD: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_CHUNKS: tl.constexpr, LOW_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Σ over the active channels of this program's chunks, for its tile of columns.
 
-    x [T, d], three weights and how far their rows are apart, the same of B or None, three thresholds [d] (or one
-    active_set [T, d] int8) → partial [splits, T, Σ sizes] float32; `sizes` are the columns of three weights, then of
-    three B. The first COUNTING programs count instead, one a linear: three counters. The next are of B.
+    x [T, d], three weights and how far their rows are apart, three thresholds [d] (or one active_set [T, d] int8) →
+    partial [splits, T, Σ sizes] float32 and, unless None, counts [splits, T, 3]: see `_leave_counts`. The first
+    programs are of three B, or None, which stand as the weights do: they sum over channels that are not active, →
+    low [low splits, T, Σ ranks] float32.
     """
-    begin(PDL)
-    program = tl.program_id(0) - COUNTING
-    if COUNTING > 0:
-        if program < 0:
-            place = program + COUNTING
-            own = _one_of(place, thresholds[0], thresholds[1], thresholds[2])
-            counter = _one_of(place, counters[0], counters[1], counters[2])
-            _count_of(x, x_stride, own, counter, phases, d, T, BLOCK)
-    total = _total(sizes)
+    program = tl.program_id(0)
     if inner is not None:
-        if (program >= 0) & (program < low_tiles * splits):
-            outputs = sizes[0] + sizes[1] + sizes[2]
-            member, tile, offset = _place(program % low_tiles, (sizes[3], sizes[4], sizes[5]), LOW_COLUMNS)
-            split = program // low_tiles
+        if program < low_programs:
+            member, tile, offset = _place(program % low_tiles, ranks, LOW_COLUMNS)
             w = _one_of(member, inner[0], inner[1], inner[2])
             stride = _one_of(member, inner[3], inner[4], inner[5])
-            h = _one_of(member, sizes[3], sizes[4], sizes[5])
-            limits = None
+            rank = _one_of(member, ranks[0], ranks[1], ranks[2])
+            first = program // low_tiles * LOW_CHUNKS * CHUNK
+            own = None
             if active_set is None:
-                limits = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
+                own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
+            limits = _limits(own, first, d, LOW_CHUNKS, CHUNK)
             c = tile * LOW_COLUMNS + tl.arange(0, LOW_COLUMNS)
+            begin(PDL)
             sums = _sums(
-                x, x_stride, w, stride, c, c < h, limits, active_set, phases, True, split * CHUNKS * CHUNK, d,
-                LOAD, T, CHUNKS, CHUNK, LOW_ROWS, STAGES,
+                x, x_stride, w, stride, c, c < rank, limits, active_set, phases, True, first, d,
+                LOAD, T, CHUNK, LOW_ROWS, STAGES,
             )  # fmt: skip
-            _store(partial, sums, split, total, outputs + offset, c, h)
-        program -= low_tiles * splits
+            _store(low, sums, program // low_tiles, _total(ranks), offset, c, rank)
+        program -= low_programs
     if program >= 0:
         # Neighbours read neighbouring columns of the same rows.
-        member, tile, offset = _place(program % tiles, (sizes[0], sizes[1], sizes[2]), COLUMNS)
+        member, tile, offset = _place(program % tiles, sizes, COLUMNS)
         w = _one_of(member, weights[0], weights[1], weights[2])
         stride = _one_of(member, weights[3], weights[4], weights[5])
-        limits = None
-        if active_set is None:
-            limits = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
         h = _one_of(member, sizes[0], sizes[1], sizes[2])
         split = program // tiles
+        first = split * CHUNKS * CHUNK
+        own = None
+        if active_set is None:
+            own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
+        limits = _limits(own, first, d, CHUNKS, CHUNK)
         c = tile * COLUMNS + tl.arange(0, COLUMNS)
+        begin(PDL)
         sums = _sums(
-            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, split * CHUNKS * CHUNK, d,
-            LOAD, T, CHUNKS, CHUNK, ROWS, STAGES,
-        )  # fmt: skip
-        _store(partial, sums, split, total, offset, c, h)
+            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, first, d, LOAD, T, CHUNK, ROWS, STAGES
+        )
+        _store(partial, sums, split, _total(sizes), offset, c, h)
+        if counts is not None:
+            if tile == 0:
+                _leave_counts(x, x_stride, limits, counts, split, member, first, d, T, CHUNK)
 
 
 @triton.jit
 def _total(sizes):
-    total = sizes[0]
-    for place in tl.static_range(1, len(sizes)):
-        total += sizes[place]
-    return total
+    return sizes[0] + sizes[1] + sizes[2]
 
 
 @triton.jit
-def _low_rank(partial, outer, stride, c, inside, rank, first, total, splits, tokens, t,
+def _low_rank(low, outer, stride, c, inside, rank, first, total, splits, tokens, t,
               P: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
     """Rows c of A times the sums of the rank that `first` and the entries after it hold, float32 [columns]."""
     p = tl.arange(0, P)
     z = tl.zeros(c.shape, tl.float32)
     for start in range(0, rank, RANK):
         k = start + tl.arange(0, RANK)
-        low = tl.load(
-            partial + (p[:, None] * tokens + t) * total + first + k[None, :],
+        sums = tl.load(
+            low + (p[:, None] * tokens + t) * total + first + k[None, :],
             mask=(p < splits)[:, None] & (k < rank)[None, :], other=0.0, eviction_policy="evict_last",
         )  # fmt: skip
         rows = tl.load(outer + c[:, None] * stride + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
-        z += tl.sum(rows.to(tl.float32) * tl.sum(low, 0)[None, :], 1)
+        z += tl.sum(rows.to(tl.float32) * tl.sum(sums, 0)[None, :], 1)
     return z
 
 
 @triton.jit
 def finish(
-    partial, outer, biases, y, sizes, splits, tokens, HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr,
-    RANK: tl.constexpr, PDL: tl.constexpr,
+    partial, low, outer, counts, counters, biases, phases, y, sizes, ranks, splits, low_splits, tokens, d,
+    HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr, RANK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """partial [splits, tokens, Σ sizes], added in order, → y [tokens, h0 + h1 + h2]; of three A, or None, the rows and
-    how far they are apart.
+    """partial [splits, tokens, Σ sizes], added in order, → y [tokens, Σ sizes].
+
+    outer: three A that low [low_splits, tokens, Σ ranks] is multiplied with, and how far their rows are apart; or None.
+    counts [splits, tokens, 3] are added to three counters, unless None.
     """
-    member, tile, offset = _place(tl.program_id(0), (sizes[0], sizes[1], sizes[2]), COLUMNS)
+    member, tile, offset = _place(tl.program_id(0), sizes, COLUMNS)
     t = tl.program_id(1)
     h = _one_of(member, sizes[0], sizes[1], sizes[2])
     c = tile * COLUMNS + tl.arange(0, COLUMNS)
     p = tl.arange(0, P)
-    outputs = sizes[0] + sizes[1] + sizes[2]
     total = _total(sizes)
     begin(PDL)
     v = tl.load(
@@ -271,12 +291,16 @@ def finish(
     if outer is not None:
         matrix = _one_of(member, outer[0], outer[1], outer[2])
         stride = _one_of(member, outer[3], outer[4], outer[5])
-        rank = _one_of(member, sizes[3], sizes[4], sizes[5])
-        first = outputs + _one_of(member, 0, sizes[3], sizes[3] + sizes[4])
-        z += _low_rank(partial, matrix, stride, c, c < h, rank, first, total, splits, tokens, t, P, RANK)
+        rank = _one_of(member, ranks[0], ranks[1], ranks[2])
+        first = _one_of(member, 0, ranks[0], ranks[0] + ranks[1])
+        z += _low_rank(low, matrix, stride, c, c < h, rank, first, _total(ranks), low_splits, tokens, t, LOW_P, RANK)
     if HAS_BIAS:
         z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
-    tl.store(y + t * outputs + offset + c, z.to(y.dtype.element_ty), mask=c < h)
+    tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
+    if counts is not None:
+        if tile == 0:
+            own = _one_of(member, counters[0], counters[1], counters[2])
+            _add_counts(counts, own, phases, member, splits, tokens, t, d, P)
 
 
 @triton.jit
