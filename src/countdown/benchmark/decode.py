@@ -24,6 +24,7 @@ from countdown.loading import DTYPES, check_context
 from countdown.methods import Method
 from countdown.noise import quiet_imports
 from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe
 from countdown.sites import Site, find_sites
 from countdown.sparsify import sparse_twin
 
@@ -104,7 +105,7 @@ class DecodeBenchmark:
 
 def run(
     model: nn.Module,
-    arms: Sequence[Method | Profile],
+    arms: Sequence[Method | Recipe | Profile],
     benchmark: DecodeBenchmark,
     *,
     progress: bool = False,
@@ -115,7 +116,7 @@ def run(
     Args:
         model: A dense model on a CUDA device or a CPU; left dense. Sparse ones are copies that share every weight
             with it but W_down and linears that are themselves sparse.
-        arms: Profiles of it, or methods that are calibrated on random tokens, for random weights.
+        arms: Profiles of it, or methods and recipes that are calibrated on random tokens, for random weights.
         benchmark: What to measure.
         progress: Show progress on stderr.
         say: Called with a line at the start of each step.
@@ -216,9 +217,9 @@ def _doubted(record: dict[str, Any]) -> dict[str, Any]:
     return {} if doubt is None else {"unreliable": doubt}
 
 
-def _calibrated(model: nn.Module, method: Method, tokens: Tensor) -> Profile:
+def _calibrated(model: nn.Module, config: Method | Recipe, tokens: Tensor) -> Profile:
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return calibrate(model, None, batch, method, progress=False)
+    return calibrate(model, None, batch, config, progress=False)
 
 
 def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:

@@ -14,7 +14,7 @@ from countdown.cli import options as o
 from countdown.cli import printing
 from countdown.errors import ConfigError
 from countdown.files import streams
-from countdown.methods import DEFAULT_METHOD, method
+from countdown.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,11 @@ def decode(
     profile: o.ProfileDir = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", callback=o.known_methods, help="Method, with --shape; may be repeated."),
+        typer.Option(
+            "--method",
+            callback=o.known_methods,
+            help="With --shape: method, with settings as r-sparse:alpha=0.98, or a recipe file; may be repeated.",
+        ),
     ] = None,
     sparsity: o.Sparsity = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 512,
@@ -124,6 +128,7 @@ def decode(
     from countdown.benchmark.decode import DecodeBenchmark, random_model, run
     from countdown.config import check_choice
     from countdown.loading import Source, load_model, resolve_device
+    from countdown.profiles.recipe import Recipe
     from countdown.results import meta
 
     if (model is None) == (shape is None):
@@ -139,7 +144,7 @@ def decode(
         if profile is not None:
             raise ConfigError("--profile belongs to a model; with --shape give --method and --sparsity.")
         settings = {} if sparsity is None else {"sparsity": sparsity}
-        arms = [method(name, **settings) for name in methods or [DEFAULT_METHOD]]
+        arms = [Recipe.parse(name).with_settings(**settings) for name in methods or [DEFAULT_METHOD]]
         loaded, name, prompt = random_model(shape, where, dtype="bfloat16" if dtype == "auto" else dtype), shape, None
     else:
         if methods:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from countdown.comparison import quantised
 from countdown.comparison.comparison import Cell
@@ -149,22 +148,12 @@ def _labelled(methods: Sequence[str | Method | Recipe]) -> list[tuple[str, Recip
 
 def _named(name: str) -> tuple[str, Recipe]:
     """Return the label and recipe that a name on the command line stands for."""
+    recipe = Recipe.parse(name)
     if Path(name).suffix in SUFFIXES:
-        return Path(name).stem, Recipe.load(name)
-    name, _, settings = name.partition(":")
-    recipe = Recipe.named(name, **_settings(name, settings))
+        return Path(name).stem, recipe
+    if "sparsity=" in name:
+        raise ConfigError(f"'{name}' sets a sparsity; give --sparsity, which all methods share.")
     return _label(recipe), recipe
-
-
-def _settings(name: str, text: str) -> dict[str, Any]:
-    """Return the settings in `weighting=rms,bits=3`."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    for setting, equals, value in pairs:
-        if not (setting and equals and value):
-            raise ConfigError(f"'{text}' of {name} is not a list of settings such as weighting=rms,allocation=global.")
-        if setting == "sparsity":
-            raise ConfigError(f"'{text}' of {name} sets a sparsity; give --sparsity, which all methods share.")
-    return {setting: yaml.safe_load(value) for setting, _, value in pairs}
 
 
 def _label(recipe: Recipe) -> str:

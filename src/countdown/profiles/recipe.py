@@ -122,6 +122,21 @@ class Recipe:
             raise ConfigError(f"'{name}': {error}") from error
 
     @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Return what a name on the command line stands for.
+
+        Args:
+            text: A recipe file, or the name of a method or recipe, with settings if any: `NAME:weighting=rms,bits=3`.
+
+        Raises:
+            ConfigError: See `named` and `load`; what follows the name is no list of settings.
+        """
+        if Path(text).suffix in SUFFIXES:
+            return cls.load(text)
+        name, _, settings = text.partition(":")
+        return cls.named(name, **_settings(name, settings))
+
+    @classmethod
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe from a YAML or JSON file.
 
@@ -283,6 +298,16 @@ def _available(sites: Sequence[tuple[str, str]], kind: str, matched: Sequence[st
         return "earlier entries took all that it matches"
     names = [name for name, its_kind in sites if its_kind == kind]
     return f"its method applies to {names[0]}, …, {names[-1]}" if names else f"it has none of kind '{kind}'"
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    """Return the settings in `weighting=rms,bits=3`."""
+    import yaml
+
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if not all(setting and equals and value for setting, equals, value in pairs):
+        raise ConfigError(f"'{text}' of {name} is not a list of settings such as weighting=rms,allocation=global.")
+    return {setting: yaml.safe_load(value) for setting, _, value in pairs}
 
 
 def _read(path: Path) -> Any:
