@@ -6,13 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from countdown.comparison import formats
 from countdown.comparison.comparison import Cell, Comparison
+from countdown.comparison.conditions import measured
+from countdown.comparison.series import all_series
 from countdown.errors import ConfigError
 from countdown.files import write_text
-from countdown.report import formats
-from countdown.report.figures import all_figures, measured
+from countdown.report.figures import all_figures
 from countdown.report.samples import Marked, mark
-from countdown.report.selection import all_series, by_layer
+from countdown.report.selection import by_layer
 from countdown.report.verdict import verdict
 
 # Answers that are open; more are folded away.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from countdown.report import formats as f
+from countdown.comparison import formats as f
 
 
 @pytest.mark.parametrize(
