@@ -10,6 +10,7 @@ from countdown.comparison import formats
 from countdown.comparison.comparison import Cell, Comparison
 from countdown.comparison.conditions import measured
 from countdown.comparison.series import all_series
+from countdown.comparison.task_tables import NOTE, task_tables
 from countdown.errors import ConfigError
 from countdown.files import write_text
 from countdown.report.figures import all_figures
@@ -54,6 +55,8 @@ def render(comparison: Comparison) -> str:
         recommended=comparison.recommendation.label if comparison.recommendation else None,
         verdict=verdict(comparison),
         figures=all_figures(comparison),
+        tasks=task_tables(comparison),
+        tasks_note=NOTE,
         dense=dense,
         samples=_samples(comparison, dense),
         open_samples=OPEN_SAMPLES,
