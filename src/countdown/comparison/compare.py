@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from countdown.comparison import markdown
 from countdown.comparison import quantised as schemes
 from countdown.comparison.cache import Cache, default_folder
 from countdown.comparison.comparison import FILE, KINDS, TABLE, Cell, Comparison, Recommendation
@@ -19,7 +20,7 @@ from countdown.comparison.recommend import nearest, recommend
 from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Protocol, Session
 from countdown.comparison.tasks import described, tasks_of
 from countdown.errors import OVERWRITE, ConfigError, CountdownError
-from countdown.files import unwritable_file
+from countdown.files import unwritable_file, write_text
 from countdown.loading import Source
 from countdown.methods import Method
 from countdown.profiles.profile import check_free
@@ -27,7 +28,7 @@ from countdown.profiles.recipe import Recipe
 from countdown.results import meta
 from countdown.text import WINDOW
 
-PROFILE = "profile"
+PROFILE, TABLES = "profile", "comparison.md"
 # Where a user looks: few rounds of timing may not show as faster what is.
 _ROUGHLY = "This is rough: the full comparison (countdown compare without --quick) decides, and may recommend another."
 # Speeds of one model that differ by less than this are the same.
@@ -82,8 +83,9 @@ def compare(
         windows, tokens, text, text_dir, prompt, dtype, device, seed: See `Protocol`.
         tasks, tasks_dir, limit, batch_size: Score every configuration on tasks of lm-eval, too; see `tasks.tasks_of`.
         revision, trust_remote_code: See `Source`.
-        output: A folder for `comparison.json`, `comparison.csv` and, where a sparse configuration is recommended, its
-            `profile`. A comparison that is there is extended: its cells are kept.
+        output: A folder for `comparison.json`, `comparison.csv`, `comparison.md` (see `markdown.render`) and, where
+            a sparse configuration is recommended, its `profile`. A comparison that is there is extended: its cells are
+            kept.
         overwrite: Replace a comparison that is there instead.
         fresh: Measure all again, whatever the cache holds.
         progress: Show progress on stderr.
@@ -163,10 +165,10 @@ def _earlier(folder: Path | None, overwrite: bool, session: Session) -> Comparis
 
 def _check_output(folder: Path, *, replaces: bool) -> None:
     """Raise unless a comparison can be written to a folder, in place of what is there or where nothing is."""
-    for name in (FILE, TABLE):
+    for name in (FILE, TABLE, TABLES):
         if problem := unwritable_file(folder / name):
             raise ConfigError(problem)
-    taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
+    taken = [] if replaces else [name for name in (TABLE, TABLES, PROFILE) if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder / taken[0]} exists already; give another output or {OVERWRITE}.")
     if (folder / PROFILE).exists():
@@ -309,6 +311,7 @@ def _about(session: Session, wish: Wish, dense: Mapping[str, Outcome], caveats: 
 
 def _save(comparison: Comparison, folder: Path, session: Session, plan: Sequence[Configuration]) -> None:
     comparison.save(folder)
+    write_text(folder / TABLES, markdown.render(comparison))
     advice = comparison.recommendation
     if advice is not None and (chosen := _of(plan, advice.label)).recipe is not None:
         session.profile(chosen).save(folder / PROFILE, overwrite=True)
