@@ -96,6 +96,7 @@ def test_tasks(model_folder, folder):
     assert "scoring cats at 0.5 on choice\n" in result.stderr
     assert f"choice acc {one.value:.4f}\n" in result.stderr
     assert "lm_eval" not in result.stderr
+    assert "Running loglikelihood requests" not in result.stderr  # a bar, for terminals
     assert "choice, acc: the first 4 documents" in result.stdout
     reported = run("report", "out", cwd=folder)
     assert reported.returncode == 0, reported.stderr

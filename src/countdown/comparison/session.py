@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -433,7 +434,9 @@ class Session:
     def _task(self, part: str, configuration: Configuration, applied: Applied) -> dict[str, Any]:
         task = self._tasks[part]
         self.say(f"scoring {configuration.label} on {task.name}")
-        return {part: task.score(applied.model, self._tokenizer, progress=self.progress)}
+        # lm-eval's bars redraw themselves, which only a terminal shows as such.
+        bars = self.progress and sys.stderr.isatty()
+        return {part: task.score(applied.model, self._tokenizer, progress=bars)}
 
     def _read(
         self, configuration: Configuration, applied: Applied, shares: Mapping[str, float]
