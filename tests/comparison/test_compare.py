@@ -164,7 +164,8 @@ def test_a_speed_up_that_cannot_be_is_measured_again(run, monkeypatch):
 
     monkeypatch.setattr(session, "measure", beside_a_stalled_one)
     settings = {"sparsities": [0.6], "quantised": False, "max_loss": 1000.0}
-    found = run(**settings)
+    run(**settings)
+    found = run(**settings)  # its speed alone, by the bytes that are known
     assert "its bytes allow" in found.cells[1].doubt
     assert found.recommendation.label == "dense"
     assert found.meta["caveats"][0].startswith("The speed-up of m-countdown × rms at 0.6 is unreliable")
