@@ -21,6 +21,7 @@ from countdown.integrations.lm_eval import (
     CountdownLM,
     Scored,
     compared,
+    content_hash,
     evaluate_tasks,
     load_tasks,
     score_tasks,
@@ -186,6 +187,7 @@ def test_a_perplexity_has_no_interval(sparse, speaker, folder):
     assert score.metric == "byte_perplexity"
     assert score.sparse != score.dense
     assert (score.low, score.high) == (None, None)
+    assert (score.dense_stderr, score.sparse_stderr) == (None, None)
 
 
 @pytest.mark.parametrize("protocol", ["all", "decode"])
@@ -255,6 +257,23 @@ def test_pairs_make_the_interval():
     # Differences 0, -1, 0, 0, -1, 1: mean -1/6, s 0.7528, t 2.571 with 5 degrees of freedom.
     assert score.difference == pytest.approx(-1 / 6)
     assert (score.low, score.high) == pytest.approx((-1 / 6 - 0.790, -1 / 6 + 0.790), abs=0.003)
+    # s of the values is 0.5164 and 0.5477.
+    assert (score.dense_stderr, score.sparse_stderr) == pytest.approx((0.5164 / 6**0.5, 0.5477 / 6**0.5), abs=1e-4)
+
+
+def test_the_hash_of_a_task_is_of_its_documents_settings_and_examples(folder, tmp_path):
+    def hashed(*changes: tuple[str, str], limit=None) -> str:
+        file = (folder / "choice.yaml").read_text()
+        for old, new in changes:
+            assert old in file
+            file = file.replace(old, new)
+        (tmp_path / "choice.yaml").write_text(file)
+        return content_hash(load_tasks(["choice"], tmp_path)[0], limit)
+
+    shots = ("task: choice", "task: choice\nnum_fewshot: 1\nfewshot_split: test")
+    same = hashed()
+    assert hashed() == same
+    assert len({same, hashed(limit=2), hashed(("Question", "Ask")), hashed(shots)}) == 4
 
 
 def test_a_task_may_be_a_path(folder):
@@ -292,6 +311,8 @@ def test_bad_input(sparse, speaker, folder):
     (task,) = load_tasks(["choice"], folder)
     with pytest.raises(ConfigError, match="limit is 0, expected at least 1"):
         scored(sparse, speaker, task, limit=0)
+    with pytest.raises(ConfigError, match="batch_size is 0, expected at least 1"):
+        scored(sparse, speaker, task, batch_size=0)
     with pytest.raises(ConfigError, match=r"choice scores given text.*protocol 'all' fits"):
         scored(sparse, speaker, task, protocol="decode")
     with pytest.raises(ConfigError, match="mode is 'sparse'"):

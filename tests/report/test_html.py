@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from countdown.comparison.comparison import Comparison
+from countdown.comparison.comparison import Comparison, TaskResult
 from countdown.errors import ConfigError
 from countdown.report.html import check_installed, render, write_report
 from report.sample import HOSTILE, WISH, hostile, nothing_measured, sample
@@ -167,6 +167,25 @@ def test_without_failures_it_says_so():
 def test_caveats_are_shown_and_pointed_to_from_the_recommendation(html):
     assert sample().meta["caveats"][0] in section(html, "caveats")
     assert '<a href="#caveats">1 caveat</a>' in html[: html.index("What is gained")]
+
+
+def test_tasks_have_a_table_for_each_metric():
+    made = sample()
+    results = {
+        "dense": TaskResult("piqa", "acc", 1838, 0.644, 0.01117, 0.0, (0.0, 0.0)),
+        "d-proxy at 0.5": TaskResult("piqa", "acc", 1838, 0.6404, 0.0112, -0.0036, (-0.0139, 0.0068)),
+    }
+    cells = [replace(c, tasks=[results[c.label]]) if c.label in results else c for c in made.cells]
+    tasks = section(render(replace(made, cells=cells)), "tasks")
+    assert "<h3>piqa, acc: 1,838 documents</h3>" in tasks
+    assert '<th scope="row">dense</th><td>0.6440</td><td>0.0112</td><td></td><td></td>' in tasks
+    chosen = '<tr class="chosen"><th scope="row">d-proxy at 0.5</th>'
+    assert f"{chosen}<td>0.6404</td><td>0.0112</td><td>-0.0036</td><td>-0.0139 to +0.0068</td></tr>" in tasks
+    assert '<th scope="row">int8</th><td>–</td>' in tasks
+
+
+def test_without_tasks_nothing_is_said_of_them(html):
+    assert 'id="tasks"' not in html
 
 
 def test_it_says_how_it_was_measured(html):

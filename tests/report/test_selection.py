@@ -1,39 +1,25 @@
-"""Which configurations belong together, which are shown, and what the front is."""
+"""Which configurations are shown, and what the front is."""
 
 from __future__ import annotations
 
 import pytest
 
 from countdown.comparison.comparison import Cell, Layer, Quality
-from countdown.report.selection import MOST_LINES, all_series, by_block, by_layer, front
+from countdown.comparison.series import all_series
+from countdown.report.selection import MOST_LINES, by_block, by_layer, front
 from report.sample import sample
 
 
-def cell(name: str, sparsity: float, loss: float = 0.1, **settings: object) -> Cell:
+def cell(name: str, sparsity: float, loss: float = 0.1) -> Cell:
     layers = [Layer("layers.0.mlp", sparsity, sparsity)]
     quality = Quality(10, 40.0, loss, (0.0, 1.0), 0.1, 0.9, sparsity, layers)
     return Cell(
         f"{name} at {sparsity:g}",
         "sparse",
-        {"method": name, "sparsity": sparsity} | settings,
+        {"method": name, "sparsity": sparsity},
         sparsity,
         quality=quality,
     )
-
-
-def test_series_differ_in_sparsity_alone():
-    cells = [cell("one", 0.7), cell("two", 0.5), cell("one", 0.5), cell("one", 0.5, weighting="rms")]
-    found = all_series(cells)
-    assert [[c.sparsity for c in one.cells] for one in found] == [[0.5, 0.7], [0.5], [0.5]]
-    assert [one.name for one in found] == ["one", "two", "one"]
-
-
-def test_recipes_are_one_series_although_each_entry_has_a_sparsity():
-    def entries(sparsity: float) -> list[dict[str, object]]:
-        return [{"pattern": "*.mlp", "name": "one", "sparsity": sparsity}]
-
-    cells = [cell("recipe", sparsity, recipe=entries(sparsity)) for sparsity in (0.3, 0.6)]
-    assert len(all_series(cells)) == 1
 
 
 @pytest.mark.parametrize(("sparsities", "nearest"), [((0.3, 0.6, 0.9), 0.6), ((0.1, 0.45), 0.45), ((0.9,), 0.9)])

@@ -142,9 +142,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="So many tokens of each window are a dense prompt. [none]")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Instead of text: tasks of lm-eval, such as piqa,arc_easy.")] = None,
-    tasks_dir: Annotated[Path | None, o.path(help="Folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences of a task in a call. [1]")] = None,
+    tasks_dir: o.TasksDir = None,
+    limit: o.Limit = None,
+    batch_size: o.BatchSize = None,
     prompts: Annotated[Path | None, o.path(help="Instead of text: a file of prompts to continue.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of a continuation. [64]")] = None,
     protocol: Annotated[

@@ -23,6 +23,7 @@ Methods = Annotated[
 Sparsities = Annotated[list[float] | None, typer.Option("--sparsity", help="Share to skip; may be repeated.")]
 MaxLoss = Annotated[float | None, typer.Option(help="Recommend what lets perplexity rise so far: 0.02 for 2%.")]
 MinSpeedup = Annotated[float | None, typer.Option(help="Recommend what is so many times as fast as dense.")]
+Tasks = Annotated[str | None, typer.Option(help="Score tasks of lm-eval, too, such as piqa,arc_easy.")]
 Quantised = Annotated[bool, typer.Option(help="Measure the dense model quantised, too (torchao).")]
 Commit = Annotated[str | None, typer.Option(help="Commit of this checkout, for the results file.")]
 
@@ -44,6 +45,10 @@ def compare(
     text: Annotated[str, typer.Option(help=o.TEXT_HELP)] = "python-docs",
     text_dir: o.TextDir = None,
     prompt: Annotated[str | None, typer.Option(help="What every configuration answers.")] = None,
+    tasks: Tasks = None,
+    tasks_dir: o.TasksDir = None,
+    limit: o.Limit = None,
+    batch_size: o.BatchSize = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure all again, whatever was measured before.")] = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
@@ -64,6 +69,7 @@ def compare(
 
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     folder = output or Path(f"{source.label.rpartition('/')[2]}-comparison")
+    o.quieten_lm_eval()
     with _stoppable():
         found = run(
             model,
@@ -79,6 +85,10 @@ def compare(
             text=text,
             text_dir=text_dir,
             prompt=PROMPT if prompt is None else prompt,
+            tasks=tasks,
+            tasks_dir=tasks_dir,
+            limit=limit,
+            batch_size=batch_size,
             dtype=dtype,
             device=device,
             seed=seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -143,9 +142,7 @@ class OnTasks:
     def prepare(self, tokenizer: Any, chosen: Profile | Recipe, context: int | None) -> None:
         from countdown.integrations.lm_eval import check_protocol, load_tasks
 
-        if not o.verbose():
-            # It warns about what is meant here, such as a model that is loaded already.
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        o.quieten_lm_eval()
         self._tasks = load_tasks(self.names, self.tasks_dir)
         check_protocol(self._tasks, self.protocol)
 

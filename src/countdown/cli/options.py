@@ -61,6 +61,12 @@ def _set_verbose(value: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def quieten_lm_eval() -> None:
+    """Let lm-eval say errors alone, unless --verbose: it warns about what is meant, as a model that is loaded."""
+    if not verbose():
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
 def home(path: Path | None) -> Path | None:
     """Return a path with `~` for the user's home: shells leave it as it is in --output=~/x."""
     return None if path is None else Path(os.path.expanduser(path))
@@ -119,6 +125,9 @@ Alpha = Annotated[float | None, typer.Option(help="Share of r-sparse's budget fo
 TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, path(help="Folder with WikiText-2's valid.txt and test.txt.")]
+TasksDir = Annotated[Path | None, path(help="Folder with task files of your own.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many documents of each task. [all]")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Sequences of a task in a call. [1]")]
 Tokens = Annotated[int, typer.Option(help="How many tokens to calibrate on.")]
 Window = Annotated[
     int | None, typer.Option(min=2, help="Tokens in a window of text. [512, or the model's context if shorter]")

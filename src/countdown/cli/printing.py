@@ -90,9 +90,8 @@ def print_tasks(out: Console, recipe: Recipe, result: TaskEvaluation) -> None:
     header = ["task", "metric", "documents", "dense", "sparse", "difference", "95% interval"]
     rows = []
     for score in result.scores:
-        name = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
         values = (f"{score.dense:.4f}", f"{score.sparse:.4f}", f"{score.difference:+.4f}")
-        rows.append((score.task, name, str(score.documents), *values, _interval(score.low, score.high, "+.4f")))
+        rows.append((score.task, score.name, str(score.documents), *values, _interval(score.low, score.high, "+.4f")))
     print_table(out, header, rows)
     _print_about(out, recipe, result)
     sparse = "every token" if result.protocol == "all" else "every generated token"
@@ -245,6 +244,7 @@ def print_comparison(out: Console, found: Comparison) -> None:
         "same top: tokens both put first; dense beside: the dense model in the same rounds",
         markup=False,
     )
+    _print_task_tables(out, found)
     for caveat in meta["caveats"]:
         out.print(caveat, markup=False)
     advice, rough = found.recommendation, " roughly" if found.rough else ""
@@ -262,6 +262,16 @@ def print_comparison(out: Console, found: Comparison) -> None:
         )
 
 
+def _print_task_tables(out: Console, found: Comparison) -> None:
+    from countdown.comparison.task_tables import NOTE, task_tables
+
+    for table in task_tables(found):
+        out.print(f"\n{table.title}", markup=False, style="bold")
+        print_table(out, ["", *table.header[1:]], [[escape(cell) for cell in row] for row in table.rows])
+    if found.metrics():
+        out.print(f"{NOTE}\n", markup=False)
+
+
 def say_cell(cell: Cell) -> None:
     """Print in a line, to stderr, what was found of a configuration."""
     parts = []
@@ -272,6 +282,7 @@ def say_cell(cell: Cell) -> None:
         parts.append(f"{cell.speed.tokens_per_s:.1f} tokens/s")
         if cell.kind != "dense":
             parts.append(f"{cell.speed.speedup:.2f} × dense" if cell.doubt is None else "speed-up unreliable")
+    parts += [f"{one.task} {one.metric} {one.value:.4f}" for one in cell.tasks]
     if cell.error:
         parts.append(f"failed: {cell.error}")
     say(f"{cell.label}: {', '.join(parts)}")

@@ -8,16 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from countdown.comparison import markdown
 from countdown.comparison import quantised as schemes
 from countdown.comparison.cache import Cache, default_folder
 from countdown.comparison.comparison import FILE, KINDS, TABLE, Cell, Comparison, Recommendation
 from countdown.comparison.effort import QUICK, USUAL
 from countdown.comparison.grid import DENSE, Configuration, Wish, configurations
+from countdown.comparison.outcome import Outcome
 from countdown.comparison.quality import loss_of
 from countdown.comparison.recommend import nearest, recommend
-from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Outcome, Protocol, Session
+from countdown.comparison.session import CONTEXT, NEW_TOKENS, PROMPT, Protocol, Session
+from countdown.comparison.tasks import described, tasks_of
 from countdown.errors import OVERWRITE, ConfigError, CountdownError
-from countdown.files import unwritable_file
+from countdown.files import unwritable_file, write_text
 from countdown.loading import Source
 from countdown.methods import Method
 from countdown.profiles.profile import check_free
@@ -25,7 +28,7 @@ from countdown.profiles.recipe import Recipe
 from countdown.results import meta
 from countdown.text import WINDOW
 
-PROFILE = "profile"
+PROFILE, TABLES = "profile", "comparison.md"
 # Where a user looks: few rounds of timing may not show as faster what is.
 _ROUGHLY = "This is rough: the full comparison (countdown compare without --quick) decides, and may recommend another."
 # Speeds of one model that differ by less than this are the same.
@@ -47,6 +50,10 @@ def compare(
     text: str = "python-docs",
     text_dir: str | Path | None = None,
     prompt: str = PROMPT,
+    tasks: str | Sequence[str] | None = None,
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     seed: int = 0,
@@ -74,9 +81,11 @@ def compare(
         quick: Measure less, to have rough numbers soon: fewer windows, tokens, rounds, methods and sparsities, where
             they are not given. The comparison says that it is rough.
         windows, tokens, text, text_dir, prompt, dtype, device, seed: See `Protocol`.
+        tasks, tasks_dir, limit, batch_size: Score every configuration on tasks of lm-eval, too; see `tasks.tasks_of`.
         revision, trust_remote_code: See `Source`.
-        output: A folder for `comparison.json`, `comparison.csv` and, where a sparse configuration is recommended, its
-            `profile`. A comparison that is there is extended: its cells are kept.
+        output: A folder for `comparison.json`, `comparison.csv`, `comparison.md` (see `markdown.render`) and, where
+            a sparse configuration is recommended, its `profile`. A comparison that is there is extended: its cells are
+            kept.
         overwrite: Replace a comparison that is there instead.
         fresh: Measure all again, whatever the cache holds.
         progress: Show progress on stderr.
@@ -85,7 +94,8 @@ def compare(
         facts: More for the comparison's `meta`.
 
     Raises:
-        ConfigError: A setting is out of range, or `output` holds a comparison of another model, text or version.
+        ConfigError: A setting is out of range, there is no such task, or no lm-eval for it, or `output` holds a
+            comparison of another model, text or version.
         TextError: A text is missing or too short.
         UnsupportedModelError: The model has no gated FFNs.
         CountdownError: The dense model cannot be measured.
@@ -105,6 +115,7 @@ def compare(
     protocol = Protocol(text, text_dir, windows, tokens, prompt, dtype, device, seed, effort.rounds)
     cache = Cache(default_folder(), fresh=fresh)
     cache.check()
+    protocol = replace(protocol, tasks=tasks_of(tasks, tasks_dir, limit, batch_size))
     session = Session(source, protocol, cache, speed=speed, progress=progress, say=say)
     folder = None if output is None else Path(output)
     plan = _extended([DENSE, *sparse, *_quantised(session, quantised)], _earlier(folder, overwrite, session))
@@ -148,15 +159,16 @@ def _earlier(folder: Path | None, overwrite: bool, session: Session) -> Comparis
         return None
     earlier = Comparison.load(folder)
     check_same(earlier, session.identity, folder)
+    check_same_tasks(earlier, described(session.protocol.tasks), folder)
     return earlier
 
 
 def _check_output(folder: Path, *, replaces: bool) -> None:
     """Raise unless a comparison can be written to a folder, in place of what is there or where nothing is."""
-    for name in (FILE, TABLE):
+    for name in (FILE, TABLE, TABLES):
         if problem := unwritable_file(folder / name):
             raise ConfigError(problem)
-    taken = [] if replaces else [name for name in (TABLE, PROFILE) if (folder / name).exists()]
+    taken = [] if replaces else [name for name in (TABLE, TABLES, PROFILE) if (folder / name).exists()]
     if taken:
         raise ConfigError(f"{folder / taken[0]} exists already; give another output or {OVERWRITE}.")
     if (folder / PROFILE).exists():
@@ -165,11 +177,25 @@ def _check_output(folder: Path, *, replaces: bool) -> None:
 
 def check_same(earlier: Comparison, identity: Mapping[str, Any], where: Path) -> None:
     """Raise ConfigError unless a comparison was made of what `identity` says; see `Session.identity`."""
-    before = earlier.meta.get("identity", {})
-    for name, value in identity.items():
+    _check_equal(earlier.meta.get("identity", {}), identity, f"{where} holds a comparison")
+
+
+def check_same_tasks(earlier: Comparison, tasks: Mapping[str, Mapping[str, Any]], where: Path) -> None:
+    """Raise ConfigError unless all that a comparison scored is among `tasks`; see `tasks.described`."""
+    for name, before in earlier.meta.get("tasks", {}).items():
+        if name not in tasks:
+            raise ConfigError(
+                f"{where} holds scores on task {name}, which is not asked for now and would be lost; give the same "
+                f"tasks, or more, another output, or {OVERWRITE}."
+            )
+        _check_equal(before, tasks[name], f"{where} holds scores on task {name}")
+
+
+def _check_equal(before: Mapping[str, Any], now: Mapping[str, Any], held: str) -> None:
+    for name, value in now.items():
         if before.get(name) != value:
             raise ConfigError(
-                f"{where} holds a comparison with other {name} ({_short(before.get(name))}, not {_short(value)}): "
+                f"{held} with other {name} ({_short(before.get(name))}, not {_short(value)}): "
                 f"numbers of different models, texts or versions are not mixed; give another output or {OVERWRITE}."
             )
 
@@ -276,6 +302,7 @@ def _about(session: Session, wish: Wish, dense: Mapping[str, Outcome], caveats: 
         "device": session.device.type,
         "bandwidth": speed.value["bandwidth"] if speed and speed.value else None,
         "prompt": protocol.prompt,
+        "tasks": described(protocol.tasks),
         "seed": protocol.seed,
         "caveats": caveats,
         "identity": session.identity,
@@ -284,6 +311,7 @@ def _about(session: Session, wish: Wish, dense: Mapping[str, Outcome], caveats: 
 
 def _save(comparison: Comparison, folder: Path, session: Session, plan: Sequence[Configuration]) -> None:
     comparison.save(folder)
+    write_text(folder / TABLES, markdown.render(comparison))
     advice = comparison.recommendation
     if advice is not None and (chosen := _of(plan, advice.label)).recipe is not None:
         session.profile(chosen).save(folder / PROFILE, overwrite=True)

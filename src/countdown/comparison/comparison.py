@@ -17,7 +17,7 @@ from countdown.files import reason, write_text
 from countdown.results import write
 
 FORMAT = "countdown-comparison"
-VERSION = 3
+VERSION = 4
 FILE, TABLE = "comparison.json", "comparison.csv"
 
 # What a configuration is. `dense` is the yardstick, one of each comparison.
@@ -123,6 +123,44 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """What a configuration scores on a task of lm-eval, by one metric, on the same documents as the dense model.
+
+    Args:
+        task: As lm-eval names it.
+        metric: Likewise, with its filter where there is one: `acc`, `exact_match, strict-match`.
+        documents: How many were scored.
+        value: The metric.
+        stderr: Its standard error, s/√n over documents. None for metrics that are not means over documents, as
+            perplexity, and for a single document.
+        difference: value − that of the dense model.
+        difference_interval: 95% of `difference`, dense and this one paired by document; see `mean_interval`. None
+            where `stderr` is, and for two documents.
+    """
+
+    task: str
+    metric: str
+    documents: int
+    value: float
+    stderr: float | None
+    difference: float
+    difference_interval: tuple[float, float] | None
+
+    @classmethod
+    def parse(cls, found: dict[str, Any]) -> TaskResult:
+        """Return what `asdict` took apart."""
+        ends = found["difference_interval"]
+        return cls(**found | {"difference_interval": None if ends is None else (ends[0], ends[1])})
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers flat, by names that say of which task and metric they are: `piqa/acc_stderr`."""
+        low, high = self.difference_interval or (None, None)
+        numbers = {"": self.value, "_stderr": self.stderr, "_difference": self.difference}
+        numbers |= {"_difference_low": low, "_difference_high": high, "_documents": self.documents}
+        return {f"{self.task}/{self.metric}{name}": number for name, number in numbers.items()}
+
+
+@dataclass(frozen=True)
 class Sample:
     """What a configuration wrote, greedily.
 
@@ -148,6 +186,7 @@ class Cell:
             attention, head).
         site_weights_read: The same, of the modules that it makes sparse (of others, the FFNs).
         quality, speed, sample: What was measured; None where it was not wanted, or failed.
+        tasks: By task and metric; likewise empty.
         error: One line, where it failed.
     """
 
@@ -160,6 +199,7 @@ class Cell:
     quality: Quality | None = None
     speed: Speed | None = None
     sample: Sample | None = None
+    tasks: list[TaskResult] = field(default_factory=list)
     error: str | None = None
 
     @property
@@ -176,12 +216,17 @@ class Cell:
             "quality": Quality.parse,
             "speed": Speed.parse,
             "sample": lambda part: Sample(**part),
+            "tasks": lambda part: [TaskResult.parse(result) for result in part],
         }
         fields = {_RENAMED.get(name, name): value for name, value in found.items()}
         return cls(**{name: parsers[name](v) if v and name in parsers else v for name, v in fields.items()})
 
+    def scored(self, task: str, metric: str) -> TaskResult | None:
+        """Return what it scores on a task by a metric; None where that is not known."""
+        return next((one for one in self.tasks if (one.task, one.metric) == (task, metric)), None)
+
     def record(self) -> dict[str, Any]:
-        """Return the numbers flat, the same keys for every cell."""
+        """Return the numbers flat, the same keys for every cell but for those of tasks."""
         quality, speed = self.quality, self.speed
         low, high = quality.loss_interval if quality else (None, None)
         return {
@@ -211,6 +256,7 @@ class Cell:
             "floor_us": speed and speed.floor_us,
             "backend": speed and speed.backend,
             "error": self.error,
+            **{name: number for result in self.tasks for name, number in result.record().items()},
         }
 
 
@@ -242,9 +288,10 @@ class Comparison:
     Args:
         meta: Command, date, hardware, versions as in every results file; besides `model`, `wish` (what was asked for,
             in words), `text`, `calibration` (source, hash), `windows`, `window_tokens`, `context`, `new_tokens`,
-            `dtype`, `device`, `bandwidth` (bytes/s), `prompt`, `caveats` (list of sentences that must be shown), and
-            `rough` (whether it was made in a hurry), `this_run_took_s` (seconds of the run that wrote it: without what
-            earlier runs had measured) and `identity`: what comparisons must share to be put together.
+            `dtype`, `device`, `bandwidth` (bytes/s), `prompt`, `tasks` (by name, what its scores depend on besides
+            the model), `caveats` (list of sentences that must be shown), and `rough` (whether it was made in a
+            hurry), `this_run_took_s` (seconds of the run that wrote it: without what earlier runs had measured) and
+            `identity`: what comparisons must share to be put together.
         cells: Dense first.
         recommendation: None where nothing fits what was asked for.
     """
@@ -259,8 +306,14 @@ class Comparison:
         return bool(self.meta.get("rough"))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one flat record for each cell, as `pandas.DataFrame` takes them."""
-        return [{"model": self.meta.get("model")} | cell.record() for cell in self.cells]
+        """Return one flat record for each cell, the same keys for all, as `pandas.DataFrame` takes them."""
+        found = [{"model": self.meta.get("model")} | cell.record() for cell in self.cells]
+        keys = dict.fromkeys(key for record in found for key in record)
+        return [dict.fromkeys(keys) | record for record in found]
+
+    def metrics(self) -> list[tuple[str, str]]:
+        """Return the tasks and metrics that were scored, in their order."""
+        return list(dict.fromkeys((one.task, one.metric) for cell in self.cells for one in cell.tasks))
 
     def cell(self, label: str) -> Cell:
         """Return the cell of this label.

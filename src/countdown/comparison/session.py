@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from countdown.comparison.comparison import Cell, Quality, Sample, Speed
 from countdown.comparison.effort import USUAL
 from countdown.comparison.grid import CALIBRATED_AT, Configuration
 from countdown.comparison.identity import environment, model_hash
+from countdown.comparison.outcome import Outcome, attempt, checked
 from countdown.comparison.quality import DenseLogits, differences, measure_quality, score
 from countdown.comparison.quantised import quantise
+from countdown.comparison.tasks import Task, results
 from countdown.config import check_seed
 from countdown.cost import token_bytes
-from countdown.errors import AccidentError, ConfigError, CountdownError, UnsupportedModelError
+from countdown.errors import AccidentError, ConfigError, UnsupportedModelError
 from countdown.evaluation.generation import encode_prompt, generate
 from countdown.loading import Source, check_context, load_model, load_tokenizer, resolve_device, resolve_dtype
 from countdown.modules import sparse_modules
@@ -58,6 +61,7 @@ class Protocol:
         dtype, device: See `load_model`.
         seed: Of dealing windows and of resampling them.
         rounds: Of timing.
+        tasks: To score every configuration on.
 
     Raises:
         ConfigError: Too few windows to estimate a spread from.
@@ -72,6 +76,7 @@ class Protocol:
     device: str = "auto"
     seed: int = 0
     rounds: Rounds = USUAL.rounds
+    tasks: tuple[Task, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
@@ -80,21 +85,6 @@ class Protocol:
         if not self.prompt.strip():
             raise ConfigError("the prompt is empty.")
         check_seed(self.seed)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of measuring a part of a cell.
-
-    Args:
-        value: As JSON can hold it; None if it failed.
-        problem: One line that says why it failed.
-        refused: Whether it was refused on purpose, as it would be again.
-    """
-
-    value: dict[str, Any] | None = None
-    problem: str | None = None
-    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,10 +166,12 @@ class Session:
         self.text = load_text(protocol.text, "evaluation", text_dir=protocol.text_dir)
         other = protocol.text if protocol.text in BUILT_IN else "python-docs"
         self.calibration: Text = load_text(other, "calibration", text_dir=protocol.text_dir)
+        self._tasks = {f"task {task.name}": task for task in protocol.tasks}
         self._measure: dict[str, Callable[[Configuration, Applied], dict[str, Any]]] = {
             "quality": self._quality,
             **({"speed": self._speed} if speed else {}),
             "sample": self._sample,
+            **{part: partial(self._task, part) for part in self._tasks},
         }
 
     # What measurements depend on
@@ -203,14 +195,16 @@ class Session:
         """Return all that a part of a cell depends on."""
         key: dict[str, Any] = {"part": part} | self.identity
         del key["model"]  # a name
-        if part in ("speed", "profile", "sample"):
+        if part in ("speed", "profile", "sample", *self._tasks):
             del key["windows"]
         if part != "sample":
             del key["prompt"]
-        if part in ("sample", "profile"):
+        if part in ("sample", "profile", *self._tasks):
             del key["text"]
         if configuration is not None:
             key["configuration"] = configuration.settings(self.device)
+        if part in self._tasks:
+            key["task"] = self._tasks[part].settings
         rounds = self.protocol.rounds
         sizes: dict[str, list[float]] = {
             "speed": [CONTEXT, NEW_TOKENS, rounds.fewest, rounds.most, rounds.most_s],
@@ -288,18 +282,20 @@ class Session:
         return found
 
     def cells(self, plan: Sequence[Configuration]) -> Iterator[Measured]:
-        """Yield what comes of each configuration. What fails is said in its cell, and does not raise."""
+        """Yield what comes of each configuration, dense first. What fails is said in its cell, and does not raise."""
         stored = {one.label: {part: self._stored(part, one) for part in self._measure} for one in plan}
         kinds = _kinds([one for one in plan if None in stored[one.label].values()])
         steps = Steps(list(kinds.values()))
+        dense: dict[str, Outcome] = {}
         for configuration in plan:
             label = configuration.label
             found = {part: outcome for part, outcome in stored[label].items() if outcome is not None}
             if label in kinds:
                 self.say(f"measuring {label} ({steps})")
                 with steps.step(kinds[label]):
-                    found |= self._measured(configuration, [part for part in self._measure if part not in found])
-            yield Measured(self._cell(configuration, found), found, label in kinds)
+                    self._complete(configuration, found)
+            dense = dense or found
+            yield Measured(self._cell(configuration, found, dense), found, label in kinds)
 
     def profile(self, configuration: Configuration) -> Profile:
         """Return the profile of a sparse configuration, at its sparsity.
@@ -349,29 +345,33 @@ class Session:
             self.say(f"not kept for another run: {error}")
 
     def _stored(self, part: str, configuration: Configuration) -> Outcome | None:
-        return self.cache.get(self._key(part, configuration), lambda value: _checked(part, Outcome(**value)))
+        return self.cache.get(self._key(part, configuration), lambda value: checked(part, Outcome(**value)))
 
-    def _measured(self, configuration: Configuration, parts: list[str]) -> dict[str, Outcome]:
-        """Return what comes of measuring these parts."""
+    def _complete(self, configuration: Configuration, found: dict[str, Outcome]) -> None:
+        """Measure the parts that `found` lacks, and put each there and into the cache as soon as it is known."""
         # What fails here is wrong with the model or the texts, not with a configuration.
         _ = self._sites(configuration)
-        found: dict[str, Outcome] = {}
+        missing = [part for part in self._measure if part not in found]
 
         def measure_all() -> dict[str, Any]:
             with self._applied(configuration) as applied:
-                for part in parts:
-                    found[part] = _attempt(lambda part=part: self._measure[part](configuration, applied))  # type: ignore[misc]
+                for part in missing:
+                    found[part] = attempt(partial(self._measure[part], configuration, applied))
+                    self._keep_part(part, configuration, found)
             return {}
 
-        failed = _attempt(measure_all)
+        failed = attempt(measure_all)
         free()
-        found |= {part: failed for part in parts if part not in found}
-        doubted = self._cell(configuration, found).doubt is not None
-        for part, outcome in found.items():
-            # The machine may be quieter next time.
-            if (outcome.problem is None or outcome.refused) and not (part == "speed" and doubted):
-                self._keep(self.cache.put, self._key(part, configuration), asdict(outcome))
-        return found
+        for part in missing:
+            if part not in found:
+                found[part] = failed
+                self._keep_part(part, configuration, found)
+
+    def _keep_part(self, part: str, configuration: Configuration, found: Mapping[str, Outcome]) -> None:
+        # The machine may be quieter next time.
+        doubted = part == "speed" and self._cell(configuration, found).doubt is not None
+        if found[part].final and not doubted:
+            self._keep(self.cache.put, self._key(part, configuration), asdict(found[part]))
 
     @contextmanager
     def _applied(self, configuration: Configuration) -> Iterator[Applied]:
@@ -431,6 +431,13 @@ class Session:
         found = generate(applied.model, self._tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS)
         return {"sample": asdict(Sample(found.tokens, pieces(self._tokenizer, found.tokens)))}
 
+    def _task(self, part: str, configuration: Configuration, applied: Applied) -> dict[str, Any]:
+        task = self._tasks[part]
+        self.say(f"scoring {configuration.label} on {task.name}")
+        # lm-eval's bars redraw themselves, which only a terminal shows as such.
+        bars = self.progress and sys.stderr.isatty()
+        return {part: task.score(applied.model, self._tokenizer, progress=bars)}
+
     def _read(
         self, configuration: Configuration, applied: Applied, shares: Mapping[str, float]
     ) -> tuple[float, float | None]:
@@ -449,10 +456,12 @@ class Session:
         own = 1 - of_sites / sum(sizes.values()) if sites else None
         return 1 - sum(saved.values()) / self._token_bytes, own
 
-    def _cell(self, configuration: Configuration, outcomes: Mapping[str, Outcome]) -> Cell:
-        values: dict[str, Any] = {}
-        for outcome in outcomes.values():
-            values |= outcome.value or {}
+    def _cell(
+        self, configuration: Configuration, outcomes: Mapping[str, Outcome], dense: Mapping[str, Outcome] | None = None
+    ) -> Cell:
+        """Return a cell of what is known; without what is known of the dense model, it has no scores on tasks."""
+        values, beside = _values(outcomes), _values(dense or {})
+        scored = [part for part in self._tasks if part in values and part in beside]
         problems = [o.problem for part, o in outcomes.items() if o.problem and not (part == "speed" and o.refused)]
         return Cell(
             label=configuration.label,
@@ -464,8 +473,17 @@ class Session:
             quality=Quality.parse(values["quality"]) if "quality" in values else None,
             speed=Speed.parse(values["speed"]) if "speed" in values else None,
             sample=Sample(**values["sample"]) if "sample" in values else None,
+            tasks=[result for part in scored for result in results(values[part], beside[part])],
             error=problems[0] if problems else None,
         )
+
+
+def _values(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Return all that was measured, in one."""
+    values: dict[str, Any] = {}
+    for outcome in outcomes.values():
+        values |= outcome.value or {}
+    return values
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> list[str]:
@@ -484,31 +502,3 @@ def _kinds(plan: Sequence[Configuration]) -> dict[str, tuple[str, bool]]:
     """Return by label what makes measuring a configuration long or short: the first of a method is calibrated, too."""
     names = [one.name for one in plan]
     return {one.label: (one.kind, names.index(one.name) == place) for place, one in enumerate(plan)}
-
-
-def _attempt(measure: Callable[[], dict[str, Any]]) -> Outcome:
-    """Return what comes of measuring: one configuration that fails, however it does, must not stop the others."""
-    try:
-        return Outcome(measure())
-    except CountdownError as error:
-        return Outcome(problem=_line(str(error)), refused=not isinstance(error, AccidentError))
-    except Exception as error:
-        return Outcome(problem=_line(f"{type(error).__name__}: {error}"))
-
-
-def _line(message: str) -> str:
-    return " ".join(message.split())[:500]
-
-
-def _checked(part: str, outcome: Outcome) -> Outcome:
-    """Return an outcome from the cache, or raise where its value is not what belongs there."""
-    parsers: dict[str, Callable[[Any], object]] = {
-        "quality": Quality.parse,
-        "speed": Speed.parse,
-        "sample": lambda value: Sample(**value),
-    }
-    if outcome.value is not None:
-        parsers[part](outcome.value[part])
-    elif outcome.problem is None:
-        raise ValueError("neither a value nor a problem")
-    return outcome

@@ -29,11 +29,16 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
     For a comparison of two runs on the same documents, the values are the differences by document.
     """
-    mean = fmean(values)
-    if len(values) < 3:
+    mean, error = fmean(values), standard_error(values)
+    if error is None or len(values) < 3:
         return Interval(mean, None, None)
-    half = t_quantile(0.5 + CONFIDENCE / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    half = t_quantile(0.5 + CONFIDENCE / 2, len(values) - 1) * error
     return Interval(mean, mean - half, mean + half)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of independent values, s/√n; None for fewer than two of them."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def t_quantile(probability: float, freedom: int) -> float:

@@ -11,10 +11,13 @@ lm-eval has no plug-in for models. Who drives it from Python gives it a `Countdo
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from countdown.config import check_choice, suggestion
 from countdown.errors import ConfigError, CountdownError
 from countdown.evaluation.evaluate import PROTOCOLS, check_sparse, overall
-from countdown.evaluation.intervals import mean_interval
+from countdown.evaluation.intervals import mean_interval, standard_error
 from countdown.finite import not_finite
 from countdown.modules import running, sparse_modules
 from countdown.sparsify import reset_counters, status
@@ -149,9 +152,11 @@ class TaskScore:
         filter: What lm-eval did to the answers first; `none` for most tasks.
         documents: How many were scored.
         dense, sparse: The metric.
+        dense_stderr, sparse_stderr: Their standard errors, s/√n over documents. None for metrics that are not means
+            over documents, as perplexity, and for a single document.
         difference: sparse − dense.
         low, high: Confidence interval of the difference at 95%, Student's t over the differences by document. None
-            for metrics that are not means over documents, as perplexity, and for fewer than three documents.
+            for metrics that are not means over documents, and for fewer than three documents.
     """
 
     task: str
@@ -160,9 +165,16 @@ class TaskScore:
     documents: int
     dense: float
     sparse: float
+    dense_stderr: float | None
+    sparse_stderr: float | None
     difference: float
     low: float | None
     high: float | None
+
+    @property
+    def name(self) -> str:
+        """The metric, and the filter where there is one: `acc`, `exact_match, strict-match`."""
+        return self.metric if self.filter == "none" else f"{self.metric}, {self.filter}"
 
 
 @dataclass(frozen=True)
@@ -196,6 +208,20 @@ class Scored:
 
     value: float
     by_document: list[Any]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the mean of its values by document; perplexities and BLEU are not."""
+        try:
+            values = [float(value) for value in self.by_document]
+        except (TypeError, ValueError):
+            return False
+        return math.isclose(fmean(values), self.value, rel_tol=1e-9, abs_tol=1e-12)
+
+    @property
+    def stderr(self) -> float | None:
+        """Its standard error; None unless it is a mean over several documents."""
+        return standard_error([float(value) for value in self.by_document]) if self.is_mean else None
 
 
 # By task, metric and filter.
@@ -250,6 +276,7 @@ def evaluate_tasks(
         CountdownError: Some token was not computed sparsely in some layer.
     """
     check_protocol(tasks, protocol)
+    check_counts(limit, batch_size)
     dense, sparse = (
         score_tasks(CountdownLM(model, tokenizer, mode=mode, batch_size=batch_size, progress=progress), tasks, limit)
         for mode in ("dense", protocol)
@@ -269,14 +296,28 @@ def check_protocol(tasks: Sequence[Any], protocol: str) -> None:
         )
 
 
+def check_counts(limit: int | None, batch_size: int = 1) -> None:
+    """Raise ConfigError for a limit or a batch size below 1."""
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, expected at least 1 document.")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected at least 1 sequence.")
+
+
+def content_hash(task: Any, limit: int | None = None) -> str:
+    """Return a hash of what a task asks: its settings, its first `limit` documents (or all), and its examples."""
+    examples = task.fewshot_docs() if task.get_config("num_fewshot") else []
+    content = [task.dump_config(), list(islice(task.eval_docs, limit)), list(examples)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def score_tasks(lm: HFLM, tasks: Sequence[Any], limit: int | None = None) -> Scores:
     """Return what a model of lm-eval scores on tasks: on the first `limit` documents, or on all.
 
     Raises:
         ConfigError: A limit below 1, or a task that fails.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, expected at least 1 document.")
+    check_counts(limit)
     by_name = {task.task_name: _prepared(task) for task in tasks}
     try:
         results = evaluate(lm, {"tasks": by_name}, limit=limit, bootstrap_iters=0, log_samples=True)
@@ -319,21 +360,26 @@ def compared(dense: Scores, sparse: Scores) -> list[TaskScore]:
 
 
 def _paired(key: tuple[str, str, str], dense: Scored, sparse: Scored) -> TaskScore:
-    documents, difference = len(sparse.by_document), sparse.value - dense.value
-    if not (_is_mean(dense) and _is_mean(sparse)):
-        return TaskScore(*key, documents, dense.value, sparse.value, difference, None, None)
+    low, high = _difference_interval(dense, sparse)
+    return TaskScore(
+        *key,
+        documents=len(sparse.by_document),
+        dense=dense.value,
+        sparse=sparse.value,
+        dense_stderr=dense.stderr,
+        sparse_stderr=sparse.stderr,
+        difference=sparse.value - dense.value,
+        low=low,
+        high=high,
+    )
+
+
+def _difference_interval(dense: Scored, sparse: Scored) -> tuple[float | None, float | None]:
+    if not (dense.is_mean and sparse.is_mean):
+        return None, None
     pairs = zip(dense.by_document, sparse.by_document, strict=True)
     interval = mean_interval([float(after) - float(before) for before, after in pairs])
-    return TaskScore(*key, documents, dense.value, sparse.value, difference, interval.low, interval.high)
-
-
-def _is_mean(scored: Scored) -> bool:
-    """Return whether a metric is the mean of its values by document; perplexities and BLEU are not."""
-    try:
-        values = [float(value) for value in scored.by_document]
-    except (TypeError, ValueError):
-        return False
-    return math.isclose(fmean(values), scored.value, rel_tol=1e-9, abs_tol=1e-12)
+    return interval.low, interval.high
 
 
 def _manager(names: Sequence[str], tasks_dir: str | Path | None) -> Any:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from countdown.comparison.comparison import CURVE, Cell, Comparison, Layer, Speed
-from countdown.report import plots
-from countdown.report.formats import (
+from countdown.comparison.conditions import measured
+from countdown.comparison.formats import (
     MICROSECONDS,
     change,
     count,
@@ -19,12 +18,12 @@ from countdown.report.formats import (
     share,
     times,
 )
+from countdown.comparison.series import Series, all_series
+from countdown.report import plots
 from countdown.report.plots import Bar, Frame, Line, Named
 from countdown.report.selection import (
     SHOWN_SPARSITY,
-    Series,
     Shown,
-    all_series,
     by_block,
     by_layer,
     finite,
@@ -75,14 +74,6 @@ def all_figures(comparison: Comparison) -> dict[str, Figure]:
         token_times(comparison),
     )
     return {figure.name: figure for figure in made}
-
-
-def measured(comparison: Comparison, *, quality: bool = False, speed: bool = False) -> str:
-    """Return how quality, speed or both were measured, as a sentence."""
-    meta = comparison.meta
-    parts = [_quality_measured(comparison)] if quality else []
-    parts += [_speed_measured(meta)] if speed else []
-    return f"Measured: {'; '.join([*parts, _machine(meta)])}."
 
 
 def speed_front(comparison: Comparison, series: Sequence[Series]) -> Figure:
@@ -372,27 +363,3 @@ def _loss(cell: Cell) -> float:
 def _interval(cell: Cell) -> tuple[float, float] | None:
     found = cell.quality.loss_interval if cell.quality and cell.kind != "dense" else None
     return found if found and finite(*found) else None
-
-
-def _quality_measured(comparison: Comparison) -> str:
-    meta = comparison.meta
-    tokens = max((cell.quality.tokens for cell in comparison.cells if cell.quality), default=0)
-    text = meta.get("text", "a text")
-    name = text.get("source", "a text") if isinstance(text, dict) else text
-    windows = f" in {meta['windows']} windows" if "windows" in meta else ""
-    length = f" of {meta['window_tokens']}" if windows and "window_tokens" in meta else ""
-    return f"{count(tokens, 'scored token')} of {name}{windows}{length}"
-
-
-def _speed_measured(meta: dict[str, Any]) -> str:
-    context = f" after {meta['context']} tokens" if "context" in meta else ""
-    new = f", {meta['new_tokens']} new ones" if "new_tokens" in meta else ""
-    return f"one sequence decoded{context}{new}, in one session with dense"
-
-
-def _machine(meta: dict[str, Any]) -> str:
-    hardware = meta.get("hardware", {})
-    gpu = hardware.get("gpu") if str(meta.get("device", "")).startswith("cuda") else None
-    processor = [hardware.get("cpu"), f"{hardware['threads']} threads" if "threads" in hardware else None]
-    said = [meta.get("dtype"), *([gpu] if gpu else processor)]
-    return ", ".join(str(one) for one in said if one) or "on a machine that is not named"

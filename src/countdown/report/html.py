@@ -6,13 +6,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from countdown.comparison import formats
 from countdown.comparison.comparison import Cell, Comparison
+from countdown.comparison.conditions import measured
+from countdown.comparison.series import all_series
+from countdown.comparison.task_tables import NOTE, task_tables
 from countdown.errors import ConfigError
 from countdown.files import write_text
-from countdown.report import formats
-from countdown.report.figures import all_figures, measured
+from countdown.report.figures import all_figures
 from countdown.report.samples import Marked, mark
-from countdown.report.selection import all_series, by_layer
+from countdown.report.selection import by_layer
 from countdown.report.verdict import verdict
 
 # Answers that are open; more are folded away.
@@ -52,6 +55,8 @@ def render(comparison: Comparison) -> str:
         recommended=comparison.recommendation.label if comparison.recommendation else None,
         verdict=verdict(comparison),
         figures=all_figures(comparison),
+        tasks=task_tables(comparison),
+        tasks_note=NOTE,
         dense=dense,
         samples=_samples(comparison, dense),
         open_samples=OPEN_SAMPLES,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from countdown.report.formats import change, number
+from countdown.comparison.formats import change, number
 
 POINTS_PER_INCH = 72
 WIDTH = 380 / POINTS_PER_INCH

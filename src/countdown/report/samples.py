@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from countdown.comparison.comparison import Sample
-from countdown.report.formats import count
+from countdown.comparison.formats import count
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""What of a comparison the plots show: configurations by method, one sparsity of each, the front."""
+"""What of a comparison the plots show: one sparsity of each method, the front."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from countdown.comparison.comparison import Cell, Layer
+from countdown.comparison.series import Series
 
 # Plots by layer show one configuration of each method: the one nearest this sparsity.
 SHOWN_SPARSITY = 0.5
@@ -19,38 +18,11 @@ MOST_LINES = 6
 
 
 @dataclass(frozen=True)
-class Series:
-    """Sparse configurations that differ in sparsity alone, the least sparse first.
-
-    Args:
-        name: Their label without the sparsity.
-        index: Place among the comparison's series; it decides colour and marker, the same in every plot.
-        cells: The configurations.
-    """
-
-    name: str
-    index: int
-    cells: list[Cell]
-
-
-@dataclass(frozen=True)
 class Shown:
     """One configuration of a series."""
 
     series: Series
     cell: Cell
-
-
-def all_series(cells: Iterable[Cell]) -> list[Series]:
-    """Return the sparse configurations by what else was set, in the order of the comparison."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if cell.kind == "sparse":
-            groups.setdefault(json.dumps(_without_sparsity(cell.settings), sort_keys=True), []).append(cell)
-    return [
-        Series(_name(group[0]), index, sorted(group, key=lambda cell: cell.sparsity or 0.0))
-        for index, group in enumerate(groups.values())
-    ]
 
 
 def by_layer(series: Sequence[Series]) -> list[Shown]:
@@ -94,14 +66,3 @@ def finite(*values: float | None) -> bool:
 def _nearest(cells: Iterable[Cell]) -> Cell | None:
     measured = [cell for cell in cells if cell.quality and cell.quality.layers and cell.sparsity is not None]
     return min(measured, key=lambda cell: abs((cell.sparsity or 0.0) - SHOWN_SPARSITY), default=None)
-
-
-def _without_sparsity(settings: Any) -> Any:
-    """Return settings without sparsities, also in the entries of a recipe."""
-    if isinstance(settings, dict):
-        return {key: _without_sparsity(value) for key, value in settings.items() if key != "sparsity"}
-    return [_without_sparsity(value) for value in settings] if isinstance(settings, list) else settings
-
-
-def _name(cell: Cell) -> str:
-    return re.sub(r"\s+at\s+[\d.]+%?$", "", cell.label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from countdown.comparison.comparison import Cell, Comparison, Recommendation, Speed
-from countdown.report.formats import change, factors, interval, number, share, times
+from countdown.comparison.formats import change, factors, interval, number, share, times
 
 NOTHING_FITS = "Nothing measured fits what was asked for"
 NO_WISH = "Nothing was asked for, so nothing is recommended"

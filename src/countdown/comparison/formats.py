@@ -9,6 +9,8 @@ import math
 
 NOT_MEASURED = "–"
 MICROSECONDS = 1e6
+# Further digits tell nobody anything.
+MOST_DIGITS = 8
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -19,6 +21,15 @@ def number(value: float | None, digits: int = 2) -> str:
         return "∞" if value > 0 else "-∞"
     rounded = round(value, digits) + 0.0  # of a negative zero it makes a zero
     return f"{rounded:,.{digits}f}"
+
+
+def digits_apart(value: float | None, landmark: float, digits: int) -> int:
+    """Return how many digits, `digits` at least, tell a value from one that it is not: 0.996 is not 1.00."""
+    if value is None or not math.isfinite(value):
+        return digits
+    while value != landmark and round(value, digits) == landmark and digits < MOST_DIGITS:
+        digits += 1
+    return digits
 
 
 def share(value: float | None, digits: int = 0) -> str:
@@ -42,9 +53,9 @@ def interval(ends: tuple[float, float] | None, digits: int = 1) -> str:
     return " to ".join(change(end, digits) for end in ends)
 
 
-def times(value: float | None) -> str:
+def times(value: float | None, digits: int = 2) -> str:
     """Return a factor: 1.31×."""
-    text = number(value)
+    text = number(value, digits)
     return text if text == NOT_MEASURED else f"{text}×"
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from countdown.report import formats as f
+from countdown.comparison import formats as f
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,13 @@ from countdown.report import formats as f
         (f.number(math.nan), "–"),
         (f.number(-math.inf), "-∞"),
         (f.number(-1.5, 1), "-1.5"),
+        (f.digits_apart(0.996, 1, 2), 3),
+        (f.digits_apart(1.0, 1, 2), 2),
+        (f.digits_apart(1.31, 1, 2), 2),
+        (f.digits_apart(-0.0004, 0, 1), 4),
+        (f.digits_apart(1e-30, 0, 1), 8),
+        (f.digits_apart(math.nan, 0, 1), 1),
+        (f.digits_apart(None, 0, 1), 1),
         (f.share(0.615), "62%"),
         (f.share(None), "–"),
         (f.change(0.016), "+1.6%"),
@@ -29,6 +36,7 @@ from countdown.report import formats as f
         (f.interval((math.nan, 0.02)), ""),
         (f.interval(None), ""),
         (f.times(1.314), "1.31×"),
+        (f.times(0.996, 3), "0.996×"),
         (f.times(None), "–"),
         (f.count(1, "window"), "1 window"),
         (f.count(2000, "window"), "2,000 windows"),
