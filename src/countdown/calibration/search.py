@@ -240,7 +240,7 @@ class _Trial:
         # The widest that any α asks for, of which others are a part.
         widest = DroppedSvd(config.sparsity, 0.0)
         with torch.no_grad(), memory_for(sum(widest.part_bytes(site.sum) for site in sites)):
-            self._factors: dict[str, Sequence[Weight]] = {site.name: widest.make(site.sum) for site in sites}
+            self._factors: dict[str, Sequence[Weight]] = {site.name: widest.make(site.sum, {}) for site in sites}
         self._methods: dict[str, RSparse] = {}
 
     @contextmanager

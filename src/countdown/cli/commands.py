@@ -76,7 +76,7 @@ def inspect(
         ],
         "ffn_share_of_token_bytes": bytes_.own / bytes_.total,
         "ceilings": [asdict(row) for row in ceilings],
-        "proxy_bytes": beside,
+        "beside_bytes": beside,
     }
     printing.emit(json, facts)
     out = printing.table_console(json)
@@ -99,7 +99,7 @@ def inspect(
     printing.print_table(out, ["method", "sparsity", "weights read", "ceiling of its modules", "of the token"], rows)
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
     for name, extra in beside.items():
-        out.print(f"{name} keeps {extra / 1e6:.1f} MB of proxies beside the weights.")
+        out.print(f"{name} keeps {extra / 1e6:.1f} MB beside the weights.")
 
 
 def _ceilings(model: nn.Module) -> list[Ceiling]:
@@ -145,7 +145,7 @@ def calibrate(
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
     window: o.Window = None,
-    include_proxy: o.IncludeProxy = False,
+    include_derived: o.IncludeDerived = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -167,8 +167,10 @@ def calibrate(
     settings = _given(sparsity, decision, weighting, allocation, bits)
     config = None if method_name == AUTO else _recipe(method_name, settings)
     _check_wishes(method_name, settings, max_loss)
-    if include_proxy and config and not config.has_proxy:
-        raise ConfigError(f"--include-proxy needs a method with a proxy, and {method_name} has none.")
+    if include_derived and config and not config.derives:
+        raise ConfigError(
+            f"--include-derived stores proxies (d-proxy) and low ranks (r-sparse, α below 1); {config} has none."
+        )
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
@@ -183,15 +185,14 @@ def calibrate(
         profile = _picked(loaded, tokenizer, texts, settings, max_loss, tokens, window, source)
     else:
         profile = _calibrate(loaded, tokenizer, texts, config, tokens, window, source)
-    if include_proxy and profile.has_proxy:
-        profile = profile.with_proxies(loaded)
-    elif include_proxy:
-        printing.say("no proxy is stored: what was picked has none")
+    if include_derived and profile.derives:
+        profile = profile.with_derived(loaded)
+    elif include_derived:
+        printing.say("no derived weights are stored: what was picked has none")
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
-        what = "proxies" if profile.has_proxy else "low ranks"
-        printing.say(f"when it runs, {what} take {extra / 1e6:.1f} MB beside the weights")
+        printing.say(f"when it runs, derived weights take {extra / 1e6:.1f} MB beside the model's")
     again = shlex.join(["countdown", "generate", model, "--profile", str(path), "Hello"])
     printing.say(f"profile of {profile.recipe} written; run: {again}")
     typer.echo(str(path))
@@ -340,7 +341,7 @@ def export(
     model: o.Model,
     profile: Annotated[Path, o.path("--profile", help="A profile made by calibrate.", show_default=False)],
     output: Annotated[Path, o.path("-o", "--output", help="Folder to make.", show_default=False)],
-    include_proxy: o.IncludeProxy = False,
+    include_derived: o.IncludeDerived = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.Trust = False,
@@ -353,7 +354,7 @@ def export(
 
     path = write(
         model, profile, output,
-        dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_proxy=include_proxy,
+        dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_derived=include_derived,
     )  # fmt: skip
     printing.say(f"written; run: {shlex.join(['countdown', 'generate', str(path), 'Hello'])}")
     typer.echo(str(path))
