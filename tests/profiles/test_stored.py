@@ -13,7 +13,7 @@ from countdown.compensation import svd
 from countdown.errors import ConfigError, ProfileError
 from countdown.methods import method
 from countdown.modules import sparse_modules
-from countdown.profiles.profile import Profile
+from countdown.profiles.profile import FILES, Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.profiles.stored import FILE
 from countdown.weights import symmetric
@@ -190,6 +190,10 @@ def test_proxies_of_another_calibration_are_made_anew(llama_model, tokenizer, te
     first, other = (calibrated(llama_model, tokenizer, some) for some in (text, "another text. " * 500))
     with pytest.warns(countdown.ProfileWarning, match=NOT_FITTING):
         countdown.sparsify_(llama_model, stored_elsewhere(first, other))
+
+
+def test_whoever_may_read_the_profile_may_read_what_is_stored(stored):
+    assert (stored / FILE).stat().st_mode == (stored / FILES[1]).stat().st_mode
 
 
 def test_a_damaged_file_is_refused(stored):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_IMODE
 from typing import TypeVar
 
 import torch
@@ -136,7 +137,11 @@ class StoredParts:
     def save(self, path: Path) -> None:
         """Write the file."""
         tensors = {key: tensor.contiguous() for key, tensor in self.tensors.items()}
+        # safetensors makes a file that its owner alone may read.
+        path.touch()
+        mode = S_IMODE(path.stat().st_mode)
         save_file(tensors, path, {"made": json.dumps({name: asdict(one) for name, one in self.made.items()})})
+        path.chmod(mode)
 
     def of(self, source: Source) -> Sequence[Weight] | None:
         """Return the parts of a source, None where there are none, or those of something else."""
