@@ -12,7 +12,7 @@ PACKAGE = Path(countdown.__file__).parent
 ROWS = [
     ["errors"],
     ["autocast", "config", "files", "finite", "hub", "memory", "noise", "progress", "wrappers"],
-    ["artifacts", "registry", "text", "loading", "results"],
+    ["artifacts", "parts", "registry", "text", "loading", "results"],
     ["weights"],
     ["sums"],
     ["sequences"],

@@ -205,7 +205,7 @@ def test_too_little_memory_to_lay_proxies_out_says_so(error, monkeypatch, tokeni
         raise error
 
     monkeypatch.setattr(symmetric.Symmetric4, "in_rows" if library.missing() else "in_tiles", fail)
-    with pytest.raises(AccidentError, match="memory ran out while making proxies"):
+    with pytest.raises(AccidentError, match="memory ran out while deriving weights"):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)
     assert torch.equal(logits(model), expected)
@@ -221,7 +221,7 @@ def test_too_little_memory_for_proxies_says_how_much(error, monkeypatch, tokeniz
 
     monkeypatch.setattr(symmetric, "quantise", fail)
     size = beside_bytes(find_ffns(model), method("d-proxy"))
-    message = f"memory ran out while making proxies, which take {size / 1e9:.2f} GB beside the weights"
+    message = f"memory ran out while deriving weights, which take {size / 1e9:.2f} GB beside the model's"
     with pytest.raises(AccidentError, match=message):
         countdown.sparsify_(model, profile)
     assert not sparse_modules(model)

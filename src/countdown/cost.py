@@ -70,8 +70,7 @@ def beside_bytes(sites: Sequence[Site], method: Method) -> int:
 
 
 def _part_bytes(site: Site, method: Method) -> int:
-    sum_, added = site.sum, method.compensation
-    return method.selector.part_bytes(sum_) + (0 if added is None else added.part_bytes(sum_))
+    return sum(keeper.part_bytes(site.sum) for keeper in method.keepers.values())
 
 
 def weights_read(sites: Sequence[Site], method: Method, active: float | None = None) -> float:

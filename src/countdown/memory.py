@@ -61,7 +61,7 @@ def logits_at_once(logits: Tensor) -> int:
 
 @contextmanager
 def memory_for(total: int) -> Iterator[None]:
-    """Within the context proxies are made, of so many bytes in all.
+    """Within the context weights are derived from a model's, of so many bytes in all.
 
     Raises:
         AccidentError: Memory runs out.
@@ -72,6 +72,6 @@ def memory_for(total: int) -> Iterator[None]:
         if not total or not ran_out(error):
             raise
         raise AccidentError(
-            f"memory ran out while making proxies, which take {total / 1e9:.2f} GB beside the weights: free some, or "
-            "take a method without a proxy."
+            f"memory ran out while deriving weights, which take {total / 1e9:.2f} GB beside the model's: free some, or "
+            "take a method that derives none."
         ) from error

@@ -46,12 +46,12 @@ class SparseModule(nn.Module):
         phases: Of the tokens of the model's present call.
         apply_to: `decode` (the prompt is dense) or `all`.
         artifacts: What calibration left for the site.
-        parts: The selector's own weights, where they are made already.
+        parts: Those of the selector, where they are made already.
         added: Those of the compensation, likewise.
 
     Raises:
         ConfigError: The method does not apply to all tokens.
-        ProfileError: The selector needs an artifact that is not there.
+        ProfileError: What keeps parts needs an artifact that is not there.
     """
 
     per_term: Tensor
@@ -80,7 +80,8 @@ class SparseModule(nn.Module):
             self._options |= {
                 "selector": self.selector.name, "rule": method.decision, "drop": method.drop(self.terms)
             }  # fmt: skip
-        self._artifacts = {one.name: (artifacts or {}).get(one.name) for one in self.selector.artifacts}
+        needed = [one.name for keeper in method.keepers.values() for one in keeper.artifacts]
+        self._artifacts = {one: (artifacts or {}).get(one) for one in needed}
         for name, value in self._artifacts.items():
             if value is None:
                 raise ProfileError(f"the profile has no {name} of the inputs of {site.name}; calibrate again.")
@@ -262,7 +263,7 @@ class SparseModule(nn.Module):
             if selector:
                 self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
             if compensation and (making := self.method.compensation):
-                self.added = making.make(self.site.sum)
+                self.added = making.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
 
     def lay_out(self) -> None:
         """Store the weights, and the selector's parts, as the backend that will compute wants them.

@@ -25,16 +25,14 @@ from countdown.modules import APPLY_TO, SparseModule, check_dense, sparse_module
 from countdown.ops.cpu import library
 from countdown.ops.request import REFERENCE, VARIABLE, requested
 from countdown.phase import Phases
-from countdown.profiles.profile import Profile, Setting
+from countdown.profiles.profile import Profile
 from countdown.profiles.saving import forget_profile, keep_profile, own_profile
-from countdown.progress import track
+from countdown.profiles.stored import deriving
 from countdown.sequences import numbered
 from countdown.sites import Site, check_untouched, find_sites
 from countdown.sites.decoder import decoder_of
 from countdown.wrappers import base_model
 
-# Weights with proxies from which on making them shows progress.
-SLOW_WEIGHTS = 300_000_000
 _LOG = logging.getLogger("countdown")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -45,9 +43,9 @@ def sparsify_(
     """Replace the model's FFNs or linears, in place, by ones that skip the terms a token does not need.
 
     `model.generate()` works as before. Parameters, their names and `state_dict()` stay as they are. New weights
-    may be loaded into them by `load_state_dict`, but what is edited in place leaves a proxy as it was; hooks on an
-    FFN's linears would be bypassed. `model.save_pretrained(dir)` writes the dense model, and the profile beside it,
-    for `countdown.from_pretrained(dir)`.
+    may be loaded into them by `load_state_dict`, but what is edited in place leaves derived weights as they were;
+    hooks on an FFN's linears would be bypassed. `model.save_pretrained(dir)` writes the dense model, and the profile
+    beside it, for `countdown.from_pretrained(dir)`.
 
     Args:
         model: A dense causal language model of transformers, in eval mode; also inside a PEFT model whose adapters
@@ -187,7 +185,7 @@ def export(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    include_proxy: bool = False,
+    include_derived: bool = False,
 ) -> Path:
     """Write a folder with a dense base model, its tokenizer and a profile: whole, or not at all.
 
@@ -198,11 +196,12 @@ def export(
         profile: A profile that fits it, or the folder of one.
         path: The folder to make; it must not exist.
         dtype, revision, trust_remote_code: See `from_pretrained`.
-        include_proxy: Store proxies, made of these weights, as well: loading is quicker, the folder larger.
+        include_derived: Store what methods derive from these weights (proxies, low ranks) as well: loading is quicker,
+            the folder larger.
 
     Raises:
         ConfigError, ProfileError, UnsupportedModelError: See `from_pretrained`; also when `path` is taken or nothing
-            can be written there, or there is no proxy to include.
+            can be written there, or no method derives weights.
         AccidentError: Writing failed: no space is left, for example.
 
     Example:
@@ -215,9 +214,9 @@ def export(
         raise ConfigError(problem)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     profile = Profile.of(profile, model=source.given)
-    if include_proxy and not profile.has_proxy:
-        raise ConfigError("include_proxy: no method of this profile has a proxy to store.")
-    profile = replace(profile, proxies=None)
+    if include_derived and not profile.derives:
+        raise ConfigError("include_derived: no method of this profile derives weights that could be stored.")
+    profile = replace(profile, derived=None)
     tokenizer = load_tokenizer(source)
     loaded: Any = load_model(source, dtype=dtype, device="cpu")
     if getattr(loaded, "_hf_peft_config_loaded", False):
@@ -228,7 +227,7 @@ def export(
     sites = find_sites(loaded, profile.kinds)
     profile.check(loaded, sites)
     profile.settings(sites)
-    keep_profile(loaded, profile.with_proxies(loaded) if include_proxy else profile)
+    keep_profile(loaded, profile.with_derived(loaded) if include_derived else profile)
     try:
         with whole_folder(path) as new:
             loaded.save_pretrained(new)
@@ -256,7 +255,7 @@ class SiteStatus:
         realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
         tokens: Tokens computed sparsely since `sparsify_` or `reset_counters`.
         weights_read: Share of the dense weight bytes that the method reads at the realised sparsity.
-        beside_bytes: What its selector's own weights take beside the model's.
+        beside_bytes: What weights derived from the model's take beside them: a proxy, a low rank.
     """
 
     name: str
@@ -313,6 +312,7 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
     for name in chosen:
         check_untouched(by_name[name])
     beside = sum(beside_bytes([by_name[name]], found.method) for name, found in chosen.items())
+    making = sum(by_name[name].size for name, found in chosen.items() if found.makes_parts)
     with memory_for(beside):
         modules = {
             name: SparseModule(
@@ -322,11 +322,10 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
                 phases=phases,
                 apply_to=apply_to,
                 artifacts=found.artifacts,
-                parts=found.parts,
+                parts=found.stored.get("selector"),
+                added=found.stored.get("compensation"),
             )
-            for name, found in track(
-                list(chosen.items()), "making what is kept beside the weights", show=_slow(chosen, by_name)
-            )
+            for name, found in deriving(list(chosen.items()), making)
         }
     for name, module in modules.items():
         reason = module.planned_refusal
@@ -341,12 +340,6 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
             module.release()
         raise
     return modules
-
-
-def _slow(chosen: Mapping[str, Setting], sites: Mapping[str, Site]) -> bool:
-    """Return whether making the modules takes seconds."""
-    made = [name for name, found in chosen.items() if found.parts is None and beside_bytes([sites[name]], found.method)]
-    return sum(sites[name].size for name in made) > SLOW_WEIGHTS
 
 
 def _site_status(name: str, module: SparseModule) -> SiteStatus:

@@ -116,12 +116,12 @@ def test_calibrate_then_evaluate(made, model_folder):
 
 def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
     options = ["--method", "d-proxy", "--bits", "3", "--sparsity", "0.5", "--tokens", "1024", "-o", "p"]
-    calibrated = run("calibrate", model_folder, *options, "--include-proxy", cwd=tmp_path)
+    calibrated = run("calibrate", model_folder, *options, "--include-derived", cwd=tmp_path)
     assert calibrated.returncode == 0
-    assert "when it runs, proxies take 0.0 MB beside the weights" in calibrated.stderr
-    assert (tmp_path / "p" / "proxy.safetensors").is_file()
-    assert run("export", model_folder, "--profile", "p", "-o", "m", "--include-proxy", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "m" / "countdown" / "proxy.safetensors").is_file()
+    assert "when it runs, derived weights take 0.0 MB beside the model's" in calibrated.stderr
+    assert (tmp_path / "p" / "derived.safetensors").is_file()
+    assert run("export", model_folder, "--profile", "p", "-o", "m", "--include-derived", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "m" / "countdown" / "derived.safetensors").is_file()
     result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     (record,) = json.loads(result.stdout)["records"]
@@ -450,9 +450,13 @@ MISTAKES = {
     "picked": (["calibrate", "{model}", "--bits", "4"], "--bits is picked by --method auto"),
     "too little to pick by": (["calibrate", "{model}", "-o", "new", "--tokens", "1024"], "takes 3 sequences of text"),
     "two wishes": (["calibrate", "{model}", "--sparsity", "0.5", "--max-loss", "0.1"], "one follows from the other"),
-    "no proxy": (
-        ["calibrate", "{model}", "--method", "cats", "--include-proxy"],
-        "--include-proxy needs a method with a proxy, and cats has none",
+    "nothing derived": (
+        ["calibrate", "{model}", "--method", "cats", "--include-derived"],
+        "--include-derived stores proxies (d-proxy) and low ranks (r-sparse, α below 1); cats has none",
+    ),
+    "nothing to export": (
+        ["export", "{model}", "--profile", "p", "-o", "new", "--include-derived"],
+        "no method of this profile derives weights that could be stored",
     ),
     "no loss": (["calibrate", "{model}", "--max-loss", "0"], "expected more than 0"),
     "loss of a method": (["calibrate", "{model}", "--method", "cats", "--max-loss", "0.1"], "belongs to --method auto"),

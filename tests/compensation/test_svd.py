@@ -63,8 +63,8 @@ def test_parts_of_a_higher_sparsity_are_cut_from_those_of_a_lower():
     generator = torch.Generator().manual_seed(0)
     sum_ = Linear([Plain([torch.randn(48, 64, generator=generator)])], [None])
     wide = DroppedSvd(0.0, 0.5)
-    cut = DroppedSvd(0.6, 0.5).cut(sum_, wide.make(sum_))
-    for one, other in zip(cut, DroppedSvd(0.6, 0.5).make(sum_), strict=True):
+    cut = DroppedSvd(0.6, 0.5).cut(sum_, wide.make(sum_, {}))
+    for one, other in zip(cut, DroppedSvd(0.6, 0.5).make(sum_, {}), strict=True):
         assert torch.equal(one.values(), other.values())
 
 

@@ -201,7 +201,7 @@ class _Trial:
         self._factors: dict[str, Sequence[Weight]] = {}
         with torch.no_grad(), memory_for(sum(widest.part_bytes(site.sum) for site in sites)):
             for site in track(sites, "low ranks", show=progress):
-                self._factors[site.name] = widest.make(site.sum)
+                self._factors[site.name] = widest.make(site.sum, {})
         self._methods: dict[str, RSparse] = {}
 
     def batches(self, samples: Sequence[Tensor]) -> list[Tensor]:

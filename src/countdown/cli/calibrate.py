@@ -45,7 +45,7 @@ def calibrate(
     text_dir: o.TextDir = None,
     tokens: o.Tokens = CALIBRATION_TOKENS,
     window: o.Window = None,
-    include_proxy: o.IncludeProxy = False,
+    include_derived: o.IncludeDerived = False,
     overwrite: o.Overwrite = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -65,8 +65,10 @@ def calibrate(
     settings = inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha)
     searched = _searched(search, population, generations, seed)
     way = _way(method_name, settings, max_loss, searched)
-    if include_proxy and isinstance(way, _Given) and not way.config.has_proxy:
-        raise ConfigError(f"--include-proxy needs a method with a proxy, and {method_name} has none.")
+    if include_derived and not way.may_derive:
+        raise ConfigError(
+            f"--include-derived stores proxies (d-proxy) and low ranks (r-sparse, α below 1); {method_name} has none."
+        )
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     path = output or Path(f"{source.label.rpartition('/')[2]}-{Path(method_name).stem}")
     check_free(path, overwrite=overwrite)
@@ -77,15 +79,14 @@ def calibrate(
     way.check_text(tokenizer, reading)  # before the model loads
     loaded = inputs.load(source, dtype, device, seed)
     profile = way.profile(loaded, tokenizer, reading)
-    if include_proxy and profile.has_proxy:
-        profile = profile.with_proxies(loaded)
-    elif include_proxy:
-        printing.say("no proxy is stored: what was picked has none")
+    if include_derived and profile.derives:
+        profile = profile.with_derived(loaded)
+    elif include_derived:
+        printing.say("no derived weights are stored: what was picked or found has none")
     profile.save(path, overwrite=overwrite)
     sites = {site.name: site for site in find_sites(loaded, profile.kinds)}
     if extra := sum(beside_bytes([sites[name] for name in e.sites], e.method) for e in profile.entries):
-        what = "proxies" if profile.has_proxy else "low ranks"
-        printing.say(f"when it runs, {what} take {extra / 1e6:.1f} MB beside the weights")
+        printing.say(f"when it runs, derived weights take {extra / 1e6:.1f} MB beside the model's")
     again = shlex.join(["countdown", "generate", model, "--profile", str(path), "Hello"])
     printing.say(f"profile of {profile.recipe} written; run: {again}")
     typer.echo(str(path))
@@ -117,6 +118,10 @@ class _Reading:
 class _Way(Protocol):
     """A way to a profile."""
 
+    @property
+    def may_derive(self) -> bool:
+        """Whether the profile's methods may keep weights of their own beside the model's."""
+
     def check_text(self, tokenizer: Any, reading: _Reading) -> None:
         """Raise what is wrong with the text."""
 
@@ -129,6 +134,10 @@ class _Given:
     """Calibrates a recipe."""
 
     config: Recipe
+
+    @property
+    def may_derive(self) -> bool:
+        return self.config.derives
 
     def check_text(self, tokenizer: Any, reading: _Reading) -> None:
         from countdown.calibration.calibrate import calibration_sequences
@@ -147,6 +156,10 @@ class _Searched(_Given):
     """Searches α of r-sparse, writes the recipe that is found, and calibrates it."""
 
     settings: SearchSettings
+
+    @property
+    def may_derive(self) -> bool:
+        return True
 
     def check_text(self, tokenizer: Any, reading: _Reading) -> None:
         from countdown.calibration.search import search_samples
@@ -173,6 +186,7 @@ class _Picked:
 
     settings: dict[str, Any]
     max_loss: float | None
+    may_derive: bool = True
 
     def check_text(self, tokenizer: Any, reading: _Reading) -> None:
         from countdown.evaluation.choice import trial_sequences

@@ -71,7 +71,7 @@ def inspect(
         ],
         "ffn_share_of_token_bytes": bytes_.own / bytes_.total,
         "ceilings": [asdict(row) for row in ceilings],
-        "proxy_bytes": beside,
+        "beside_bytes": beside,
     }
     printing.emit(json, facts)
     out = printing.table_console(json)
@@ -94,7 +94,7 @@ def inspect(
     printing.print_table(out, ["method", "sparsity", "weights read", "ceiling of its modules", "of the token"], rows)
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
     for name, extra in beside.items():
-        out.print(f"{name} keeps {extra / 1e6:.1f} MB of proxies beside the weights.")
+        out.print(f"{name} keeps {extra / 1e6:.1f} MB beside the weights.")
 
 
 def _ceilings(model: nn.Module) -> list[Ceiling]:
@@ -272,7 +272,7 @@ def export(
     model: o.Model,
     profile: Annotated[Path, o.path("--profile", help="A profile made by calibrate.", show_default=False)],
     output: Annotated[Path, o.path("-o", "--output", help="Folder to make.", show_default=False)],
-    include_proxy: o.IncludeProxy = False,
+    include_derived: o.IncludeDerived = False,
     dtype: o.Dtype = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.Trust = False,
@@ -285,7 +285,7 @@ def export(
 
     path = write(
         model, profile, output,
-        dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_proxy=include_proxy,
+        dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, include_derived=include_derived,
     )  # fmt: skip
     printing.say(f"written; run: {shlex.join(['countdown', 'generate', str(path), 'Hello'])}")
     typer.echo(str(path))

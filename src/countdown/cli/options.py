@@ -137,7 +137,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
 Seed = Annotated[int, typer.Option(callback=_checked_seed, help="Seed of torch's random numbers.")]
-IncludeProxy = Annotated[bool, typer.Option("--include-proxy", help="Store proxies: quicker to load, larger.")]
+IncludeDerived = Annotated[
+    bool, typer.Option("--include-derived", help="Store proxies and low ranks: quicker to load, larger.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.")]
 Json = Annotated[
     str | None, typer.Option("--json", callback=_json_target, help="Write the numbers to a file, or - for stdout.")

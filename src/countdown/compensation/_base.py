@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, ClassVar
 
+from countdown.parts import Keeper
 from countdown.registry import Registry, classes_of
 
 if TYPE_CHECKING:
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     Shape = tuple[int | None, int | None]
 
 
-class Compensation(ABC):
+class Compensation(Keeper):
     """Adds to the sum over a token's active terms what stands for the others.
 
-    It keeps weights of its own, its parts, which are made from a site's. Ops receive it by name, with its parts, which
-    follow those of the selector.
+    It keeps parts, made from a site's weights. Ops receive it by name, with its parts, which follow those of the
+    selector.
 
     A subclass is a frozen dataclass, of which equal ones are the same compensation; what an instance holds says how
     large its parts are.
@@ -53,24 +54,12 @@ class Compensation(ABC):
         """
 
     @abstractmethod
-    def make(self, sum_: Sum) -> tuple[Weight, ...]:
-        """Return the parts for a site."""
-
-    @abstractmethod
     def cut(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
         """Return the parts that `make` would return, out of those of a lower sparsity."""
 
     @abstractmethod
     def fitted(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
         """Return the parts in the dtype and on the device of the sum's weights, as kernels read them."""
-
-    @abstractmethod
-    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
-        """Return the names of the parts, under which they are stored, and the format in which `make` returns each."""
-
-    @abstractmethod
-    def part_bytes(self, sum_: Sum) -> int:
-        """Return the bytes of the parts that `make` would return."""
 
     @abstractmethod
     def bytes_read(self, sum_: Sum, active: float) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from countdown.artifacts import Artifacts
 from countdown.compensation._base import Compensation, register
 from countdown.compensation._budget import rank
 from countdown.sums import Sum
@@ -49,7 +50,7 @@ class DroppedSvd(Compensation):
         # Rounded once, as kernels do.
         return (torch.where(dropped, x.float(), 0) @ inner.t() @ outer.t()).to(x.dtype)
 
-    def make(self, sum_: Sum) -> tuple[Weight, ...]:
+    def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:
         """Return B `[rank, d]`, laid out by input channel, and A `[d_out, rank]`, in the dtype of the weight."""
         return self.fitted(sum_, [Plain([factor]) for factor in truncated(_weight(sum_), self._rank(sum_))])
 
@@ -63,8 +64,18 @@ class DroppedSvd(Compensation):
         first = slice(self._rank(sum_))
         return inner.sliced(0, first), outer.sliced(1, first)
 
-    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
-        return {"inner": Plain.format, "outer": Plain.format}
+    def made_from(self, sum_: Sum) -> Sequence[Weight]:
+        return sum_.weights[-1:]
+
+    def made_as(self, sum_: Sum) -> str:
+        """See `Keeper.made_as`: factors are rounded to the dtype of the weight; what their rank is, `out_of` sees."""
+        return f"{self.name} {_weight(sum_).dtype}"
+
+    def out_of(self, sum_: Sum, stored: Sequence[Weight]) -> Sequence[Weight] | None:
+        """See `Keeper.out_of`: those of a higher rank hold those of a lower."""
+        rank = self._rank(sum_)
+        inner, outer = parts = self.cut(sum_, stored)
+        return parts if (inner.shape, outer.shape) == ((rank, sum_.terms), (sum_.outputs, rank)) else None
 
     def part_bytes(self, sum_: Sum) -> int:
         return round(self._weights(sum_, 1.0) * _bytes_each(sum_))

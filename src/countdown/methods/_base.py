@@ -12,6 +12,7 @@ from countdown.artifacts import GROUP, MULTIPLIERS, THRESHOLDS, Artifact, Moment
 from countdown.compensation import Compensation
 from countdown.config import check_choice
 from countdown.errors import ConfigError
+from countdown.parts import Keeper
 
 if TYPE_CHECKING:
     from typing import Self
@@ -149,6 +150,17 @@ class Method:
     def compensation(self) -> Compensation | None:
         """What is added for inactive terms, of one site; None for nothing."""
         return None
+
+    @property
+    def keepers(self) -> dict[str, Keeper]:
+        """What keeps parts, of one site, by what it is: `selector`, `compensation`."""
+        both: dict[str, Keeper | None] = {"selector": self.selector, "compensation": self.compensation}
+        return {name: one for name, one in both.items() if one is not None and one.keeps}
+
+    @property
+    def derives(self) -> bool:
+        """Whether it derives weights from those of any of its sites: whether something keeps parts there."""
+        return self.selector.keeps
 
     def drop(self, terms: int) -> int:
         """Return ⌊k·h⌋, how many of the `terms` the topk decision makes inactive."""

@@ -118,6 +118,11 @@ class RSparse(Method):
 
         return None if self.own_alpha == 1 else DroppedSvd(self.sparsity, self.own_alpha)
 
+    @property
+    def derives(self) -> bool:
+        """See `Method.derives`."""
+        return any(value < 1 for _, value in self._alphas)
+
     def multipliers(self, moments: Mapping[Moment, Tensor], norms: Tensor) -> Tensor | None:
         """See `Method.multipliers`."""
         if self.weighting == "none":

@@ -2,7 +2,7 @@
 
 profile.json          what was calibrated, on what, with which settings; the fingerprint's structure
 profile.safetensors   artifacts of every site (see `countdown.artifacts`); the fingerprint's sampled weights
-proxy.safetensors     proxies, where they are stored (`with_proxies`)
+derived.safetensors   weights derived from the model's, where they are stored (`with_derived`)
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
 from countdown.config import check_fields
-from countdown.cost import beside_bytes, saved_bytes
+from countdown.cost import saved_bytes
 from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
 from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
 from countdown.profiles import stored
 from countdown.profiles.recipe import Recipe, RecipeEntry, match
-from countdown.profiles.stored import Source, StoredParts
+from countdown.profiles.stored import Source, StoredParts, sources_of
 from countdown.sites import SITES, Site, find_sites
 from countdown.sites.fingerprint import SAMPLES, structure, weights_agree
 from countdown.weights import Weight
@@ -46,7 +46,7 @@ VERSION = 2
 # What artifacts were called in version 1.
 _RENAMED = {"weights": MULTIPLIERS.name}
 FILES = _JSON, _TENSORS = "profile.json", "profile.safetensors"
-PROXIES = stored.FILE
+DERIVED = stored.FILE
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,18 @@ class Setting:
         method: The method, its sparsity the module's own share of what is allocated.
         per_term: Thresholds or multipliers, float32 `[terms]`; see `ops.call`.
         artifacts: What calibration left for the site.
-        parts: Of the selector, where they are stored.
+        stored: Parts that are stored, by what keeps them; see `Method.keepers`.
     """
 
     method: Method
     per_term: Tensor
     artifacts: Artifacts
-    parts: Sequence[Weight] | None = None
+    stored: Mapping[str, Sequence[Weight]]
+
+    @property
+    def makes_parts(self) -> bool:
+        """Whether parts are made that are not stored."""
+        return bool(self.method.keepers.keys() - self.stored.keys())
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Profile:
         samples: By site, weights sampled from the base model, float32 `[matrices, n]`.
         calibration: Text, tokens, dtype and versions: what is needed to repeat it.
         entries: Methods by module pattern, as in a recipe.
-        proxies: Parts of selectors that are stored with it, if any.
+        derived: Weights derived from the model's that are stored with it, if any.
         allocation: Of one budget for all entries, if they have one; see `Recipe`.
     """
 
@@ -100,44 +105,47 @@ class Profile:
     samples: dict[str, Tensor]
     calibration: dict[str, Any]
     entries: list[Entry] = field(default_factory=list)
-    proxies: StoredParts | None = None
+    derived: StoredParts | None = None
     allocation: str | None = None
 
     def __repr__(self) -> str:
         """Return one line: its tensors would fill pages."""
         sites = len({name for entry in self.entries for name in entry.sites})
-        stored = ", with proxies" if self.proxies else ""
+        stored = ", with derived weights" if self.derived else ""
         name = self.base_model.get("name", "an unnamed model")
         return f"<Profile of {name}: {self.recipe}; {sites} modules{stored}>"
 
-    def with_proxies(self, model: nn.Module) -> Profile:
-        """Return a profile that holds the proxies of this model, and stores them when it is saved.
+    def with_derived(self, model: nn.Module) -> Profile:
+        """Return a profile that holds the weights its methods derive from this model's, and stores them when saved.
+
+        They are proxies and low ranks, those of the sparsity that it has now. `sparsify_` then takes them as they are,
+        low ranks also at a higher sparsity. What does not fit is made anew, with a warning, as if it were not there.
+
+        Args:
+            model: Dense.
 
         Raises:
-            ConfigError: No method has a proxy.
+            ConfigError: No method derives weights.
             AccidentError: Memory runs out.
             ProfileError: The profile belongs to another model.
             UnsupportedModelError: The model has none of the profile's modules.
+
+        Example:
+            profile.with_derived(model).save("my-profile")
         """
-        if not self.has_proxy:
-            raise ConfigError("no method of this profile has a proxy to store.")
+        if not self.derives:
+            raise ConfigError("no method of this profile derives weights that could be stored.")
         base = base_model(model)
         sites = find_sites(base, self.kinds)
         self.check(base, sites)
-        by_name = {site.name: site for site in sites}
-        sources: dict[str, Source] = {}
-        beside = 0
-        for entry in self.entries:
-            mine = [by_name[name] for name in entry.sites if name in by_name and entry.method.selector.artifacts]
-            sources |= {site.name: (site, entry.method.selector, entry.sites[site.name]) for site in mine}
-            beside += beside_bytes(mine, entry.method)
-        with memory_for(beside):
-            return replace(self, proxies=StoredParts.make(sources))
+        sources = [source for chosen in self._chosen(sites) for source in sources_of(*chosen)]
+        with memory_for(sum(source.part_bytes for source in sources)):
+            return replace(self, derived=StoredParts.make(sources))
 
     @property
-    def has_proxy(self) -> bool:
-        """Whether one of its methods decides by weights of its own, which can be stored."""
-        return self.recipe.has_proxy
+    def derives(self) -> bool:
+        """Whether one of its methods derives weights from the model's, which can be stored."""
+        return self.recipe.derives
 
     def with_name(self, name: str) -> Profile:
         """Return a profile whose base model has this name: transformers names a GGUF model after its folder."""
@@ -181,30 +189,36 @@ class Profile:
         Raises:
             ProfileError: No entry takes any site, or the profile lacks what an entry's decision or allocation needs.
         """
+        found = {}
+        for site, method, artifacts in self._chosen(sites):
+            per_term = _per_term(site.name, method, artifacts, self._axes(site.name)["terms"])
+            stored = self._stored(sources_of(site, method, artifacts))
+            found[site.name] = Setting(method, per_term, artifacts, stored)
+        if self.derived and any(one.makes_parts for one in found.values()):
+            warnings.warn(
+                "derived weights that are stored do not fit these weights, this calibration or this sparsity, so they "
+                "are made anew; store them again (with_derived, --include-derived) to load as quickly as before.",
+                ProfileWarning,
+                stacklevel=4,
+            )
+        return found
+
+    def _chosen(self, sites: Sequence[Site]) -> list[tuple[Site, Method, Artifacts]]:
+        """Return the sites that entries take, each with its method and its artifacts."""
         by_name = {site.name: site for site in sites}
         taken = _taken(self.entries, {site.name: site.kind for site in sites})
         sizes = {name: saved_bytes(by_name[name], entry.method) for entry in taken for name in entry.sites}
         sparsities = allocated(taken, sizes, self.allocation)
-        chosen = {}
-        for entry in taken:
-            for name, found in entry.sites.items():
-                method = entry.method.at(name, sparsities[name])
-                per_term = _per_term(name, method, found, self._axes(name)["terms"])
-                chosen[name] = Setting(method, per_term, found, self._stored((by_name[name], method.selector, found)))
-        if self.proxies and any(one.method.selector.artifacts and one.parts is None for one in chosen.values()):
-            warnings.warn(
-                "stored proxies do not fit these weights and this calibration, so proxies are made anew; store them "
-                "again (with_proxies, --include-proxy) to load as quickly as before.",
-                ProfileWarning,
-                stacklevel=4,
-            )
-        return chosen
+        return [
+            (by_name[name], entry.method.at(name, sparsities[name]), artifacts)
+            for entry in taken
+            for name, artifacts in entry.sites.items()
+        ]
 
-    def _stored(self, source: Source) -> Sequence[Weight] | None:
-        needs = source[1].artifacts
-        if self.proxies is None or not needs or any(one.name not in source[2] for one in needs):
-            return None
-        return self.proxies.of(source)
+    def _stored(self, sources: Sequence[Source]) -> dict[str, Sequence[Weight]]:
+        """Return what is stored of the parts of a site, by what keeps them."""
+        found = {} if self.derived is None else {source.role: self.derived.of(source) for source in sources}
+        return {role: parts for role, parts in found.items() if parts is not None}
 
     def _axes(self, name: str) -> dict[str, int]:
         """Return the sizes of the axes of a site's artifacts."""
@@ -261,8 +275,8 @@ class Profile:
                 header = json.dumps(self._header(), indent=2, ensure_ascii=False)
                 (new / _JSON).write_text(header + "\n", encoding="utf-8")
                 (new / _TENSORS).write_bytes(save_tensors(self._tensors()))
-                if self.proxies:
-                    self.proxies.save(new / PROXIES)
+                if self.derived:
+                    self.derived.save(new / DERIVED)
         except (OSError, SafetensorError) as error:
             raise AccidentError(f"profile {path} cannot be written: {reason(error)}.") from error
 
@@ -304,8 +318,8 @@ class Profile:
         try:
             header = json.loads((path / _JSON).read_text(encoding="utf-8-sig"))
             tensors = load_file(path / _TENSORS)
-            proxies = StoredParts.load(path / PROXIES) if (path / PROXIES).is_file() else None
-            return replace(cls._parse(header, tensors), proxies=proxies)
+            derived = StoredParts.load(path / DERIVED) if (path / DERIVED).is_file() else None
+            return replace(cls._parse(header, tensors), derived=derived)
         except _UNREADABLE as error:
             if isinstance(error, ConfigError):
                 raise
@@ -386,7 +400,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             raise ProfileError(f"{path} exists already; give another path or {OVERWRITE}.")
         inside = {file.name for file in path.iterdir()} if path.is_dir() else set()
         # One that lost its tensors is a profile still: to make it again is what its reader is told.
-        if _JSON not in inside or inside - {_JSON, _TENSORS, PROXIES}:
+        if _JSON not in inside or inside - {_JSON, _TENSORS, DERIVED}:
             raise ProfileError(
                 f"{path} is not a profile and nothing else, so it is not overwritten; give another path."
             )

@@ -224,8 +224,13 @@ class Recipe:
 
     @property
     def has_proxy(self) -> bool:
-        """Whether a method decides by weights of its own beside the model's."""
-        return any(entry.method.selector.artifacts for entry in self.entries)
+        """Whether a method decides by a copy of weights in few bits."""
+        return any(entry.method.selector.indicator == "proxy" for entry in self.entries)
+
+    @property
+    def derives(self) -> bool:
+        """Whether a method derives weights from the model's, to stand beside them."""
+        return any(entry.method.derives for entry in self.entries)
 
     def __str__(self) -> str:
         return "; ".join(self.lines())

@@ -14,7 +14,7 @@ from torch import nn
 from countdown import hub
 from countdown.errors import ConfigError, ProfileError
 from countdown.loading import Source, explained
-from countdown.profiles.profile import FILES, PROXIES, Profile, check_free
+from countdown.profiles.profile import DERIVED, FILES, Profile, check_free
 
 SUBFOLDER = "countdown"
 _PROFILE = "_countdown_profile"
@@ -51,7 +51,7 @@ def own_profile(source: Source) -> Profile | None:
         return None
     if len(paths) < len(FILES):
         raise ProfileError(f"the profile of {source.name} is not whole: it has only {Path(paths[0]).name}.")
-    _from_hub(source, f"{SUBFOLDER}/{PROXIES}")
+    _from_hub(source, f"{SUBFOLDER}/{DERIVED}")
     return Profile.load(Path(paths[0]).parent)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from countdown.artifacts import Artifact, Artifacts, Moment
+from countdown.artifacts import Artifacts, Moment
+from countdown.parts import Keeper
 from countdown.registry import Registry, instances_of
 
 if TYPE_CHECKING:
@@ -18,12 +19,11 @@ if TYPE_CHECKING:
     Shape = tuple[int | None, int | None]
 
 
-class Selector(ABC):
+class Selector(Keeper):
     """Scores every term for each token; the small scores are dropped.
 
-    A selector may keep weights of its own, its parts, which are made from a site's weights and artifacts. Ops receive
-    it by name, with its parts, so that a backend can recognise the ones it has a kernel for and leave the rest to the
-    reference, which calls `score`.
+    It may keep parts, made from a site's weights and artifacts. Ops receive it by name, with its parts, so that a
+    backend can recognise the ones it has a kernel for and leave the rest to the reference, which calls `score`.
 
     A subclass is a frozen dataclass, of which equal ones are the same selector.
     """
@@ -32,8 +32,7 @@ class Selector(ABC):
     indicator: str  # in results: `exact`, `proxy`, `low-rank` or `given`
     from_prompt: bool = False  # whether it chooses one set for all generated tokens of a sequence, from its prompt
     reads: tuple[str, ...]  # roles of the weights that are read for all terms; of the others, active terms alone
-    moments: tuple[Moment, ...] = ()  # what `prepare` needs of calibration
-    artifacts: tuple[Artifact, ...] = ()  # what it returns, and `make` needs
+    moments: tuple[Moment, ...] = ()  # what `prepare` needs of calibration; it returns `artifacts`
 
     @abstractmethod
     def score(self, sum_: Sum, x: Tensor, parts: Sequence[Weight], factors: Sequence[Tensor]) -> Tensor:
@@ -51,28 +50,17 @@ class Selector(ABC):
         return {}
 
     def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:
-        """Return the selector's parts for a site."""
+        """See `Keeper.make`; most have none."""
         return ()
-
-    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
-        """Return the names of the parts, under which they are stored, and the format in which `make` returns each."""
-        return {}
 
     def accepts(self, formats: Sequence[str]) -> bool:
         """Return whether parts in these formats, one for each, are its own."""
         return not formats
 
-    @property
-    def made_as(self) -> str:
-        """What parts depend on besides weights and artifacts, for the hash of those that are stored."""
-        return self.name
-
     def shapes(self, d: int, terms: int) -> tuple[Shape, ...]:
-        """Return rows and columns of each part for inputs of size d; None where they do not follow."""
         return ()
 
     def part_bytes(self, sum_: Sum) -> int:
-        """Return the bytes of the parts that `make` would return."""
         return 0
 
     def bytes_read(self, sum_: Sum, active: float) -> float:

@@ -63,24 +63,20 @@ class Copy(Selector):
         importance = artifacts[IMPORTANCE.name]
         return tuple(
             weight.coarse(self.bits) or symmetric.quantise(weight.values().detach(), importance, self.bits)
-            for weight in sum_.weights[:-1]
+            for weight in self.made_from(sum_)
         )
 
-    def part_formats(self, sum_: Sum) -> Mapping[str, str]:
-        return dict.fromkeys(sum_.roles[:-1], FORMATS[self.bits].format)
+    def made_from(self, sum_: Sum) -> Sequence[Weight]:
+        return sum_.weights[:-1]
 
     def accepts(self, formats: Sequence[str]) -> bool:
         return len(set(formats)) == 1  # which format a copy has is the weight's affair
-
-    @property
-    def made_as(self) -> str:
-        return str(self.bits)
 
     def shapes(self, d: int, terms: int) -> tuple[tuple[int, int], ...]:
         return (terms, d), (terms, d)
 
     def part_bytes(self, sum_: Sum) -> int:
-        return sum(FORMATS[self.bits].bytes_of(*weight.shape) for weight in sum_.weights[:-1])
+        return sum(FORMATS[self.bits].bytes_of(*weight.shape) for weight in self.made_from(sum_))
 
 
 COPIES = {bits: register(Copy(bits)) for bits in BITS}

@@ -54,7 +54,7 @@ class Assignment:
         sum_ = self.site.sum
         self.parts = self.method.selector.make(sum_, self.artifacts)
         if widest := self.method.at(self.site.name, 0.0).compensation:
-            self.added = widest.make(sum_)
+            self.added = widest.make(sum_, self.artifacts)
 
     def added_at(self, sparsity: float, x: Tensor, dropped: Tensor) -> Tensor:
         """Return what the compensation adds at a sparsity, `[..., outputs]`; see `Compensation.added`."""
