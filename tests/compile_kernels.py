@@ -88,18 +88,25 @@ def _of_linears(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kerne
     cases = (("together", 1, [d, h, h], []), ("tokens", 8, [h], []), ("low rank", 1, [d, h, h], [60, 20, 20]))
     for name, tokens, heights, ranks in cases:
         form = launch.channels(d, heights, ranks, ITEMSIZE[w], tokens, found)
-        sizes = {"sizes": (SIZE,) * 3, "ranks": (SIZE,) * 3, "partial": "*fp32", "counts": "*i32", "d": SIZE}
+        sizes = {
+            "sizes": (SIZE,) * 3,
+            "ranks": (SIZE,) * 3,
+            "partial": "*fp32",
+            "d": SIZE,
+            "x": f"*{x}",
+            "x_stride": SIZE,
+        }
+        sizes |= {"thresholds": ("*fp32",) * 3, "phases": "*u8", "counters": ("*i64",) * 3}
         matrices = (*(f"*{w}",) * 3, *(SIZE,) * 3)
         low = {"low": "*fp32" if ranks else None}
         yield f"linear {name}", linear_kernels.sum_channels, form.launch, sizes | low | {
-            "x": f"*{x}", "x_stride": SIZE, "weights": matrices, "inner": matrices if ranks else None,
-            "thresholds": ("*fp32",) * 3, "active_set": None, "phases": "*u8",
-            "tiles": INT, "low_tiles": INT, "low_programs": INT, "LOAD": loaders.plain,
+            "weights": matrices, "inner": matrices if ranks else None, "active_set": None,
+            "tiles": INT, "low_tiles": INT, "low_programs": INT, "each": INT, "low_each": INT, "LOAD": loaders.plain,
         }  # fmt: skip
-        last = launch.finish(heights, ranks, form.splits, form.low_splits, tokens)
+        last = launch.finish(d, heights, ranks, form, tokens)
         yield f"finish {name}", linear_kernels.finish, last, sizes | low | {
-            "outer": matrices if ranks else None, "counters": ("*i64",) * 3, "biases": (f"*{w}",) * 3,
-            "phases": "*u8", "y": f"*{x}", "splits": INT, "low_splits": INT, "tokens": INT, "HAS_BIAS": True,
+            "outer": matrices if ranks else None, "biases": (f"*{w}",) * 3, "y": f"*{x}",
+            "splits": INT, "low_splits": INT, "tokens": INT, "HAS_BIAS": True,
         }  # fmt: skip
     yield "channels", linear_kernels.select_channels, launch.channel_selection(d, 8), {
         "x": f"*{x}", "x_stride": SIZE, "thresholds": "*fp32", "phases": "*u8", "active_set": "*i8", "d": SIZE,

@@ -225,7 +225,7 @@ def test_a_missing_bias_is_zeros_in_the_dtype_of_those_that_are_there(monkeypatc
 
     class Kept:
         def __getitem__(self, grid):
-            return lambda *args, **names: given.append([bias.dtype for bias in args[5]])
+            return lambda *args, **names: given.append([bias.dtype for bias in args[8]])
 
     monkeypatch.setattr(linear_kernels, "finish", Kept())
     x = cases.inputs(1, 30, torch.float32, DEVICE, 0)

@@ -25,8 +25,8 @@ PAIR_WIDTH = 4096
 TILE_TOKENS = 16
 # Channels of a linear whose active set is a word.
 CHUNK = 64
-# So many of them are summed by a program of a low rank.
-LOW_CHUNKS = 8
+# Channels of a program of a low rank.
+LOW_EACH = 8 * CHUNK
 _KB = 1024
 
 
@@ -233,49 +233,49 @@ def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = Fal
 
 @dataclass(frozen=True)
 class Channels:
-    """The launch of `sum_channels`: its tiles of columns, and into how many parts the channels are split; of low ranks,
-    the same.
+    """The launch of `sum_channels`: its tiles of columns, and into how many parts of how many channels d is split; of
+    low ranks, the same.
     """
 
     launch: Launch
     tiles: int
     splits: int
+    each: int
     low_tiles: int
     low_splits: int
+    low_each: int
 
 
 def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens: int, found: Hardware) -> Channels:
     """Return the launch for linears with so many outputs, and low ranks if any.
 
-    Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more chunks a
+    Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more channels a
     program only where there are programs enough, so that partial sums stay few.
     """
     total = sum(heights)
     wide = 2048 if tokens <= 2 and (total >= 8192 or d >= 8192) else 1024
     width = _clamp(_power(max(heights)), 16, wide)
     tiles = sum(_ceil(height, width) for height in heights)
-    chunks = 1
-    while chunks < 8 and tiles * _ceil(d, CHUNK * chunks) > 6 * found.multiprocessors:
-        chunks *= 2
     rows = _clamp(16 * _KB // (width * itemsize), 1, 16)
-    splits = _ceil(d, CHUNK * chunks)
+    each = CHUNK
+    while each < 8 * CHUNK and tiles * _ceil(d, each) > 6 * found.multiprocessors:
+        each *= 2
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
     low_tiles = sum(_ceil(rank, low_width) for rank in ranks)
-    low_splits = _ceil(d, CHUNK * LOW_CHUNKS)
     constants = {
         "T": tokens,
         "COLUMNS": width,
-        "CHUNKS": chunks,
+        "CHUNKS": _ceil(each, CHUNK),
         "ROWS": rows,
         "STAGES": _stages(rows * width * itemsize, 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
-        "LOW_CHUNKS": LOW_CHUNKS,
+        "LOW_CHUNKS": LOW_EACH // CHUNK,
         "LOW_ROWS": _clamp(16 * _KB // (low_width * itemsize), 1, CHUNK),
         "CHUNK": CHUNK,
     }
-    return Channels(
-        Launch((tiles * splits + low_tiles * low_splits,), constants, 4), tiles, splits, low_tiles, low_splits
-    )
+    splits, low_splits = _ceil(d, each), _ceil(d, LOW_EACH)
+    programs = tiles * splits + low_tiles * low_splits
+    return Channels(Launch((programs,), constants, 4), tiles, splits, each, low_tiles, low_splits, LOW_EACH)
 
 
 def channel_selection(d: int, tokens: int) -> Launch:
@@ -283,12 +283,14 @@ def channel_selection(d: int, tokens: int) -> Launch:
     return Launch((tokens,), {"BLOCK": _clamp(_power(d), 16, 1024)}, 4)
 
 
-def finish(heights: list[int], ranks: list[int], splits: int, low_splits: int, tokens: int) -> Launch:
-    """Return the launch of `finish`."""
+def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens: int) -> Launch:
+    """Return the launch of `finish` after one of `sum_channels`."""
     # A tile of partial sums of a low rank must fit the registers.
-    parts = _power(low_splits)
+    parts = _power(form.low_splits)
     rank = _clamp(_power(max(ranks, default=1)), 16, _clamp(8 * _KB // parts, 16, 64))
-    constants = {"P": _power(splits), "COLUMNS": 32, "LOW_P": parts, "RANK": rank}
+    # In one piece, so that all of a token is on its way at once.
+    block = _clamp(_power(d), 16, 16 * _KB)
+    constants = {"P": _power(form.splits), "COLUMNS": 32, "LOW_P": parts, "RANK": rank, "BLOCK": block}
     return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
 
 

@@ -84,22 +84,23 @@ def _sum(
     form = launch.channels(d, heights, ranks, weights[0].element_size(), tokens, found)
     partial_sums = x.new_empty((form.splits, tokens, sum(heights)), dtype=torch.float32)
     low = x.new_empty((form.low_splits, tokens, sum(ranks)), dtype=torch.float32) if ranks else None
-    counts = x.new_empty((form.splits, tokens, 3), dtype=torch.int32) if counters else None
+    limits, counts = thresholds and three(thresholds), counters and three(counters)
     sizes, low_sizes = (*heights, 0, 0)[:3], (*ranks, 0, 0, 0)[:3]
     linear_kernels.sum_channels[form.launch.grid](
-        x, x.stride(0), _apart(weights, 1), _apart(inner, 1), thresholds and three(thresholds), active, phases,
-        partial_sums, low, counts, sizes, low_sizes, form.tiles, form.low_tiles, form.low_tiles * form.low_splits, d,
+        x, x.stride(0), _apart(weights, 1), _apart(inner, 1), limits, active, phases, counts,
+        partial_sums, low, sizes, low_sizes, form.tiles, form.low_tiles, form.low_tiles * form.low_splits,
+        form.each, form.low_each, d,
         LOAD=FORMATS[calls[0].sum.weights[0].format], **form.launch.options(found),
     )  # fmt: skip
     y = x.new_empty((tokens, sum(heights)))
-    last = launch.finish(heights, ranks, form.splits, form.low_splits, tokens)
+    last = launch.finish(d, heights, ranks, form, tokens)
     biases = [contiguous(call.sum.biases)[0] for call in calls]
     there = next((bias for bias in biases if bias is not None), None)
     has_bias, some = there is not None, None
     if there is not None:
         some = [there.new_zeros(size) if b is None else b for size, b in zip(heights, biases, strict=True)]
     linear_kernels.finish[last.grid](
-        partial_sums, low, _apart(outer, 0), counts, counters and three(counters), some and three(some), phases, y,
+        x, x.stride(0), limits, phases, counts, partial_sums, low, _apart(outer, 0), some and three(some), y,
         sizes, low_sizes, form.splits, form.low_splits, tokens, d, HAS_BIAS=has_bias, **last.options(found),
     )  # fmt: skip
     return y

@@ -4,10 +4,10 @@ Letters as in `ops.call`: T tokens, d input channels. Weights are laid out by ch
 multiplied with lies in a row. Up to three linears that read the same x, each with thresholds of its own, are one
 launch: their outputs stand side by side, h0 + h1 + h2 of them.
 
-A program takes a tile of columns and a few chunks of 64 channels. Which channels of a chunk a token needs becomes the
-bits of a word, so that the addresses of rows follow from registers, and rows to come are on their way while those
-before are added. Rows that no token needs are not read; the others are read once for all tokens. Programs leave partial
-sums that `finish` adds in a fixed order: the same bits every time.
+A program takes a tile of columns and some channels. Which of them a token needs becomes the bits of words, 64 in each,
+so that the addresses of rows follow from registers, and rows to come are on their way while those before are added.
+Rows that no token needs are not read; the others are read once for all tokens. Programs leave partial sums that
+`finish` adds in a fixed order: the same bits every time.
 
 Where a low rank stands for dropped channels, z += A (B (x ⊙ ¬m)), the columns of B are rows of up to three more
 matrices, whose programs read what the others leave out. They are small, so a program takes more chunks and leaves fewer
@@ -34,9 +34,6 @@ from countdown.ops.triton.kernel_parts import (
     in_phase,
     is_above,
 )
-
-# Marks the count of a token that is not finite; more than a program's channels.
-STRANGE = tl.constexpr(1 << 16)
 
 
 @triton.jit
@@ -74,24 +71,23 @@ def _decided(xv, threshold):
 
 
 @triton.jit
-def _limits(thresholds, first, d, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """Thresholds of the chunks from `first` on, float32 [CHUNK] each; none where there are active sets."""
+def _limits(thresholds, first, stop, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
+    """Thresholds of channels from `first` on, float32 [CHUNK] for each word."""
     found = ()
     for chunk in tl.static_range(CHUNKS):
-        if thresholds is None:
-            found = found + (None,)
-        else:
-            i = first + chunk * CHUNK + tl.arange(0, CHUNK)
-            found = found + (tl.load(thresholds + i, mask=i < d, other=0.0),)
+        i = first + chunk * CHUNK + tl.arange(0, CHUNK)
+        found = found + (tl.load(thresholds + i, mask=i < stop, other=0.0),)
     return found
 
 
 @triton.jit
-def _active(x, x_stride, limit, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, i, d):
-    """Whether token t needs channels i; or, if DROPPED, leaves them out."""
-    here = i < d
+def _active(
+    x, x_stride, limits, chunk: tl.constexpr, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, i, stop, d
+):
+    """Whether token t needs channels i, those of a word; or, if DROPPED, leaves them out."""
+    here = i < stop
     if active_set is None:
-        active = _decided(tl.load(x + t * x_stride + i, mask=here, other=0.0).to(tl.float32), limit)
+        active = _decided(tl.load(x + t * x_stride + i, mask=here, other=0.0).to(tl.float32), limits[chunk])
         if phases is not None:
             active = in_phase(active, tl.load(phases + t))
     else:
@@ -104,21 +100,21 @@ def _active(x, x_stride, limit, active_set, phases, DROPPED: tl.constexpr, t: tl
 
 
 @triton.jit
-def _words(x, x_stride, limits, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, d,
-           CHUNK: tl.constexpr):  # fmt: skip
-    """The channels that token t needs of each chunk, int64 with a bit for each."""
+def _words(x, x_stride, limits, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, stop, d,
+           CHUNKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """The channels from `first` on that token t needs, int64 with a bit for each."""
     k = tl.arange(0, CHUNK)
     words = ()
-    for chunk in tl.static_range(len(limits)):
+    for chunk in tl.static_range(CHUNKS):
         i = first + chunk * CHUNK + k
-        active = _active(x, x_stride, limits[chunk], active_set, phases, DROPPED, t, i, d)
+        active = _active(x, x_stride, limits, chunk, active_set, phases, DROPPED, t, i, stop, d)
         words = words + (tl.sum(active.to(tl.int64) << k.to(tl.int64), 0),)
     return words
 
 
 @triton.jit
 def _bits(words, start, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Those of ROWS channels from `start` on, all in one chunk."""
+    """Those of ROWS channels from `start` on, all in one word."""
     word = words[0]
     for chunk in tl.static_range(1, len(words)):
         word = tl.where(start >= chunk * CHUNK, words[chunk], word)
@@ -126,46 +122,66 @@ def _bits(words, start, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _leave_counts(x, x_stride, limits, counts, split, member, first, d, T: tl.constexpr, CHUNK: tl.constexpr):
-    """How many channels of its chunks each token needs, plus STRANGE if one is not finite: int32 in counts [T, 3]."""
-    for t in tl.static_range(T):
-        n = tl.zeros([CHUNK], tl.int32)
-        strange = tl.zeros([CHUNK], tl.int32)
-        for chunk in tl.static_range(len(limits)):
-            i = first + chunk * CHUNK + tl.arange(0, CHUNK)
-            xv = tl.load(x + t * x_stride + i, mask=i < d, other=0.0).to(tl.float32)
-            n += ((i < d) & _decided(xv, limits[chunk])).to(tl.int32)
-            strange |= (~(tl.abs(xv) < float("inf"))).to(tl.int32)
-        found = tl.sum(n, 0) + tl.where(tl.max(strange, 0) > 0, STRANGE, 0)
-        tl.store(counts + (split * T + t) * 3 + member, found, eviction_policy="evict_last")
+def _bits_set(word):
+    """How many bits of an int64 are 1: counted in pairs, fours and eights side by side, which a product then adds."""
+    word = word - ((word >> 1) & 0x5555555555555555)
+    word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (word * 0x0101010101010101) >> 56
 
 
 @triton.jit
-def _add_counts(counts, counters, phases, member, splits, tokens, t, d, P: tl.constexpr):
-    """counters += (1 if token t is a generated one, its active channels, which are all d if it is not finite)."""
-    p = tl.arange(0, P)
-    found = tl.load(counts + (p * tokens + t) * 3 + member, mask=p < splits, other=0)
-    n = tl.where(tl.max(found, 0) >= STRANGE, d, tl.sum(found, 0))
-    one = tl.full([], 1, tl.int64)
-    if phases is not None:
-        one = (tl.load(phases + t) == GENERATED).to(tl.int64)
+def _count_words(words, counters, phases, split):
+    """counters += (generated tokens, once; their channels in these words)."""
+    tokens = tl.full([], 0, tl.int64)
+    active = tl.full([], 0, tl.int64)
+    for t in tl.static_range(len(words)):
+        n = tl.full([], 0, tl.int64)
+        for chunk in tl.static_range(len(words[t])):
+            n += _bits_set(words[t][chunk])
+        one = tl.full([], 1, tl.int64)
+        if phases is not None:
+            one = (tl.load(phases + t) == GENERATED).to(tl.int64)
+        tokens += one
+        active += n * one
     # Integers: the sum is the same in whatever order programs add.
-    tl.atomic_add(counters, one, sem="relaxed")
-    tl.atomic_add(counters + 1, n.to(tl.int64) * one, sem="relaxed")
+    tl.atomic_add(counters, tokens, mask=split == 0, sem="relaxed")
+    tl.atomic_add(counters + 1, active, sem="relaxed")
+
+
+@triton.jit
+def _count_rest(x, x_stride, thresholds, counters, phases, t, d, BLOCK: tl.constexpr):
+    """If token t is not finite, counters[1] += channels that were not counted as active, of which it has none."""
+    strange = tl.full([], 0, tl.int32)
+    for start in range(0, d, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        xv = tl.load(x + t * x_stride + i, mask=i < d, other=0.0).to(tl.float32)
+        strange |= tl.max((~(tl.abs(xv) < float("inf"))).to(tl.int32), 0)
+    if strange > 0:
+        rest = tl.full([], 0, tl.int64)
+        for start in range(0, d, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            xv = tl.load(x + t * x_stride + i, mask=i < d, other=0.0).to(tl.float32)
+            small = ~_decided(xv, tl.load(thresholds + i, mask=i < d, other=0.0))
+            rest += tl.sum(((i < d) & small).to(tl.int32), 0)
+        if phases is not None:
+            rest *= (tl.load(phases + t) == GENERATED).to(tl.int64)
+        tl.atomic_add(counters + 1, rest, sem="relaxed")
 
 
 @triton.jit
 def _sums(
-    x, x_stride, w, stride, c, inside, limits, active_set, phases, DROPPED: tl.constexpr, first, d,
-    LOAD: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    x, x_stride, w, stride, c, inside, limits, active_set, phases, DROPPED: tl.constexpr, first, stop, d,
+    LOAD: tl.constexpr, T: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Σ over active channels of the chunks from `first` on, float32 [columns] for each token."""
+    """For each token, Σ over active channels from `first` to `stop`, float32 [columns]; and its words."""
     words = ()
     sums = ()
     for t in tl.static_range(T):
-        words = words + (_words(x, x_stride, limits, active_set, phases, DROPPED, t, first, d, CHUNK),)
+        words = words + (_words(x, x_stride, limits, active_set, phases, DROPPED, t, first, stop, d, CHUNKS, CHUNK),)
         sums = sums + (tl.zeros(c.shape, tl.float32),)
-    for start in tl.range(0, len(limits) * CHUNK, ROWS, num_stages=STAGES):
+    for start in tl.range(0, stop - first, ROWS, num_stages=STAGES):
         i = first + start + tl.arange(0, ROWS)
         needed = _bits(words[0], start, ROWS, CHUNK)
         for t in tl.static_range(1, T):
@@ -176,7 +192,7 @@ def _sums(
             xv = tl.load(x + t * x_stride + i, mask=_bits(words[t], start, ROWS, CHUNK), other=0.0).to(tl.float32)
             more = more + (sums[t] + tl.sum(rows * xv[:, None], 0),)
         sums = more
-    return sums
+    return sums, words
 
 
 @triton.jit
@@ -188,17 +204,17 @@ def _store(partial, sums, split, total, offset, c, h):
 
 @triton.jit
 def sum_channels(
-    x, x_stride, weights, inner, thresholds, active_set, phases, partial, low, counts, sizes, ranks, tiles, low_tiles,
-    low_programs, d, LOAD: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    x, x_stride, weights, inner, thresholds, active_set, phases, counters, partial, low, sizes, ranks, tiles, low_tiles,
+    low_programs, each, low_each, d, LOAD: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
     ROWS: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_CHUNKS: tl.constexpr, LOW_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Σ over the active channels of this program's chunks, for its tile of columns.
+    """Σ over the active channels among `each` of this program, for its tile of columns.
 
     x [T, d], three weights and how far their rows are apart, three thresholds [d] (or one active_set [T, d] int8) →
-    partial [splits, T, Σ sizes] float32 and, unless None, counts [splits, T, 3]: see `_leave_counts`. The first
-    programs are of three B, or None, which stand as the weights do: they sum over channels that are not active, →
-    low [low splits, T, Σ ranks] float32.
+    partial [splits, T, Σ sizes] float32. The first programs are of three B, or None, that stand as the weights do: they
+    sum over those of `low_each` channels that are not active, → low [low splits, T, Σ ranks] float32. Three counters,
+    or None; what they lack of a token that is not finite, `finish` adds.
     """
     program = tl.program_id(0)
     if inner is not None:
@@ -207,16 +223,17 @@ def sum_channels(
             w = _one_of(member, inner[0], inner[1], inner[2])
             stride = _one_of(member, inner[3], inner[4], inner[5])
             rank = _one_of(member, ranks[0], ranks[1], ranks[2])
-            first = program // low_tiles * LOW_CHUNKS * CHUNK
-            own = None
+            first = program // low_tiles * low_each
+            stop = tl.minimum(first + low_each, d)
+            limits = ()
             if active_set is None:
                 own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-            limits = _limits(own, first, d, LOW_CHUNKS, CHUNK)
+                limits = _limits(own, first, stop, LOW_CHUNKS, CHUNK)
             c = tile * LOW_COLUMNS + tl.arange(0, LOW_COLUMNS)
             begin(PDL)
-            sums = _sums(
-                x, x_stride, w, stride, c, c < rank, limits, active_set, phases, True, first, d,
-                LOAD, T, CHUNK, LOW_ROWS, STAGES,
+            sums, _ = _sums(
+                x, x_stride, w, stride, c, c < rank, limits, active_set, phases, True, first, stop, d,
+                LOAD, T, LOW_CHUNKS, CHUNK, LOW_ROWS, STAGES,
             )  # fmt: skip
             _store(low, sums, program // low_tiles, _total(ranks), offset, c, rank)
         program -= low_programs
@@ -227,20 +244,22 @@ def sum_channels(
         stride = _one_of(member, weights[3], weights[4], weights[5])
         h = _one_of(member, sizes[0], sizes[1], sizes[2])
         split = program // tiles
-        first = split * CHUNKS * CHUNK
-        own = None
+        first = split * each
+        stop = tl.minimum(first + each, d)
+        limits = ()
         if active_set is None:
             own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-        limits = _limits(own, first, d, CHUNKS, CHUNK)
+            limits = _limits(own, first, stop, CHUNKS, CHUNK)
         c = tile * COLUMNS + tl.arange(0, COLUMNS)
         begin(PDL)
-        sums = _sums(
-            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, first, d, LOAD, T, CHUNK, ROWS, STAGES
-        )
-        _store(partial, sums, split, _total(sizes), offset, c, h)
-        if counts is not None:
+        sums, words = _sums(
+            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, first, stop, d,
+            LOAD, T, CHUNKS, CHUNK, ROWS, STAGES,
+        )  # fmt: skip
+        if counters is not None:
             if tile == 0:
-                _leave_counts(x, x_stride, limits, counts, split, member, first, d, T, CHUNK)
+                _count_words(words, _one_of(member, counters[0], counters[1], counters[2]), phases, split)
+        _store(partial, sums, split, _total(sizes), offset, c, h)
 
 
 @triton.jit
@@ -267,14 +286,14 @@ def _low_rank(low, outer, stride, c, inside, rank, first, total, splits, tokens,
 
 @triton.jit
 def finish(
-    partial, low, outer, counts, counters, biases, phases, y, sizes, ranks, splits, low_splits, tokens, d,
-    HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr, RANK: tl.constexpr,
-    PDL: tl.constexpr,
+    x, x_stride, thresholds, phases, counters, partial, low, outer, biases, y, sizes, ranks, splits, low_splits, tokens,
+    d, HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, tokens, Σ sizes], added in order, → y [tokens, Σ sizes].
 
     outer: three A that low [low_splits, tokens, Σ ranks] is multiplied with, and how far their rows are apart; or None.
-    counts [splits, tokens, 3] are added to three counters, unless None.
+    counters: see `_count_rest`; or None.
     """
     member, tile, offset = _place(tl.program_id(0), sizes, COLUMNS)
     t = tl.program_id(1)
@@ -297,10 +316,11 @@ def finish(
     if HAS_BIAS:
         z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
     tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
-    if counts is not None:
+    if counters is not None:
         if tile == 0:
-            own = _one_of(member, counters[0], counters[1], counters[2])
-            _add_counts(counts, own, phases, member, splits, tokens, t, d, P)
+            own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
+            to = _one_of(member, counters[0], counters[1], counters[2])
+            _count_rest(x, x_stride, own, to, phases, t, d, BLOCK)
 
 
 @triton.jit
