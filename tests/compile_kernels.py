@@ -101,9 +101,9 @@ def _of_linears(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kerne
         low = {"low": "*fp32" if ranks else None}
         yield f"linear {name}", linear_kernels.sum_channels, form.launch, sizes | low | {
             "weights": matrices, "inner": matrices if ranks else None, "active_set": None,
-            "tiles": INT, "low_tiles": INT, "low_programs": INT, "each": INT, "low_each": INT, "LOAD": loaders.plain,
+            "tiles": INT, "low_tiles": INT, "low_programs": INT, "LOAD": loaders.plain,
         }  # fmt: skip
-        last = launch.finish(d, heights, ranks, form, tokens)
+        last = launch.finish(d, heights, ranks, form, tokens, counting=True)
         yield f"finish {name}", linear_kernels.finish, last, sizes | low | {
             "outer": matrices if ranks else None, "biases": (f"*{w}",) * 3, "y": f"*{x}",
             "splits": INT, "low_splits": INT, "tokens": INT, "HAS_BIAS": True,

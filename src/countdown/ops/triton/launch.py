@@ -233,49 +233,49 @@ def columns(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = Fal
 
 @dataclass(frozen=True)
 class Channels:
-    """The launch of `sum_channels`: its tiles of columns, and into how many parts of how many channels d is split; of
-    low ranks, the same.
+    """The launch of `sum_channels`: its tiles of columns, and into how many parts the channels are split; of low ranks,
+    the same.
     """
 
     launch: Launch
     tiles: int
     splits: int
-    each: int
     low_tiles: int
     low_splits: int
-    low_each: int
 
 
 def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens: int, found: Hardware) -> Channels:
     """Return the launch for linears with so many outputs, and low ranks if any.
 
-    Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; more channels a
-    program only where there are programs enough, so that partial sums stay few.
+    Wide tiles, so that the rows of a block are added within a thread and no sum runs across warps; but not wider than
+    the smallest linear. About as many programs as run at once: what is left over would take as long as all the others.
+    Where programs are short, what they begin with counts, and fewer of them with less on its way are faster.
     """
-    total = sum(heights)
-    wide = 2048 if tokens <= 2 and (total >= 8192 or d >= 8192) else 1024
-    width = _clamp(_power(max(heights)), 16, wide)
+    short = max(sum(heights), d) < 8192
+    widest = 2048 if tokens <= 2 else 1024
+    width = min(_power(max(heights)), _clamp(_power(min(heights)), 1024, widest))
+    width = max(width, 16)
     tiles = sum(_ceil(height, width) for height in heights)
-    rows = _clamp(16 * _KB // (width * itemsize), 1, 16)
-    each = CHUNK
-    while each < 8 * CHUNK and tiles * _ceil(d, each) > 6 * found.multiprocessors:
-        each *= 2
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
-    low_tiles = sum(_ceil(rank, low_width) for rank in ranks)
+    low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, LOW_EACH)
+    room = (3 if short else 4) * found.multiprocessors - low_tiles * low_splits
+    step = 16 if short else 8
+    each = _clamp(_ceil(_ceil(d, max(1, room // tiles)), step) * step, 16, 8 * CHUNK)
+    rows = _clamp(16 * _KB // (width * itemsize), 1, step)
     constants = {
         "T": tokens,
         "COLUMNS": width,
-        "CHUNKS": _ceil(each, CHUNK),
+        "EACH": each,
         "ROWS": rows,
-        "STAGES": _stages(rows * width * itemsize, 4, found.shared // 2),
+        "STAGES": _stages(rows * width * itemsize, 3 if short else 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
-        "LOW_CHUNKS": LOW_EACH // CHUNK,
+        "LOW_EACH": LOW_EACH,
         "LOW_ROWS": _clamp(16 * _KB // (low_width * itemsize), 1, CHUNK),
         "CHUNK": CHUNK,
     }
-    splits, low_splits = _ceil(d, each), _ceil(d, LOW_EACH)
+    splits = _ceil(d, each)
     programs = tiles * splits + low_tiles * low_splits
-    return Channels(Launch((programs,), constants, 4), tiles, splits, each, low_tiles, low_splits, LOW_EACH)
+    return Channels(Launch((programs,), constants, 4), tiles, splits, low_tiles, low_splits)
 
 
 def channel_selection(d: int, tokens: int) -> Launch:
@@ -283,7 +283,7 @@ def channel_selection(d: int, tokens: int) -> Launch:
     return Launch((tokens,), {"BLOCK": _clamp(_power(d), 16, 1024)}, 4)
 
 
-def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens: int) -> Launch:
+def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens: int, *, counting: bool) -> Launch:
     """Return the launch of `finish` after one of `sum_channels`."""
     # A tile of partial sums of a low rank must fit the registers.
     parts = _power(form.low_splits)
@@ -291,7 +291,8 @@ def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens:
     # In one piece, so that all of a token is on its way at once.
     block = _clamp(_power(d), 16, 16 * _KB)
     constants = {"P": _power(form.splits), "COLUMNS": 32, "LOW_P": parts, "RANK": rank, "BLOCK": block}
-    return Launch((sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
+    constants["COUNTING"] = len(heights) if counting else 0
+    return Launch((constants["COUNTING"] + sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
 
 
 def reduction(d: int, programs: int, tokens: int) -> Launch:

@@ -88,12 +88,11 @@ def _sum(
     sizes, low_sizes = (*heights, 0, 0)[:3], (*ranks, 0, 0, 0)[:3]
     linear_kernels.sum_channels[form.launch.grid](
         x, x.stride(0), _apart(weights, 1), _apart(inner, 1), limits, active, phases, counts,
-        partial_sums, low, sizes, low_sizes, form.tiles, form.low_tiles, form.low_tiles * form.low_splits,
-        form.each, form.low_each, d,
+        partial_sums, low, sizes, low_sizes, form.tiles, form.low_tiles, form.low_tiles * form.low_splits, d,
         LOAD=FORMATS[calls[0].sum.weights[0].format], **form.launch.options(found),
     )  # fmt: skip
     y = x.new_empty((tokens, sum(heights)))
-    last = launch.finish(d, heights, ranks, form, tokens)
+    last = launch.finish(d, heights, ranks, form, tokens, counting=counters is not None)
     biases = [contiguous(call.sum.biases)[0] for call in calls]
     there = next((bias for bias in biases if bias is not None), None)
     has_bias, some = there is not None, None

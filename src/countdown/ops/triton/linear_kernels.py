@@ -71,12 +71,12 @@ def _decided(xv, threshold):
 
 
 @triton.jit
-def _limits(thresholds, first, stop, CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """Thresholds of channels from `first` on, float32 [CHUNK] for each word."""
+def _limits(thresholds, first, d, EACH: tl.constexpr, CHUNK: tl.constexpr):
+    """Thresholds of EACH channels from `first` on, float32 [CHUNK] for each word."""
     found = ()
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.static_range((EACH + CHUNK - 1) // CHUNK):
         i = first + chunk * CHUNK + tl.arange(0, CHUNK)
-        found = found + (tl.load(thresholds + i, mask=i < stop, other=0.0),)
+        found = found + (tl.load(thresholds + i, mask=i < d, other=0.0),)
     return found
 
 
@@ -100,12 +100,13 @@ def _active(
 
 
 @triton.jit
-def _words(x, x_stride, limits, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, stop, d,
-           CHUNKS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """The channels from `first` on that token t needs, int64 with a bit for each."""
+def _words(x, x_stride, limits, active_set, phases, DROPPED: tl.constexpr, t: tl.constexpr, first, d,
+           EACH: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Which of EACH channels from `first` on token t needs, int64 with a bit for each."""
     k = tl.arange(0, CHUNK)
+    stop = tl.minimum(first + EACH, d)
     words = ()
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.static_range((EACH + CHUNK - 1) // CHUNK):
         i = first + chunk * CHUNK + k
         active = _active(x, x_stride, limits, chunk, active_set, phases, DROPPED, t, i, stop, d)
         words = words + (tl.sum(active.to(tl.int64) << k.to(tl.int64), 0),)
@@ -171,17 +172,17 @@ def _count_rest(x, x_stride, thresholds, counters, phases, t, d, BLOCK: tl.const
 
 @triton.jit
 def _sums(
-    x, x_stride, w, stride, c, inside, limits, active_set, phases, DROPPED: tl.constexpr, first, stop, d,
-    LOAD: tl.constexpr, T: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    x, x_stride, w, stride, c, inside, limits, active_set, phases, DROPPED: tl.constexpr, first, d,
+    LOAD: tl.constexpr, T: tl.constexpr, EACH: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """For each token, Σ over active channels from `first` to `stop`, float32 [columns]; and its words."""
+    """For each token, Σ over active channels among EACH from `first` on, float32 [columns]; and its words."""
     words = ()
     sums = ()
     for t in tl.static_range(T):
-        words = words + (_words(x, x_stride, limits, active_set, phases, DROPPED, t, first, stop, d, CHUNKS, CHUNK),)
+        words = words + (_words(x, x_stride, limits, active_set, phases, DROPPED, t, first, d, EACH, CHUNK),)
         sums = sums + (tl.zeros(c.shape, tl.float32),)
-    for start in tl.range(0, stop - first, ROWS, num_stages=STAGES):
+    for start in tl.range(0, EACH, ROWS, num_stages=STAGES):
         i = first + start + tl.arange(0, ROWS)
         needed = _bits(words[0], start, ROWS, CHUNK)
         for t in tl.static_range(1, T):
@@ -205,15 +206,15 @@ def _store(partial, sums, split, total, offset, c, h):
 @triton.jit
 def sum_channels(
     x, x_stride, weights, inner, thresholds, active_set, phases, counters, partial, low, sizes, ranks, tiles, low_tiles,
-    low_programs, each, low_each, d, LOAD: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_CHUNKS: tl.constexpr, LOW_ROWS: tl.constexpr,
+    low_programs, d, LOAD: tl.constexpr, T: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr,
+    ROWS: tl.constexpr, LOW_COLUMNS: tl.constexpr, LOW_EACH: tl.constexpr, LOW_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Σ over the active channels among `each` of this program, for its tile of columns.
+    """Σ over the active channels among EACH of this program, for its tile of columns.
 
     x [T, d], three weights and how far their rows are apart, three thresholds [d] (or one active_set [T, d] int8) →
     partial [splits, T, Σ sizes] float32. The first programs are of three B, or None, that stand as the weights do: they
-    sum over those of `low_each` channels that are not active, → low [low splits, T, Σ ranks] float32. Three counters,
+    sum over those of LOW_EACH channels that are not active, → low [low splits, T, Σ ranks] float32. Three counters,
     or None; what they lack of a token that is not finite, `finish` adds.
     """
     program = tl.program_id(0)
@@ -223,17 +224,16 @@ def sum_channels(
             w = _one_of(member, inner[0], inner[1], inner[2])
             stride = _one_of(member, inner[3], inner[4], inner[5])
             rank = _one_of(member, ranks[0], ranks[1], ranks[2])
-            first = program // low_tiles * low_each
-            stop = tl.minimum(first + low_each, d)
+            first = program // low_tiles * LOW_EACH
             limits = ()
             if active_set is None:
                 own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-                limits = _limits(own, first, stop, LOW_CHUNKS, CHUNK)
+                limits = _limits(own, first, d, LOW_EACH, CHUNK)
             c = tile * LOW_COLUMNS + tl.arange(0, LOW_COLUMNS)
             begin(PDL)
             sums, _ = _sums(
-                x, x_stride, w, stride, c, c < rank, limits, active_set, phases, True, first, stop, d,
-                LOAD, T, LOW_CHUNKS, CHUNK, LOW_ROWS, STAGES,
+                x, x_stride, w, stride, c, c < rank, limits, active_set, phases, True, first, d,
+                LOAD, T, LOW_EACH, CHUNK, LOW_ROWS, STAGES,
             )  # fmt: skip
             _store(low, sums, program // low_tiles, _total(ranks), offset, c, rank)
         program -= low_programs
@@ -244,17 +244,16 @@ def sum_channels(
         stride = _one_of(member, weights[3], weights[4], weights[5])
         h = _one_of(member, sizes[0], sizes[1], sizes[2])
         split = program // tiles
-        first = split * each
-        stop = tl.minimum(first + each, d)
+        first = split * EACH
         limits = ()
         if active_set is None:
             own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-            limits = _limits(own, first, stop, CHUNKS, CHUNK)
+            limits = _limits(own, first, d, EACH, CHUNK)
         c = tile * COLUMNS + tl.arange(0, COLUMNS)
         begin(PDL)
         sums, words = _sums(
-            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, first, stop, d,
-            LOAD, T, CHUNKS, CHUNK, ROWS, STAGES,
+            x, x_stride, w, stride, c, c < h, limits, active_set, phases, False, first, d,
+            LOAD, T, EACH, CHUNK, ROWS, STAGES,
         )  # fmt: skip
         if counters is not None:
             if tile == 0:
@@ -287,40 +286,45 @@ def _low_rank(low, outer, stride, c, inside, rank, first, total, splits, tokens,
 @triton.jit
 def finish(
     x, x_stride, thresholds, phases, counters, partial, low, outer, biases, y, sizes, ranks, splits, low_splits, tokens,
-    d, HAS_BIAS: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr, RANK: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    d, HAS_BIAS: tl.constexpr, COUNTING: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial [splits, tokens, Σ sizes], added in order, → y [tokens, Σ sizes].
 
     outer: three A that low [low_splits, tokens, Σ ranks] is multiplied with, and how far their rows are apart; or None.
-    counters: see `_count_rest`; or None.
+    The first COUNTING programs count, one a linear: see `_count_rest`.
     """
-    member, tile, offset = _place(tl.program_id(0), sizes, COLUMNS)
     t = tl.program_id(1)
-    h = _one_of(member, sizes[0], sizes[1], sizes[2])
-    c = tile * COLUMNS + tl.arange(0, COLUMNS)
-    p = tl.arange(0, P)
-    total = _total(sizes)
-    begin(PDL)
-    v = tl.load(
-        partial + (p[:, None] * tokens + t) * total + offset + c[None, :],
-        mask=(p < splits)[:, None] & (c < h)[None, :], other=0.0, eviction_policy="evict_last",
-    )  # fmt: skip
-    z = tl.sum(v, 0)
-    if outer is not None:
-        matrix = _one_of(member, outer[0], outer[1], outer[2])
-        stride = _one_of(member, outer[3], outer[4], outer[5])
-        rank = _one_of(member, ranks[0], ranks[1], ranks[2])
-        first = _one_of(member, 0, ranks[0], ranks[0] + ranks[1])
-        z += _low_rank(low, matrix, stride, c, c < h, rank, first, _total(ranks), low_splits, tokens, t, LOW_P, RANK)
-    if HAS_BIAS:
-        z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
-    tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
-    if counters is not None:
-        if tile == 0:
-            own = _one_of(member, thresholds[0], thresholds[1], thresholds[2])
-            to = _one_of(member, counters[0], counters[1], counters[2])
-            _count_rest(x, x_stride, own, to, phases, t, d, BLOCK)
+    program = tl.program_id(0) - COUNTING
+    if COUNTING > 0:
+        if program < 0:
+            place = program + COUNTING
+            own = _one_of(place, thresholds[0], thresholds[1], thresholds[2])
+            begin(PDL)
+            _count_rest(x, x_stride, own, _one_of(place, counters[0], counters[1], counters[2]), phases, t, d, BLOCK)
+    if program >= 0:
+        member, tile, offset = _place(program, sizes, COLUMNS)
+        h = _one_of(member, sizes[0], sizes[1], sizes[2])
+        c = tile * COLUMNS + tl.arange(0, COLUMNS)
+        p = tl.arange(0, P)
+        total = _total(sizes)
+        begin(PDL)
+        v = tl.load(
+            partial + (p[:, None] * tokens + t) * total + offset + c[None, :],
+            mask=(p < splits)[:, None] & (c < h)[None, :], other=0.0, eviction_policy="evict_last",
+        )  # fmt: skip
+        z = tl.sum(v, 0)
+        if outer is not None:
+            matrix = _one_of(member, outer[0], outer[1], outer[2])
+            stride = _one_of(member, outer[3], outer[4], outer[5])
+            rank = _one_of(member, ranks[0], ranks[1], ranks[2])
+            first = _one_of(member, 0, ranks[0], ranks[0] + ranks[1])
+            z += _low_rank(
+                low, matrix, stride, c, c < h, rank, first, _total(ranks), low_splits, tokens, t, LOW_P, RANK
+            )
+        if HAS_BIAS:
+            z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
+        tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
 
 
 @triton.jit
