@@ -28,9 +28,12 @@ from torch import Tensor
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, floor_rate, in_turn, relative_error, timed
 from countdown.compensation import kept, rank
+from countdown.compensation.svd import DroppedSvd
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import recorded
 from countdown.results import meta, write
+from countdown.sums.linear import Linear
+from countdown.weights import Plain
 from documents import commit, said
 
 GROUPS = {
@@ -108,8 +111,10 @@ class Group:
         if form[1] == 1:
             return []
         size = rank(self.d, height, *form)
-        inner, outer = torch.randn(self.d, size).to(self.x), torch.randn(height, size).to(self.x)
-        return [(inner / self.d**0.5).t(), outer / size**0.5]
+        inner, outer = torch.randn(size, self.d).to(self.x), torch.randn(height, size).to(self.x)
+        like = Linear([Plain([self.x.expand(height, self.d)])], [None])
+        made = DroppedSvd(*form).fitted(like, [Plain([inner / self.d**0.5]), Plain([outer / size**0.5])])
+        return [part.values() for part in made]
 
     def dense(self, copy: int) -> object:
         if self.x.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from countdown.compensation._base import Compensation, register
 from countdown.compensation._budget import rank
 from countdown.sums import Sum
 from countdown.weights import Plain, Weight
+
+# Entries.
+ALIGNED = 16
 
 
 @register
@@ -51,12 +55,14 @@ class DroppedSvd(Compensation):
         return (torch.where(dropped, x.float(), 0) @ inner.t() @ outer.t()).to(x.dtype)
 
     def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:
-        """Return B `[rank, d]`, laid out by input channel, and A `[d_out, rank]`, in the dtype of the weight."""
+        """Return B `[rank, d]`, laid out by input channel, and A `[d_out, rank]`, in the dtype of the weight; so that
+        what belongs to a channel, or to an output, begins at a multiple of 16 entries.
+        """
         return self.fitted(sum_, [Plain([factor]) for factor in truncated(_weight(sum_), self._rank(sum_))])
 
     def fitted(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
-        inner, outer = (Plain([part.values().to(_weight(sum_))]) for part in parts)
-        return inner.by_column(), outer.in_rows()
+        inner, outer = (part.values().to(_weight(sum_)) for part in parts)
+        return Plain([_apart(inner.t()).t()]), Plain([_apart(outer)])
 
     def cut(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:
         """See `Compensation.cut`: singular values come in order."""
@@ -106,6 +112,14 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     smaller = w @ w.t() if outputs <= d else w.t() @ w
     vectors = torch.linalg.eigh(smaller).eigenvectors.flip(1)[:, :rank]
     return (vectors.t() @ w, vectors) if outputs <= d else (vectors.t(), w @ vectors)
+
+
+def _apart(matrix: Tensor) -> Tensor:
+    """Return a matrix with rows that begin at multiples of `ALIGNED`, so that kernels read them in whole words."""
+    rows, columns = matrix.shape
+    room = matrix.new_zeros((rows, math.ceil(columns / ALIGNED) * ALIGNED))
+    room[:, :columns] = matrix
+    return room[:, :columns]
 
 
 def _weight(sum_: Sum) -> Tensor:

@@ -141,3 +141,19 @@ def flat(x: Tensor) -> Tensor:
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return tensors that kernels can index: biases of interleaved rows are strided."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def by_rank(added: Sequence[Weight]) -> list[Tensor]:
+    """Return the low-rank weights of a compensation as kernels read them, none where there are none.
+
+    Returns:
+        B `[rank, d]` and A `[d_out, rank]`: what belongs to a channel, or to an output, lies side by side.
+    """
+    if not added:
+        return []
+    inner, outer = (weight.parts[0] for weight in added)
+    return [_side_by_side(inner.t()).t(), _side_by_side(outer)]
+
+
+def _side_by_side(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

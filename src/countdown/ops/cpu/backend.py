@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from countdown.ops.base import Gathering
+from countdown.ops.base import Gathering, by_rank
 from countdown.ops.call import TENSORS, Call
 from countdown.ops.cpu import dense_ops, library
 from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FORMATS, MatrixView, SumCall
@@ -60,7 +60,7 @@ class CPU(Gathering):
             [
                 *(weight.parts[0] for weight in call.sum.weights),
                 *_contiguous(t for part in parts for t in part.parts),
-                *_by_rank(call.added),
+                *by_rank(call.added),
             ],
             [bias if bias is None or bias.dtype in DTYPES else bias.float() for bias in _contiguous(call.sum.biases)],
             *_contiguous(getattr(call, name) for name in TENSORS[call.op]),
@@ -164,14 +164,6 @@ def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
 def _contiguous(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
     """Yield tensors that kernels can index: biases of interleaved rows are strided."""
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _by_rank(added: Sequence[Weight]) -> Iterator[Tensor]:
-    """Yield the low-rank weights of a compensation as kernels read them: a row a channel, a row an output."""
-    if added:
-        inner, outer = added
-        yield inner.by_column().parts[0]
-        yield outer.in_rows().parts[0]
 
 
 def _in_tiles(part: Weight) -> Weight:

@@ -25,8 +25,6 @@ PAIR_WIDTH = 4096
 TILE_TOKENS = 16
 # Channels of a linear whose active set is a word.
 CHUNK = 64
-# Channels of a program of a low rank.
-LOW_EACH = 8 * CHUNK
 _KB = 1024
 
 
@@ -257,7 +255,8 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
     width = max(width, 16)
     tiles = sum(_ceil(height, width) for height in heights)
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
-    low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, LOW_EACH)
+    low_each = (4 if short else 8) * CHUNK
+    low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, low_each)
     room = (3 if short else 4) * found.multiprocessors - low_tiles * low_splits
     step = 16 if short else 8
     each = _clamp(_ceil(_ceil(d, max(1, room // tiles)), step) * step, 16, 8 * CHUNK)
@@ -269,8 +268,8 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
         "ROWS": rows,
         "STAGES": _stages(rows * width * itemsize, 3 if short else 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
-        "LOW_EACH": LOW_EACH,
-        "LOW_ROWS": _clamp(16 * _KB // (low_width * itemsize), 1, CHUNK),
+        "LOW_EACH": low_each,
+        "LOW_ROWS": _clamp(1024 // low_width, 4, CHUNK),
         "CHUNK": CHUNK,
     }
     splits = _ceil(d, each)

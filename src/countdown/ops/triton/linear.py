@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from countdown.ops.base import contiguous, flat
+from countdown.ops.base import by_rank, contiguous, flat
 from countdown.ops.call import Call
 from countdown.ops.triton import launch, linear_kernels, loaders
 from countdown.ops.triton.dense_ops import three
@@ -78,7 +78,8 @@ def _sum(
     """
     found = launch.hardware(x.device)
     weights = [call.sum.weights[0].parts[0] for call in calls]
-    inner, outer = _factors(calls)
+    factors = [by_rank(call.added) for call in calls if call.added]
+    inner, outer = [b for b, _ in factors], [a for _, a in factors]
     heights, ranks = [call.sum.outputs for call in calls], [len(factor) for factor in inner]
     tokens, d = x.shape
     form = launch.channels(d, heights, ranks, weights[0].element_size(), tokens, found)
@@ -103,12 +104,6 @@ def _sum(
         sizes, low_sizes, form.splits, form.low_splits, tokens, d, HAS_BIAS=has_bias, **last.options(found),
     )  # fmt: skip
     return y
-
-
-def _factors(calls: Sequence[Call]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return B, laid out by channel, and A of each low rank that stands for dropped channels; none where none does."""
-    added = [call.added for call in calls if call.added]
-    return [b.by_column().parts[0] for b, _ in added], [a.in_rows().parts[0] for _, a in added]
 
 
 def _apart(matrices: Sequence[Tensor], dim: int) -> tuple[Tensor | int, ...] | None:
