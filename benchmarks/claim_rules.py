@@ -142,7 +142,8 @@ class Loss:
 class Better:
     """In each pair the first keeps more than the second, and somewhere by the share `by` of its accuracy.
 
-    Without tasks, perplexity tells which of two is better, and not by how much of an accuracy.
+    Without tasks, perplexity tells which of two is better, and not by how much of an accuracy. Pairs that were not
+    measured might be where the first is better, or where it is not.
     """
 
     pairs: tuple[tuple[Arm, Arm], ...]
@@ -161,10 +162,11 @@ class Better:
     def _word(self, gains: list[float], scored: bool) -> str:
         if not gains:
             return UNMEASURED
+        complete = len(gains) == len(self.pairs)
         if max(gains) <= 0:
-            return REFUTED
+            return REFUTED if complete else UNDECIDED
         enough = max(gains) >= self.by and (scored or not self.by)
-        return REPRODUCED if min(gains) > 0 and enough else IN_PART
+        return REPRODUCED if complete and min(gains) > 0 and enough else IN_PART
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,9 @@ class Faster:
         if self.part is None or part is None:
             return Verdict(UNMEASURED)
         ratio = part.record[self.part.key]
-        what = dict(self.part.fields).get("linears")
-        figure = _ratio(f"linears alone ({what})" if what else "an FFN alone", ratio, part)
-        return Verdict(IN_PART if ratio >= self.bound else SLOWER, (figure,), "a part of a token")
+        what = "linears alone" if "linears" in part.record else "an FFN alone"
+        word = IN_PART if ratio >= self.bound else SLOWER
+        return Verdict(word, (_ratio(what, ratio, part),), "a part of a token")
 
 
 @dataclass(frozen=True)
@@ -312,4 +314,6 @@ def _perplexity(read: Evidence) -> str:
 
 
 def _ratio(what: str, ratio: float, found: Evidence) -> str:
-    return f"{what}: {ratio:.2f} × dense, {found.hardware}"
+    apart = found.record.get("speedup_over_dense")  # of linears, where the ratio is over fused ones
+    against = "dense" if apart is None else f"fused, {apart:.2f} × separate dense ones"
+    return f"{what}: {ratio:.2f} × {against}; {found.hardware}"
