@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import allocation_tables
+import claims
 import proxy_tables
 import speed
 from documents import load, row
@@ -331,6 +332,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipped": lambda: proxy_tables.shipped("quality-proxy-shipped-smollm2"),
     "survivors": lambda: proxy_tables.survivors(("smollm2", "gemma3")),
     "tasks-smollm2": lambda: tasks("tasks-smollm2"),
+    "claims-quality": lambda: claims.quality(
+        {
+            "SmolLM2-135M": ["claims-smollm2", "quality-linears-smollm2", "tasks-smollm2"],
+            "Gemma-3-270M": ["quality-gemma3"],
+        }
+    ),
+    "claims-speed": claims.speed,
     "census": lambda: census("census"),
     "accepted": lambda: accepted("census"),
     "summary-smollm2": lambda: summary("quality-smollm2"),
