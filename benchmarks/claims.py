@@ -291,12 +291,12 @@ def main() -> None:
     # Here, not above: tables.py reads the claims, and need not load torch.
     from claim_figures import Bench
     from countdown.results import meta, write
-    from quality import _commit
+    from documents import commit
 
     bench = Bench.of(arguments)
     command = ["python", "benchmarks/claims.py", bench.label, *_said(arguments)]
     about = {"tokens": arguments.tokens, "windows": arguments.windows}
-    header = meta(shlex.join(command), commit=arguments.commit or _commit(), **about)
+    header = meta(shlex.join(command), commit=arguments.commit or commit(), **about)
     records = []
     for record in bench.records(arms(arguments.only)):
         records.append(record)

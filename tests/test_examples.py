@@ -15,7 +15,7 @@ from tiny import byte_tokenizer, llama
 # What an example may name, beside `countdown`.
 EXAMPLES = [
     "load_text", "method", "calibrate", "sparsify_", "status", "evaluate", "phases", "restore_",
-    "Profile.with_settings", "from_pretrained", "export", "choose", "compare", "windows",
+    "Profile.with_settings", "from_pretrained", "export", "choose", "compare", "windows", "search_alpha",
 ]  # fmt: skip
 
 

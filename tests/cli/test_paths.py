@@ -13,7 +13,8 @@ import pytest
 from cli.test_cli import run
 from countdown import loading, sparsify
 from countdown.cli.benchmark import _written
-from countdown.cli.commands import _check_file_free, app
+from countdown.cli.commands import app
+from countdown.cli.inputs import check_file_free
 from countdown.comparison import session
 from countdown.errors import ConfigError
 
@@ -118,9 +119,9 @@ def test_numbers_to_stdout_by_its_other_name_have_it_alone(model_folder, tmp_pat
 def test_a_pipe_needs_no_overwrite(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "file").touch()
-    _check_file_free(tmp_path / "fifo", overwrite=False)
+    check_file_free(tmp_path / "fifo", overwrite=False)
     with pytest.raises(ConfigError, match="exists already"):
-        _check_file_free(tmp_path / "file", overwrite=False)
+        check_file_free(tmp_path / "file", overwrite=False)
 
 
 def path_parameters() -> list[tuple[str, str, Any]]:
