@@ -1,4 +1,4 @@
-"""Tables of how one sparsity is divided: among linears, and among FFNs and attention on one budget."""
+"""Tables of how one sparsity is divided: among linears, among FFNs and attention on one budget, and by R-Sparse's α."""
 
 from __future__ import annotations
 
@@ -48,10 +48,35 @@ def budget(name: str) -> str:
     return "\n".join(lines) + f"\n\n{note}\n" + _source(name, document)
 
 
+def alpha_search(name: str) -> str:
+    """Return what the search for α found with each seed, and α of one value everywhere."""
+    document = load(name)
+    head = ["α", "seed", "linears with α = 1", "its samples", "other samples", "evaluated"]
+    lines = [row(head), row(["---"] * 2 + ["---:"] * 4)]
+    for r in document["records"]:
+        if r["arm"] == "uniform":
+            lines.append(row([f"{r['alpha_everywhere']:g} everywhere", "", "", "", "", f"{r['perplexity']:.2f}"]))
+            continue
+        pairs = (
+            ("searched_perplexity", "searched_uniform_perplexity"),
+            ("check_perplexity", "check_uniform_perplexity"),
+        )
+        seen = [f"{r[best] / r[one] - 1:+.1%}" for best, one in pairs]
+        what = {"search": "searched", "random": "drawn at random as often"}[r["arm"]]
+        lines.append(row([what, str(r["seed"]), f"{r['share_of_ones']:.0%}", *seen, f"{r['perplexity']:.2f}"]))
+    first = document["records"][0]
+    note = (
+        f"Perplexity at {first['sparsity']:.0%} (dense {first['dense_perplexity']:.2f}); on samples of the calibration "
+        "text, the change against α = 1 everywhere."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n" + _source(name, document)
+
+
 def _source(name: str, document: dict[str, Any]) -> str:
     meta, first = document["meta"], document["records"][0]
+    hardware = meta["hardware"].get("gpu") or meta["hardware"]["cpu"]
+    versions = f"torch {meta['versions']['torch']}, transformers {meta['versions']['transformers']}"
     return (
-        f"\n{first['windows']} windows, {first['tokens']} scored tokens, calibrated on {meta['tokens']}; "
-        f"{meta['hardware']['cpu']}, {first['dtype']}, torch {meta['versions']['torch']}, transformers "
-        f"{meta['versions']['transformers']}, commit {meta['commit'][:8]}; `benchmarks/results/{name}.json`.\n"
+        f"\n{first['windows']} windows, {first['tokens']} scored tokens, calibrated on {meta['tokens']}; {hardware}, "
+        f"{first['dtype']}, {versions}, commit {meta['commit'][:8]}; `benchmarks/results/{name}.json`.\n"
     )

@@ -299,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "linears-smollm2": lambda: allocation_tables.linears("quality-linears-smollm2"),
     "attention-smollm2": lambda: allocation_tables.linears("quality-attention-smollm2"),
     "budget-smollm2": lambda: allocation_tables.budget("quality-budget-smollm2"),
+    "alpha-search-smollm2": lambda: allocation_tables.alpha_search("alpha-search-smollm2"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
     "gpu-ffn": lambda: speed.ffn("gpu-ffn-h200", "quality-proxy-gemma3"),
