@@ -185,8 +185,9 @@ def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
     whole = run(speed=False, quantised=False)
     assert not whole.rough
     assert "rough" not in whole.recommendation.reason
-    weighted = {one.label for one in grid.usual_methods(effort.QUICK)}
-    assert weighted < {one.label for one in grid.usual_methods()}
+    weighted, more = (grid.configurations(None, [0.5], one) for one in (effort.QUICK, effort.USUAL))
+    assert {one.label for one in weighted} < {one.label for one in more}
+    assert "d-proxy, 4 bits; teal × shared-norm; one budget, global at 0.5" in {one.label for one in more}
 
 
 def test_layers_show_what_they_do(run):

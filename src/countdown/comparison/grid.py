@@ -131,13 +131,15 @@ def configurations(
     return found
 
 
-def usual_methods(effort: Effort = USUAL) -> list[Method]:
-    """Return the methods to compare: those that could be picked, weighted as most do best, and as published."""
+def usual_methods(effort: Effort = USUAL) -> list[Method | Recipe]:
+    """Return what is compared: methods that could be picked, weighted as most do best; if much is measured, also as
+    published, and FFNs and attention on one budget.
+    """
     weighted = candidates()
     if not effort.published:
-        return weighted
+        return [*weighted]
     published = [method(one.name, decision=one.decision) for one in weighted if one.weighting != "none"]
-    return [*weighted, *published]
+    return [*weighted, *published, Recipe.named("d-proxy+wina")]
 
 
 def _labelled(methods: Sequence[str | Method | Recipe]) -> list[tuple[str, Recipe]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from countdown.calibration.calibrate import Texts, calibrate, calibration_sequences
 from countdown.config import CALIBRATION_TOKENS
-from countdown.cost import weights_read
-from countdown.errors import ConfigError
+from countdown.cost import saved_bytes, token_bytes, weights_read
+from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import context_of, window_length
 from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
+from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.progress import Steps, about, say
-from countdown.sites import SITES, Site, find_sites
+from countdown.sites import SITES, find_sites
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import WINDOW, as_texts
 from countdown.wrappers import base_model
@@ -41,22 +42,27 @@ LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 @dataclass(frozen=True)
 class Trial:
-    """One method and what it cost on held-out text.
+    """One method, or recipe of two, and what it cost on held-out text.
 
     Args:
-        config: Method, weighting, allocation and sparsity.
+        recipe: Method, weighting, allocation and sparsity.
         kl: Mean KL(dense ‖ sparse), in nats.
         loss: Rise of perplexity, as a share of the dense model's.
-        weights_read: Share of the FFNs' weight bytes read at that sparsity.
+        token_read: Share of a token's weight bytes, those of the whole model, read at that sparsity.
     """
 
-    config: Method
+    recipe: Recipe
     kl: float
     loss: float
-    weights_read: float
+    token_read: float
+
+    @property
+    def sparsity(self) -> float:
+        """The target, of all methods that share a budget."""
+        return self.recipe.entries[0].method.sparsity
 
     def __str__(self) -> str:
-        return f"{self.config.label} at {self.config.sparsity:g}: KL {self.kl:.4f}, reads {self.weights_read:.0%}"
+        return f"{_label(self.recipe)} at {self.sparsity:g}: KL {self.kl:.4f}, reads {self.token_read:.0%}"
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,14 @@ class Choice:
     def reason(self) -> str:
         """Two lines that say why."""
         one = self.chosen
-        best: dict[str, Trial] = {}
+        best: dict[tuple[str, ...], Trial] = {}
         for trial in sorted(self.others, key=lambda trial: trial.kl):
-            best.setdefault(trial.config.name, trial)
-        others = "; ".join(str(trial) for name, trial in best.items() if name != one.config.name)
+            best.setdefault(_names(trial.recipe), trial)
+        others = "; ".join(str(trial) for names, trial in best.items() if names != _names(one.recipe))
         return (
-            f"picked {one.config}: KL {one.kl:.4f} and perplexity {one.loss:+.1%} on text held out of calibration, "
-            f"reads {one.weights_read:.0%} of the FFNs' weights\ninstead of {others or 'nothing else'}"
+            f"picked {_label(one.recipe)}, threshold at {one.sparsity:g}: KL {one.kl:.4f} and perplexity "
+            f"{one.loss:+.1%} on text held out of calibration, reads {one.token_read:.0%} of a token's weights\n"
+            f"instead of {others or 'nothing else'}"
         )
 
 
@@ -101,12 +108,13 @@ def choose(
     """Pick method, weighting and allocation, and calibrate them.
 
     Every method for FFNs that decides by threshold on half of the weights or less is tried; of the best, its other
-    weightings and global allocation. At a wanted sparsity, the best reads the fewest weights of those whose KL is at
-    most `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
+    weightings and global allocation; and the best with `wina` on the linears of attention, on one budget that saves as
+    many bytes. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most `WORSE` times the
+    least; at a wanted loss, of all at the highest sparsity that keeps it.
 
     Args:
         model, tokenizer, texts, tokens, window, progress: As for `calibrate`.
-        sparsity: Wanted share of inactive neurons. [that of methods]
+        sparsity: Wanted share of inactive neurons; with attention, what saves as many bytes. [that of methods]
         max_loss: Instead, the largest wanted rise of perplexity, 0.02 for 2%.
 
     Raises:
@@ -124,35 +132,36 @@ def choose(
     sequences = trial_sequences(tokenizer, texts, tokens, window)
     held_out = _batch(sequences[::JUDGING])
     seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
-    sites = find_sites(base_model(model), [_kind()])
 
     wanted = {} if sparsity is None else {"sparsity": sparsity}
-    tried = candidates(wanted)
+    tried = [Recipe.of(config) for config in candidates(wanted)]
     longer = _tokens(calibration_sequences(tokenizer, texts, tokens, window)) / int(seen["attention_mask"].sum())
     course = _Course(tried, longer, progress)
 
-    def trial(config: Method) -> Trial:
+    def trial(config: Recipe) -> Trial:
         with course.trial(config):
             return measured(config)
 
-    def measured(config: Method) -> Trial:
+    def measured(config: Recipe) -> Trial:
         with course.calibration(config):
             profile = calibrate(model, tokenizer, seen, config, progress=progress)
 
         def judge(at: float) -> Trial:
-            return _judged(model, profile.with_settings(sparsity=at), held_out, sites, progress)
+            return _judged(model, profile.with_settings(sparsity=at), held_out, progress)
 
-        return judge(config.sparsity) if max_loss is None else _highest(judge, max_loss)
+        return judge(config.entries[0].method.sparsity) if max_loss is None else _highest(judge, max_loss)
 
     trials = [trial(config) for config in tried]
     best = _best(trials, max_loss)
-    course.expect_changes(best.config)
-    for change in _changes(best.config):
-        trials.append(trial(replace(best.config, **change)))  # type: ignore[arg-type]
-        if _better(trials[-1], best, max_loss):
-            best = trials[-1]
-    course.last(best.config)
-    profile = calibrate(model, tokenizer, texts, best.config, tokens=tokens, window=window, progress=progress)
+    course.expect_changes(best.recipe)
+    for change in _changes(best.recipe):
+        trials.append(trial(best.recipe.with_settings(**change)))
+        best = trials[-1] if _better(trials[-1], best, max_loss) else best
+    if (composed := _with_attention(base_model(model), best.recipe)) is not None:
+        trials.append(trial(composed))
+        best = trials[-1] if _better(trials[-1], best, max_loss) else best
+    course.last(best.recipe)
+    profile = calibrate(model, tokenizer, texts, best.recipe, tokens=tokens, window=window, progress=progress)
     return Choice(profile, best, [other for other in trials if other is not best])
 
 
@@ -167,7 +176,7 @@ class _Course:
         show: Say it on stderr.
     """
 
-    def __init__(self, tried: Sequence[Method], longer: float, show: bool) -> None:
+    def __init__(self, tried: Sequence[Recipe], longer: float, show: bool) -> None:
         most = max(tried, key=lambda config: len(_changes(config)))
         self._trials = Steps([*map(_length, tried), *_lengths_of_changes(most)], {"global": GLOBAL})
         self._longer, self._show = longer, show
@@ -175,30 +184,30 @@ class _Course:
         self._longest = 0.0  # that which the last one may take
 
     @contextmanager
-    def trial(self, config: Method) -> Iterator[None]:
+    def trial(self, config: Recipe) -> Iterator[None]:
         """Within the context, a method is tried."""
         if self._show:
-            say(f"trying {config.label} ({self})")
+            say(f"trying {_label(config)} ({self})")
         with self._trials.step(_length(config)):
             yield
 
     @contextmanager
-    def calibration(self, config: Method) -> Iterator[None]:
+    def calibration(self, config: Recipe) -> Iterator[None]:
         """Within the context, it is calibrated for its trial."""
         started = time.perf_counter()
         yield
-        took = self._took[config.label] = time.perf_counter() - started
-        self._longest = max(self._longest, self._longer * took * (1 if config.allocation == "global" else GLOBAL))
+        took = self._took[_label(config)] = time.perf_counter() - started
+        self._longest = max(self._longest, self._longer * took * (1 if _is_global(config) else GLOBAL))
 
-    def expect_changes(self, best: Method) -> None:
+    def expect_changes(self, best: Recipe) -> None:
         """Take note of what is still to be tried: the best method, changed."""
         self._trials.left = _lengths_of_changes(best)
 
-    def last(self, best: Method) -> None:
+    def last(self, best: Recipe) -> None:
         """Say that the best is calibrated on all of the text."""
         if self._show:
-            takes = about(self._longer * self._took[best.label])
-            say(f"calibrating {best.label} on all of the text (the last step, {takes})")
+            takes = about(self._longer * self._took[_label(best)])
+            say(f"calibrating {_label(best)} on all of the text (the last step, {takes})")
 
     def __str__(self) -> str:
         place = f"{self._trials.done + 1} of at most {self._trials.done + len(self._trials.left) + 1}"
@@ -207,23 +216,58 @@ class _Course:
         return f"{place}, at most {about(self._trials.seconds + self._longest)} left"
 
 
-def _length(config: Method) -> str:
+def _length(config: Recipe) -> str:
     """Return what makes a trial long or short."""
-    return config.name if config.allocation == "uniform" else config.allocation
+    return "global" if _is_global(config) else config.entries[0].method.name
 
 
-def _lengths_of_changes(best: Method) -> list[Hashable]:
-    return [_length(replace(best, **change)) for change in _changes(best)]  # type: ignore[arg-type]
+def _is_global(config: Recipe) -> bool:
+    return config.entries[0].method.allocation == "global"
+
+
+def _lengths_of_changes(best: Recipe) -> list[Hashable]:
+    # The last: with attention.
+    return [*(_length(best.with_settings(**change)) for change in _changes(best)), "global"]
+
+
+def _label(recipe: Recipe) -> str:
+    first, *others = recipe.labels()
+    return f"{first}, and {', '.join(others)}, with attention's linears" if others else first
+
+
+def _names(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(entry.method.name for entry in recipe.entries)
 
 
 def _tokens(sequences: Sequence[Tensor]) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _changes(best: Method) -> list[dict[str, str]]:
+def _changes(best: Recipe) -> list[dict[str, str]]:
     """Return what of the best method is changed to see whether that is better."""
-    others = [{"weighting": name} for name in best.weightings if name != best.weighting]
+    method = best.entries[0].method
+    others = [{"weighting": name} for name in method.weightings if name != method.weighting]
     return [*others, {"allocation": "global"}]
+
+
+def _with_attention(model: nn.Module, best: Recipe) -> Recipe | None:
+    """Return the best method, and `wina` on the linears outside of FFNs, on one budget that saves as many bytes.
+
+    None where there are no such linears, or none that it takes.
+    """
+    config = best.entries[0].method
+    ffns = find_sites(model, [config.kind])
+    inside = tuple(f"{ffn.name}." for ffn in ffns)
+    with suppress(UnsupportedModelError):
+        others = [site for site in find_sites(model, ["linear"]) if not site.name.startswith(inside)]
+        linear = method("wina", sparsity=config.sparsity, allocation="global")
+        part, rest = (sum(saved_bytes(site, its) for site in of) for of, its in ((ffns, config), (others, linear)))
+        if rest <= 0:
+            return None
+        settings: Any = {"sparsity": round(config.sparsity * part / (part + rest), 3), "allocation": "global"}
+        entries = tuple(RecipeEntry(replace(one, **settings)) for one in (config, linear))
+        return Recipe(entries, "global")
+    return None
 
 
 def trial_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:
@@ -269,17 +313,24 @@ def _kind() -> str:
     return method_class(DEFAULT_METHOD).kind
 
 
-def _judged(
-    model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], sites: Sequence[Site], progress: bool
-) -> Trial:
+def _judged(model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], progress: bool) -> Trial:
     sparsify_(model, profile)
     try:
         found = evaluate(model, held_out, progress=progress)
     finally:
         restore_(model)
-    config = profile.entries[0].method
     loss = found.perplexity / found.dense_perplexity - 1
-    return Trial(config, found.kl, loss, weights_read(sites, config))
+    return Trial(profile.recipe, found.kl, loss, _token_read(base_model(model), profile))
+
+
+def _token_read(model: nn.Module, profile: Profile) -> float:
+    """Return the share of a token's weight bytes that is read, as far as methods meet their targets."""
+    sites = {site.name: site for site in find_sites(model, profile.kinds)}
+    saved = 0.0
+    for entry in profile.entries:
+        own = [sites[name] for name in entry.sites]
+        saved += sum(site.nbytes for site in own) * (1 - weights_read(own, entry.method))
+    return 1 - saved / token_bytes(model, ()).total
 
 
 def _highest(judge: Callable[[float], Trial], max_loss: float) -> Trial:
@@ -301,17 +352,17 @@ def _best(trials: Sequence[Trial], max_loss: float | None) -> Trial:
         if not good:
             nearest = min(trials, key=lambda trial: trial.loss)
             raise ConfigError(
-                f"no method keeps perplexity within {max_loss:+.1%}: {nearest.config.label} at "
-                f"{nearest.config.sparsity:g} costs {nearest.loss:+.1%} already; allow more."
+                f"no method keeps perplexity within {max_loss:+.1%}: {_label(nearest.recipe)} at "
+                f"{nearest.sparsity:g} costs {nearest.loss:+.1%} already; allow more."
             )
-    return min(good, key=lambda trial: (trial.weights_read, trial.kl))
+    return min(good, key=lambda trial: (trial.token_read, trial.kl))
 
 
 def _better(trial: Trial, best: Trial, max_loss: float | None) -> bool:
     """Return whether a change of the best method is better: it reads as much, or keeps the loss."""
     if max_loss is None:
         return trial.kl < best.kl
-    return trial.loss <= max_loss and (trial.weights_read, trial.kl) < (best.weights_read, best.kl)
+    return trial.loss <= max_loss and (trial.token_read, trial.kl) < (best.token_read, best.kl)
 
 
 def _batch(sequences: Sequence[Tensor]) -> dict[str, Tensor]:
