@@ -142,10 +142,11 @@ def calibration(name: str) -> str:
     """Return in a sentence how long calibration takes, without a method and with one."""
     document = load(name)
     minutes = {r["method"]: r["seconds"] / 60 for r in document["records"]}
-    cores = document["meta"]["hardware"]["cores"]
+    meta = document["meta"]
     return (
-        f"SmolLM2-135M takes {minutes['auto']:.0f} minutes on {cores} CPU cores, {minutes['d-proxy']:.1f} with "
-        f"`--method d-proxy`, {minutes['m-countdown']:.1f} with `--method m-countdown`"
+        f"SmolLM2-135M took {minutes['auto']:.0f} minutes on {meta['hardware']['cores']} CPU cores, "
+        f"{minutes['d-proxy']:.1f} with `--method d-proxy`, {minutes['m-countdown']:.1f} with `--method m-countdown` "
+        f"(commit {meta['commit'][:8]}, {meta['date'][:10]})"
     )
 
 
@@ -160,7 +161,11 @@ def commands(name: str) -> str:
         if record["status"] == 0:
             seconds = record["seconds"]
             found.append(f"`{said}` {f'{seconds:.0f} s' if seconds < 60 else f'{seconds / 60:.1f} min'}")
-    return f"On {document['meta']['hardware']['cores']} CPU cores SmolLM2-135M takes: {', '.join(found)}"
+    meta = document["meta"]
+    return (
+        f"On {meta['hardware']['cores']} CPU cores SmolLM2-135M took: {', '.join(found)} "
+        f"(commit {meta['commit'][:8]}, {meta['date'][:10]})"
+    )
 
 
 def shapes(name: str) -> str:
