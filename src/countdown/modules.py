@@ -254,8 +254,9 @@ class SparseModule(nn.Module):
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of the parts beside the weights, those that fill a last tile included."""
-        return sum(part.nbytes for part in (*self.parts, *self.added))
+        """Bytes of the parts beside the weights, those that fill a last tile or lie between rows included."""
+        between = (tensor.untyped_storage().nbytes() for part in self.added for tensor in part.parts)
+        return sum(part.nbytes for part in self.parts) + sum(between)
 
     def make_parts(self, *, selector: bool = True, compensation: bool = True) -> None:
         """Make the parts of the selector and of the compensation from the weights as they are now."""

@@ -204,9 +204,49 @@ def test_a_record_of_another_search_is_refused(llama_model, tokenizer, text, tmp
     if other == "nonsense":
         record.write_text("{}")
     before = record.read_text()
-    with pytest.raises(ConfigError, match=r"is (the|no) record of a search.*remove it to search anew"):
-        search_alpha(llama_model, tokenizer, text[other == "text" :], config, settings=settings, record=record)
+    given = (llama_model, tokenizer, text[other == "text" :], config)
+    with pytest.raises(ConfigError, match=r"is the record of .*overwrite=True searches anew|is no record of a search"):
+        search_alpha(*given, settings=settings, record=record)
     assert record.read_text() == before
+    if other != "nonsense":  # whatever that is, it is not for us to remove
+        search_alpha(*given, settings=settings, record=record, overwrite=True, progress=False)
+        assert json.loads(record.read_text())["search"] != json.loads(before)["search"]
+
+
+def test_overwriting_goes_on_with_a_record_that_fits(llama_model, tokenizer, text, tmp_path):
+    record = tmp_path / "record"
+    whole = perplexities(llama_model, tokenizer, text, CONFIG, record)
+    kept = json.loads(record.read_text()) | {"perplexities": [*whole[:3], 1.0]}
+    record.write_text(json.dumps(kept))
+    assert perplexities(llama_model, tokenizer, text, CONFIG, record, overwrite=True)[:4] == [*whole[:3], 1.0]
+
+
+def overflowing(monkeypatch, where):
+    """Let what a low rank adds, or else all that a linear gives, not be finite."""
+    kept = search._Trial._added
+
+    def added(self, site, x, dropped):
+        found = kept(self, site, x, dropped)
+        return found * math.inf if found is not None else x.new_tensor(math.inf) if where == "everywhere" else None
+
+    monkeypatch.setattr(search._Trial, "_added", added)
+
+
+def test_a_candidate_that_is_not_finite_is_the_worst(llama_model, tokenizer, text, tmp_path, monkeypatch):
+    overflowing(monkeypatch, "low ranks")
+    found = perplexities(llama_model, tokenizer, text, CONFIG, tmp_path / "record")
+    assert math.isfinite(found[0])
+    assert math.isinf(max(found))
+    assert perplexities(llama_model, tokenizer, text, CONFIG, tmp_path / "record") == found
+    overflowing(monkeypatch, "everywhere")
+    with pytest.raises(countdown.CountdownError, match="with α = 1 everywhere the logits are not finite"):
+        search_alpha(llama_model, tokenizer, text, CONFIG, settings=SMALL)
+
+
+def test_a_model_with_a_short_context(tokenizer, text):
+    model = llama(max_position_embeddings=64)
+    found = search_alpha(model, tokenizer, text, CONFIG, settings=SMALL, progress=False)
+    assert found.evaluations == 15
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

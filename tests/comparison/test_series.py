@@ -24,3 +24,8 @@ def test_recipes_are_one_series_although_each_entry_has_a_sparsity():
 
     cells = [cell("recipe", sparsity, recipe=entries(sparsity)) for sparsity in (0.3, 0.6)]
     assert len(all_series(cells)) == 1
+
+
+def test_two_recipe_files_are_two_series_though_they_say_the_same():
+    cells = [cell("a", 0.5, method="recipe"), cell("b", 0.5, method="recipe"), cell("b", 0.7, method="recipe")]
+    assert [(one.name, len(one.cells)) for one in all_series(cells)] == [("a", 1), ("b", 2)]

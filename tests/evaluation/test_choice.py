@@ -72,7 +72,14 @@ def test_attention_is_sparse_too_where_that_is_better_at_the_same_bytes(judged, 
     assert len(found.profile.entries) == 2
     countdown.sparsify_(model, found.profile)
     assert len(countdown.status(model)) == 3 + 3 * 4
-    assert "and teal × shared-norm, one budget, global, with attention's linears" in found.reason.splitlines()[0]
+    assert "and teal × shared-norm, one budget, global with the other linears" in found.reason.splitlines()[0]
+
+
+def test_linears_that_cannot_be_sparse_stay_dense(judged, tokenizer, text):
+    model = llama(hidden_size=64)
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: None)
+    found = choose(model, tokenizer, text, sparsity=0.7, tokens=2048, progress=False)
+    assert all(len(one.recipe.entries) == 1 for one in (found.chosen, *found.others))
 
 
 def test_shares_of_a_token_count_all_its_weights(tokenizer, text):
@@ -91,7 +98,7 @@ def test_it_says_how_far_along_it_is(judged, tokenizer, text, capsys):
     assert lines[0] == "trying cats × rms (1 of at most 8)"
     assert lines[1].startswith("trying d-proxy, 4 bits (2 of at most 8, at most about ")
     assert lines[3].startswith("trying d-proxy × column-norm, 4 bits (4 of at most 7, at most about ")
-    assert lines[5].startswith("trying d-proxy × column-norm, 4 bits, and teal × shared-norm, one budget, global, with")
+    assert lines[5].startswith("trying d-proxy × column-norm, 4 bits, and teal × shared-norm, one budget, global with")
     last = "calibrating d-proxy × column-norm, global, 4 bits on all of the text (the last step, about "
     assert lines[-1].startswith(last)
     assert len(lines) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -274,6 +275,29 @@ def test_the_hash_of_a_task_is_of_its_documents_settings_and_examples(folder, tm
     same = hashed()
     assert hashed() == same
     assert len({same, hashed(limit=2), hashed(("Question", "Ask")), hashed(shots)}) == 4
+
+
+def test_a_task_with_functions_is_the_same_one_in_every_process():
+    class Task:
+        def __init__(self, *functions):
+            self._functions = functions
+
+        def dump_config(self):
+            return {"filters": self._functions}
+
+        def get_config(self, _):
+            return 0
+
+        eval_docs = ({"question": "?"},)
+
+    def made():
+        def first(text):
+            return text[:1]
+
+        return first, functools.partial(first, text="a")
+
+    assert content_hash(Task(*made())) == content_hash(Task(*made()))
+    assert content_hash(Task(made()[0])) != content_hash(Task(made()[1]))
 
 
 def test_a_task_may_be_a_path(folder):

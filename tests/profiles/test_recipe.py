@@ -121,6 +121,24 @@ def test_what_is_written_is_read_again(given, suffix, tmp_path):
     assert Recipe.load(path) == given
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cats:weighting", "is not a list of settings"),
+        ("d-proxy:bits=[1", "has a value that is neither a number nor a word"),
+        ("d-proxy:bits=5", "bits of d-proxy is 5"),
+        ("nope.yaml", "cannot be read"),
+    ],
+)
+def test_what_no_name_on_the_command_line_can_be(text, message):
+    with pytest.raises(ConfigError, match=message):
+        Recipe.parse(text)
+
+
+def test_a_name_on_the_command_line_has_settings():
+    assert Recipe.parse("r-sparse:alpha=0.9,sparsity=0.3") == Recipe.of(method("r-sparse", alpha=0.9, sparsity=0.3))
+
+
 def test_records_name_what_was_calibrated():
     (entry,) = Recipe.of(method("teal")).entries
     assert "pattern" not in Recipe((entry,)).record()

@@ -23,14 +23,14 @@ from countdown.autocast import without_autocast
 from countdown.calibration.calibrate import Texts, calibration_sequences
 from countdown.calibration.evolution import SearchSettings, evolve
 from countdown.compensation.svd import DroppedSvd
-from countdown.errors import ConfigError, TextError
+from countdown.errors import OVERWRITE, ConfigError, CountdownError, TextError
 from countdown.files import write_text
-from countdown.finite import not_finite
-from countdown.loading import check_context, check_known
+from countdown.loading import check_context, check_known, context_of
 from countdown.memory import batches, logits_at_once, memory_for
 from countdown.methods.r_sparse import RSparse
 from countdown.modules import check_dense, observed
 from countdown.ops.reference import drop_smallest
+from countdown.profiles.recipe import Recipe
 from countdown.progress import Steps, about, say, track
 from countdown.sites import Site, check_untouched, find_sites
 from countdown.sites.decoder import stacks
@@ -79,6 +79,11 @@ class Found:
         """The best candidate if it holds, else α = 1 everywhere."""
         return self.best if self.holds else replace(self.best, alpha=1.0)
 
+    @property
+    def recipe(self) -> Recipe:
+        """The same as a recipe, which can be saved."""
+        return Recipe.of(self.method)
+
     def __str__(self) -> str:
         outcome = "it is taken" if self.holds else "so α = 1 everywhere is taken"
         return (
@@ -96,6 +101,7 @@ def search_alpha(
     *,
     settings: SearchSettings | None = None,
     record: Path | None = None,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Found:
     """Search α of every linear by differential evolution, for the sparsity of `config`.
@@ -113,6 +119,7 @@ def search_alpha(
         config: `method("r-sparse", ...)`; its own α does not matter.
         settings: How much is tried. [32 candidates, 5 times]
         record: A file that keeps what was tried: a search that was interrupted goes on from there.
+        overwrite: Replace a record of another search.
         progress: Show progress on stderr, with the best so far.
 
     Raises:
@@ -130,14 +137,14 @@ def search_alpha(
         raise ConfigError(f"the search is for α of r-sparse, and {config} has none.")
     settings, base = settings or SearchSettings(), base_model(model)
     check_dense(base)
-    samples, others = search_samples(tokenizer, texts)
+    samples, others = search_samples(tokenizer, texts, context_of(base.config))
     check_context(base, max(len(one) for one in samples + others))
     check_known(base, samples + others)
     sites = find_sites(base, [config.kind])
     for site in sites:
         check_untouched(site)
     entries = _entries(base, sites, settings.groups)
-    tried = _Record.open(record, _identity(base, sites, config, samples, settings))
+    tried = _Record.open(record, _identity(base, sites, config, samples, settings), overwrite=overwrite)
     trial = _Trial(base, sites, config, progress)
     batches_, other_batches = trial.batches(samples), trial.batches(others)
 
@@ -156,15 +163,20 @@ def search_alpha(
     return found
 
 
-def search_samples(tokenizer: Any, texts: Texts) -> tuple[list[Tensor], list[Tensor]]:
+def search_samples(tokenizer: Any, texts: Texts, context: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """Return the samples that a search judges on, and those that check what it found; or raise its errors about text.
+
+    Args:
+        tokenizer, texts: See `search_alpha`.
+        context: The longest that the model takes.
 
     Returns:
         Token ids, each int64 `[256]` or what a batch has. Of a text both are spread over the whole.
     """
     texts = texts if isinstance(texts, Mapping) else as_texts(texts)
-    found = calibration_sequences(tokenizer, texts, 2 * SAMPLES * LENGTH, LENGTH)
-    scored = [sequence[:LENGTH] for sequence in found if len(sequence) > 1][: 2 * SAMPLES]
+    length = min(LENGTH, context or LENGTH)
+    found = calibration_sequences(tokenizer, texts, 2 * SAMPLES * length, length)
+    scored = [sequence[:length] for sequence in found if len(sequence) > 1][: 2 * SAMPLES]
     if len(scored) < 2:
         raise TextError("the search needs at least two sequences: one to search on, one to check what it found.")
     return scored[::2], scored[1::2]
@@ -217,7 +229,7 @@ class _Trial:
             yield
 
     def perplexity(self, alphas: Mapping[str, float], batches_: Sequence[Tensor]) -> float:
-        """Return exp of the mean negative log-likelihood of samples.
+        """Return exp of the mean negative log-likelihood of samples; infinite where a logit is not finite.
 
         Args:
             alphas: Of every linear, by name.
@@ -232,9 +244,7 @@ class _Trial:
             pairs = zip(logits.split(step), targets.split(step), strict=True)
             total += sum(float(F.cross_entropy(some.float(), of, reduction="sum")) for some, of in pairs)
             count += len(targets)
-        if not math.isfinite(total):
-            raise not_finite("the logits are", self._model)
-        return math.exp(min(total / count, 700.0))
+        return math.exp(min(total / count, 700.0)) if math.isfinite(total) else math.inf
 
     def _active(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         method = self._methods[site.name]
@@ -253,9 +263,11 @@ class _Trial:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """Return the value of each row at or below which this share of it lies, float32 `[rows, 1]`; -1 for none of it."""
+    """Return the value of each row at or below which this share of it lies, float32 `[rows, 1]`."""
     place = round(share * values.shape[1])
-    return values.kthvalue(place, dim=1, keepdim=True).values if place else values.new_full((len(values), 1), -1.0)
+    if 0 < place < values.shape[1]:
+        return values.kthvalue(place, dim=1, keepdim=True).values
+    return values.new_full((len(values), 1), math.inf if place else -1.0)
 
 
 def _logit_bytes(model: Any) -> int:
@@ -290,6 +302,8 @@ class _Judged:
             with self._steps.step(""):
                 self._record.add(self._perplexity(candidate))
         value = self._record.values[place]
+        if place == 0 and math.isinf(value):
+            raise CountdownError("with α = 1 everywhere the logits are not finite: nothing can be compared with that.")
         self._count += 1
         self.first = value if place == 0 else self.first
         self.best = min(self.best, value)
@@ -323,8 +337,8 @@ class _Record:
             raise
 
     @classmethod
-    def open(cls, path: Path | None, identity: str) -> _Record:
-        """Return what a file has of this search, nothing if there is none.
+    def open(cls, path: Path | None, identity: str, *, overwrite: bool) -> _Record:
+        """Return what a file has of this search, nothing if there is none; of another, nothing if it may be replaced.
 
         Raises:
             ConfigError: It is of another search, or no such file.
@@ -336,11 +350,13 @@ class _Record:
             of, values = found["search"], [float(value) for value in found["perplexities"]]
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise ConfigError(f"{path} is no record of a search; remove it to search anew.") from error
-        if of != identity:
+        if of == identity:
+            return cls(path, identity, values)
+        if not overwrite:
             raise ConfigError(
-                f"{path} is the record of a search with other settings, text or model; remove it to search anew."
+                f"{path} is the record of a search with other settings, text or model; {OVERWRITE} searches anew."
             )
-        return cls(path, identity, values)
+        return cls(path, identity, [])
 
     def add(self, value: float) -> None:
         """Keep one more."""
@@ -370,5 +386,5 @@ def _identity(
     for site in sites:
         found.update(weight_sample(site).numpy().tobytes())
     for sample in samples:
-        found.update(cast("Any", sample).numpy().tobytes())
+        found.update(cast("Any", sample).cpu().numpy().tobytes())
     return found.hexdigest()

@@ -74,7 +74,7 @@ def calibrate(
     check_free(path, overwrite=overwrite)
     if searched:
         inputs.check_file_free(_recipe_of(path), overwrite=overwrite)
-    reading = _Reading(source, path, inputs.texts_of(text or ["python-docs"], text_dir), tokens, window)
+    reading = _Reading(source, path, inputs.texts_of(text or ["python-docs"], text_dir), tokens, window, overwrite)
     tokenizer = load_tokenizer(source)
     way.check_text(tokenizer, reading)  # before the model loads
     loaded = inputs.load(source, dtype, device, seed)
@@ -100,6 +100,7 @@ class _Reading:
         source: The model.
         path: Of the profile to make.
         texts, tokens, window: See `countdown.calibrate`.
+        overwrite: Replace what is there.
     """
 
     source: Source
@@ -107,6 +108,7 @@ class _Reading:
     texts: list[Text]
     tokens: int
     window: int | None
+    overwrite: bool
 
     def check_text(self, read: Any, tokenizer: Any) -> None:
         """Raise what is wrong with the text, `read` being what will take windows from it."""
@@ -163,17 +165,22 @@ class _Searched(_Given):
 
     def check_text(self, tokenizer: Any, reading: _Reading) -> None:
         from countdown.calibration.search import search_samples
+        from countdown.loading import load_context
 
         super().check_text(tokenizer, reading)
-        search_samples(tokenizer, reading.texts)
+        search_samples(tokenizer, reading.texts, load_context(reading.source))
 
     def profile(self, model: nn.Module, tokenizer: Any, reading: _Reading) -> Profile:
         from countdown.calibration.search import search_alpha
-        from countdown.profiles.recipe import Recipe
 
         method: Any = self.config.entries[0].method
         record = reading.path.with_name(f"{reading.path.name}.search.json")
-        how: Any = {"settings": self.settings, "record": record, "progress": o.show_progress()}
+        how: Any = {
+            "settings": self.settings,
+            "record": record,
+            "overwrite": reading.overwrite,
+            "progress": o.show_progress(),
+        }
         found = Recipe.of(search_alpha(model, tokenizer, reading.texts, method, **how).method)
         found.save(_recipe_of(reading.path))
         printing.say(f"α of each linear is in {_recipe_of(reading.path)}, a recipe to read, edit and give as --method")

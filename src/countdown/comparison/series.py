@@ -31,7 +31,9 @@ def all_series(cells: Iterable[Cell]) -> list[Series]:
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.kind == "sparse":
-            groups.setdefault(json.dumps(_without_sparsity(cell.settings), sort_keys=True), []).append(cell)
+            # By name as well: two recipe files may differ in nothing but sparsity.
+            key = json.dumps([_name(cell), _without_sparsity(cell.settings)], sort_keys=True)
+            groups.setdefault(key, []).append(cell)
     return [
         Series(_name(group[0]), index, sorted(group, key=lambda cell: cell.sparsity or 0.0))
         for index, group in enumerate(groups.values())

@@ -76,7 +76,7 @@ class Task:
                 "filter": filter_,
                 "value": one.value,
                 # Of what is no mean, as perplexity, only how many there are.
-                "by_document": [float(value) if one.is_mean else None for value in one.by_document],
+                "by_document": [*map(float, one.by_document)] if one.is_mean else [None] * len(one.by_document),
             }
             for (task, metric, filter_), one in found.items()
         ]

@@ -84,7 +84,9 @@ class DroppedSvd(Compensation):
         return parts if (inner.shape, outer.shape) == ((rank, sum_.terms), (sum_.outputs, rank)) else None
 
     def part_bytes(self, sum_: Sum) -> int:
-        return round(self._weights(sum_, 1.0) * _bytes_each(sum_))
+        """See `Keeper.part_bytes`; with what rows are apart for."""
+        held = _aligned(self._rank(sum_)) * (sum_.terms + sum_.outputs)
+        return round(held * _bytes_each(sum_))
 
     def bytes_read(self, sum_: Sum, active: float) -> float:
         """See `Compensation.bytes_read`; columns of B at kept channels are not read."""
@@ -117,9 +119,13 @@ def truncated(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _apart(matrix: Tensor) -> Tensor:
     """Return a matrix with rows that begin at multiples of `ALIGNED`, so that kernels read them in whole words."""
     rows, columns = matrix.shape
-    room = matrix.new_zeros((rows, math.ceil(columns / ALIGNED) * ALIGNED))
+    room = matrix.new_zeros((rows, _aligned(columns)))
     room[:, :columns] = matrix
     return room[:, :columns]
+
+
+def _aligned(columns: int) -> int:
+    return math.ceil(columns / ALIGNED) * ALIGNED
 
 
 def _weight(sum_: Sum) -> Tensor:

@@ -22,7 +22,7 @@ from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.progress import Steps, about, say
-from countdown.sites import SITES, find_sites
+from countdown.sites import SITES, check_untouched, find_sites
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import WINDOW, as_texts
 from countdown.wrappers import base_model
@@ -108,13 +108,13 @@ def choose(
     """Pick method, weighting and allocation, and calibrate them.
 
     Every method for FFNs that decides by threshold on half of the weights or less is tried; of the best, its other
-    weightings and global allocation; and the best with `wina` on the linears of attention, on one budget that saves as
-    many bytes. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most `WORSE` times the
-    least; at a wanted loss, of all at the highest sparsity that keeps it.
+    weightings and global allocation; and the best with `wina` on the linears outside of FFNs, on one budget that saves
+    as many bytes. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most `WORSE` times
+    the least; at a wanted loss, of all at the highest sparsity that keeps it.
 
     Args:
         model, tokenizer, texts, tokens, window, progress: As for `calibrate`.
-        sparsity: Wanted share of inactive neurons; with attention, what saves as many bytes. [that of methods]
+        sparsity: Wanted share of inactive neurons; with other linears, what saves as many bytes. [that of methods]
         max_loss: Instead, the largest wanted rise of perplexity, 0.02 for 2%.
 
     Raises:
@@ -232,7 +232,7 @@ def _lengths_of_changes(best: Recipe) -> list[Hashable]:
 
 def _label(recipe: Recipe) -> str:
     first, *others = recipe.labels()
-    return f"{first}, and {', '.join(others)}, with attention's linears" if others else first
+    return f"{first}, and {', '.join(others)} with the other linears" if others else first
 
 
 def _names(recipe: Recipe) -> tuple[str, ...]:
@@ -253,13 +253,15 @@ def _changes(best: Recipe) -> list[dict[str, str]]:
 def _with_attention(model: nn.Module, best: Recipe) -> Recipe | None:
     """Return the best method, and `wina` on the linears outside of FFNs, on one budget that saves as many bytes.
 
-    None where there are no such linears, or none that it takes.
+    None where there are no such linears, or some that it does not take, as those with adapters.
     """
     config = best.entries[0].method
     ffns = find_sites(model, [config.kind])
     inside = tuple(f"{ffn.name}." for ffn in ffns)
     with suppress(UnsupportedModelError):
         others = [site for site in find_sites(model, ["linear"]) if not site.name.startswith(inside)]
+        for site in others:
+            check_untouched(site)
         linear = method("wina", sparsity=config.sparsity, allocation="global")
         part, rest = (sum(saved_bytes(site, its) for site in of) for of, its in ((ffns, config), (others, linear)))
         if rest <= 0:

@@ -11,7 +11,9 @@ lm-eval has no plug-in for models. Who drives it from Python gives it a `Countdo
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -308,7 +310,19 @@ def content_hash(task: Any, limit: int | None = None) -> str:
     """Return a hash of what a task asks: its settings, its first `limit` documents (or all), and its examples."""
     examples = task.fewshot_docs() if task.get_config("num_fewshot") else []
     content = [task.dump_config(), list(islice(task.eval_docs, limit)), list(examples)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=_described).encode()).hexdigest()
+
+
+def _described(value: Any) -> str:
+    """Return what says the same in every process of a value that JSON has no form for."""
+    if isinstance(value, functools.partial):
+        return f"{_described(value.func)} {value.args} {sorted(value.keywords.items())}"
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return f"{type(value).__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def score_tasks(lm: HFLM, tasks: Sequence[Any], limit: int | None = None) -> Scores:

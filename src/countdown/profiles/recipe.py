@@ -312,7 +312,10 @@ def _settings(name: str, text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if not all(setting and equals and value for setting, equals, value in pairs):
         raise ConfigError(f"'{text}' of {name} is not a list of settings such as weighting=rms,allocation=global.")
-    return {setting: yaml.safe_load(value) for setting, _, value in pairs}
+    try:
+        return {setting: yaml.safe_load(value) for setting, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{text}' of {name} has a value that is neither a number nor a word.") from error
 
 
 def _read(path: Path) -> Any:

@@ -13,8 +13,8 @@ Where a low rank stands for dropped channels, z += A (B (x ⊙ ¬m)), the column
 matrices, whose programs read what the others leave out. They are small, so a program takes more chunks and leaves fewer
 partial sums; each program of `finish` adds them all and multiplies them with its rows of A.
 
-Thresholds are loaded before a program waits for the kernel before it: no kernel writes them that runs in one queue with
-these.
+Thresholds are loaded before a program waits for the kernel before it, which made the input: a module's are written when
+it is made, or its sparsity set, and much runs between.
 
 Of a token that is not finite every channel is active by definition. Here its channels that are not finite are, which
 makes the same result where weights are finite and sums of what is finite do not overflow: no other sum with an infinity
