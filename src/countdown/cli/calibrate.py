@@ -175,13 +175,10 @@ class _Searched(_Given):
 
         method: Any = self.config.entries[0].method
         record = reading.path.with_name(f"{reading.path.name}.search.json")
-        how: Any = {
-            "settings": self.settings,
-            "record": record,
-            "overwrite": reading.overwrite,
-            "progress": o.show_progress(),
-        }
-        found = Recipe.of(search_alpha(model, tokenizer, reading.texts, method, **how).method)
+        found = search_alpha(
+            model, tokenizer, reading.texts, method,
+            settings=self.settings, record=record, overwrite=reading.overwrite, progress=o.show_progress(),
+        ).recipe  # fmt: skip
         found.save(_recipe_of(reading.path))
         printing.say(f"α of each linear is in {_recipe_of(reading.path)}, a recipe to read, edit and give as --method")
         return _Given(found).profile(model, tokenizer, reading)
