@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from countdown.autocast import without_autocast
 from countdown.calibration.calibrate import Texts, calibration_sequences
 from countdown.calibration.evolution import SearchSettings, evolve
-from countdown.compensation.svd import DroppedSvd
 from countdown.errors import OVERWRITE, ConfigError, CountdownError, TextError
 from countdown.files import write_text
 from countdown.loading import check_context, check_known, context_of
@@ -209,7 +208,8 @@ class _Trial:
         self._sites, self._config = sites, config
         self._norms = {site.name: site.sum.weights[-1].column_norms().float() for site in sites}
         # The widest that any α asks for, of which others are a part.
-        widest = DroppedSvd(config.sparsity, 0.0)
+        widest = replace(config, alpha=0.0).compensation
+        assert widest is not None
         self._factors: dict[str, Sequence[Weight]] = {}
         with torch.no_grad(), memory_for(sum(widest.part_bytes(site.sum) for site in sites)):
             for site in track(sites, "low ranks", show=progress):

@@ -14,7 +14,7 @@ from countdown.comparison.comparison import Cell
 from countdown.comparison.effort import USUAL, Effort
 from countdown.errors import ConfigError
 from countdown.evaluation.choice import candidates
-from countdown.methods import DEFAULT_METHOD, Method, method, method_class
+from countdown.methods import COMBINED_RECIPE, DEFAULT_METHOD, Method, method, method_class
 from countdown.profiles.recipe import SUFFIXES, Recipe
 
 # What profiles are calibrated at; they serve every sparsity.
@@ -139,7 +139,7 @@ def usual_methods(effort: Effort = USUAL) -> list[Method | Recipe]:
     if not effort.published:
         return [*weighted]
     published = [method(one.name, decision=one.decision) for one in weighted if one.weighting != "none"]
-    return [*weighted, *published, Recipe.named("d-proxy+wina")]
+    return [*weighted, *published, Recipe.named(COMBINED_RECIPE)]
 
 
 def _labelled(methods: Sequence[str | Method | Recipe]) -> list[tuple[str, Recipe]]:

@@ -17,7 +17,7 @@ from countdown.cost import saved_bytes, token_bytes, weights_read
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import context_of, window_length
-from countdown.methods import DEFAULT_METHOD, Method, method, method_class, method_names
+from countdown.methods import DEFAULT_METHOD, LINEAR_METHOD, Method, method, method_class, method_names
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
@@ -157,7 +157,7 @@ def choose(
     for change in _changes(best.recipe):
         trials.append(trial(best.recipe.with_settings(**change)))
         best = trials[-1] if _better(trials[-1], best, max_loss) else best
-    if (composed := _with_attention(base_model(model), best.recipe)) is not None:
+    if (composed := _with_others(base_model(model), best.recipe)) is not None:
         trials.append(trial(composed))
         best = trials[-1] if _better(trials[-1], best, max_loss) else best
     course.last(best.recipe)
@@ -226,7 +226,7 @@ def _is_global(config: Recipe) -> bool:
 
 
 def _lengths_of_changes(best: Recipe) -> list[Hashable]:
-    # The last: with attention.
+    # The last: with the other linears.
     return [*(_length(best.with_settings(**change)) for change in _changes(best)), "global"]
 
 
@@ -250,8 +250,8 @@ def _changes(best: Recipe) -> list[dict[str, str]]:
     return [*others, {"allocation": "global"}]
 
 
-def _with_attention(model: nn.Module, best: Recipe) -> Recipe | None:
-    """Return the best method, and `wina` on the linears outside of FFNs, on one budget that saves as many bytes.
+def _with_others(model: nn.Module, best: Recipe) -> Recipe | None:
+    """Return the best method with `LINEAR_METHOD` on the linears outside of FFNs; one budget saves as many bytes.
 
     None where there are no such linears, or some that it does not take, as those with adapters.
     """
@@ -262,7 +262,7 @@ def _with_attention(model: nn.Module, best: Recipe) -> Recipe | None:
         others = [site for site in find_sites(model, ["linear"]) if not site.name.startswith(inside)]
         for site in others:
             check_untouched(site)
-        linear = method("wina", sparsity=config.sparsity, allocation="global")
+        linear = method(LINEAR_METHOD, sparsity=config.sparsity, allocation="global")
         part, rest = (sum(saved_bytes(site, its) for site in of) for of, its in ((ffns, config), (others, linear)))
         if rest <= 0:
             return None
