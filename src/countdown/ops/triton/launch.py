@@ -257,7 +257,7 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
     low_each = (4 if short else 8) * CHUNK
     low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, low_each)
-    room = (3 if short else 4) * found.multiprocessors - low_tiles * low_splits
+    room = 3 * found.multiprocessors if short else 4 * found.multiprocessors - low_tiles * low_splits
     step = 16 if short else 8
     each = _clamp(_ceil(_ceil(d, max(1, room // tiles)), step) * step, 16, 8 * CHUNK)
     rows = _clamp(16 * _KB // (width * itemsize), 1, step)
@@ -269,7 +269,7 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
         "STAGES": _stages(rows * width * itemsize, 3 if short else 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
         "LOW_EACH": low_each,
-        "LOW_ROWS": _clamp(1024 // low_width, 4, CHUNK),
+        "LOW_ROWS": _clamp(4096 // low_width, 4, CHUNK),
         "CHUNK": CHUNK,
     }
     splits = _ceil(d, each)

@@ -267,20 +267,59 @@ def _total(sizes):
 
 
 @triton.jit
-def _low_rank(low, outer, stride, c, inside, rank, first, total, splits, tokens, t,
-              P: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
-    """Rows c of A times the sums of the rank that `first` and the entries after it hold, float32 [columns]."""
+def _rows_of(outer, stride, c, inside, k, rank):
+    """Rows c of A, its columns k."""
+    return tl.load(outer + c[:, None] * stride + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
+
+
+@triton.jit
+def _summed(partial, p, splits, tokens, t, total, c, inside):
+    """Partial sums [splits, tokens, total] of token t, columns c, as they are: [P, columns]."""
+    return tl.load(
+        partial + (p[:, None] * tokens + t) * total + c[None, :],
+        mask=(p < splits)[:, None] & inside[None, :], other=0.0, eviction_policy="evict_last",
+    )  # fmt: skip
+
+
+@triton.jit
+def _times(rows, sums):
+    return tl.sum(rows.to(tl.float32) * tl.sum(sums, 0)[None, :], 1)
+
+
+@triton.jit
+def _finish_tile(
+    program, t, partial, low, outer, biases, y, sizes, ranks, splits, low_splits, tokens, HAS_BIAS: tl.constexpr,
+    P: tl.constexpr, COLUMNS: tl.constexpr, LOW_P: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Add a tile of columns of token t."""
+    member, tile, offset = _place(program, sizes, COLUMNS)
+    h = _one_of(member, sizes[0], sizes[1], sizes[2])
+    c = tile * COLUMNS + tl.arange(0, COLUMNS)
     p = tl.arange(0, P)
-    z = tl.zeros(c.shape, tl.float32)
-    for start in range(0, rank, RANK):
-        k = start + tl.arange(0, RANK)
-        sums = tl.load(
-            low + (p[:, None] * tokens + t) * total + first + k[None, :],
-            mask=(p < splits)[:, None] & (k < rank)[None, :], other=0.0, eviction_policy="evict_last",
-        )  # fmt: skip
-        rows = tl.load(outer + c[:, None] * stride + k[None, :], mask=inside[:, None] & (k < rank)[None, :], other=0.0)
-        z += tl.sum(rows.to(tl.float32) * tl.sum(sums, 0)[None, :], 1)
-    return z
+    total = _total(sizes)
+    if outer is not None:
+        matrix = _one_of(member, outer[0], outer[1], outer[2])
+        stride = _one_of(member, outer[3], outer[4], outer[5])
+        rank = _one_of(member, ranks[0], ranks[1], ranks[2])
+        first = _one_of(member, 0, ranks[0], ranks[0] + ranks[1])
+        low_p = tl.arange(0, LOW_P)
+        k = tl.arange(0, RANK)
+        # Most ranks are one block: all that it takes is on its way before anything is added.
+        rows = _rows_of(matrix, stride, c, c < h, k, rank)
+    begin(PDL)
+    v = _summed(partial, p, splits, tokens, t, total, offset + c, c < h)
+    if outer is not None:
+        sums = _summed(low, low_p, low_splits, tokens, t, _total(ranks), first + k, k < rank)
+    z = tl.sum(v, 0)
+    if outer is not None:
+        z += _times(rows, sums)
+        for start in range(RANK, rank, RANK):
+            k = start + tl.arange(0, RANK)
+            sums = _summed(low, low_p, low_splits, tokens, t, _total(ranks), first + k, k < rank)
+            z += _times(_rows_of(matrix, stride, c, c < h, k, rank), sums)
+    if HAS_BIAS:
+        z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
+    tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
 
 
 @triton.jit
@@ -303,28 +342,10 @@ def finish(
             begin(PDL)
             _count_rest(x, x_stride, own, _one_of(place, counters[0], counters[1], counters[2]), phases, t, d, BLOCK)
     if program >= 0:
-        member, tile, offset = _place(program, sizes, COLUMNS)
-        h = _one_of(member, sizes[0], sizes[1], sizes[2])
-        c = tile * COLUMNS + tl.arange(0, COLUMNS)
-        p = tl.arange(0, P)
-        total = _total(sizes)
-        begin(PDL)
-        v = tl.load(
-            partial + (p[:, None] * tokens + t) * total + offset + c[None, :],
-            mask=(p < splits)[:, None] & (c < h)[None, :], other=0.0, eviction_policy="evict_last",
+        _finish_tile(
+            program, t, partial, low, outer, biases, y, sizes, ranks, splits, low_splits, tokens,
+            HAS_BIAS, P, COLUMNS, LOW_P, RANK, PDL,
         )  # fmt: skip
-        z = tl.sum(v, 0)
-        if outer is not None:
-            matrix = _one_of(member, outer[0], outer[1], outer[2])
-            stride = _one_of(member, outer[3], outer[4], outer[5])
-            rank = _one_of(member, ranks[0], ranks[1], ranks[2])
-            first = _one_of(member, 0, ranks[0], ranks[0] + ranks[1])
-            z += _low_rank(
-                low, matrix, stride, c, c < h, rank, first, _total(ranks), low_splits, tokens, t, LOW_P, RANK
-            )
-        if HAS_BIAS:
-            z = add_bias(z, _one_of(member, biases[0], biases[1], biases[2]), c, c < h)
-        tl.store(y + t * total + offset + c, z.to(y.dtype.element_ty), mask=c < h)
 
 
 @triton.jit
