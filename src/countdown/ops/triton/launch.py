@@ -257,24 +257,28 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
     low_each = (4 if short else 8) * CHUNK
     low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, low_each)
-    room = 3 * found.multiprocessors if short else 4 * found.multiprocessors - low_tiles * low_splits
+    light = tokens == 1 and not ranks
+    programs = (3 if short else 5 if light else 4) * found.multiprocessors
+    room = programs if short else programs - low_tiles * low_splits
     step = 16 if short else 8
-    each = _clamp(_ceil(_ceil(d, max(1, room // tiles)), step) * step, 16, 8 * CHUNK)
+    # More than 256 partial sums take `finish` longer than the programs that leave them save.
+    each = _ceil(max(_ceil(d, max(1, room // tiles)), _ceil(d, 256)), step) * step
+    each = _clamp(each, 16, 8 * CHUNK)
     rows = _clamp(16 * _KB // (width * itemsize), 1, step)
     constants = {
         "T": tokens,
         "COLUMNS": width,
         "EACH": each,
         "ROWS": rows,
-        "STAGES": _stages(rows * width * itemsize, 3 if short else 4, found.shared // 2),
+        "STAGES": _stages(rows * width * itemsize, 3 if short or light else 4, found.shared // 2),
         "LOW_COLUMNS": low_width,
         "LOW_EACH": low_each,
         "LOW_ROWS": _clamp(4096 // low_width, 4, CHUNK),
         "CHUNK": CHUNK,
     }
     splits = _ceil(d, each)
-    programs = tiles * splits + low_tiles * low_splits
-    return Channels(Launch((programs,), constants, 4), tiles, splits, low_tiles, low_splits)
+    grid = (tiles * splits + low_tiles * low_splits,)
+    return Channels(Launch(grid, constants, 4), tiles, splits, low_tiles, low_splits)
 
 
 def channel_selection(d: int, tokens: int) -> Launch:
