@@ -28,7 +28,7 @@ from documents import load, said, table
 
 # Papers say "negligible", "minimal" or "little" where they give no number: read as this share.
 NEGLIGIBLE = 0.01
-SPEEDS = ("gpu-decode-h200", "gpu-ffn-h200", "linears-h200")
+SPEEDS = ("gpu-decode-h200", "gpu-decode-linears-h200", "gpu-ffn-h200", "linears-h200")
 WINDOWS, TOKENS = 16, 32768
 
 

@@ -296,9 +296,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-prompt-smollm2": lambda: prompt("quality-prompt-smollm2"),
     "allocation-smollm2": lambda: allocation("allocation-smollm2"),
     "allocation-gemma3": lambda: allocation("allocation-gemma3"),
-    "linears-smollm2": lambda: allocation_tables.linears("quality-linears-smollm2"),
-    "attention-smollm2": lambda: allocation_tables.linears("quality-attention-smollm2"),
-    "budget-smollm2": lambda: allocation_tables.budget("quality-budget-smollm2"),
+    "linears-quality": lambda: allocation_tables.linears("linears"),
+    "attention-quality": lambda: allocation_tables.linears("attention"),
+    "budget-quality": allocation_tables.budget,
     "alpha-search-smollm2": lambda: allocation_tables.alpha_search("alpha-search-smollm2"),
     "texts-smollm2": lambda: texts("texts-smollm2"),
     "texts-gemma3": lambda: texts("texts-gemma3"),
@@ -316,6 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "gpu-decode-h100": lambda: speed.decode("gpu-decode-h100"),
+    "gpu-decode-linears": lambda: speed.decode("gpu-decode-linears-h200"),
+    "gpu-decode-combined": lambda: speed.decode("gpu-decode-combined-h200"),
     "linears": lambda: speed.linears("linears-h200"),
     "cpu-linears": lambda: speed.linears("cpu-linears"),
     "cpu-ffn": lambda: speed.cpu_ffn("cpu-ffn"),
@@ -337,7 +339,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims-quality": lambda: claims.quality(
         {
             "SmolLM2-135M": ["claims-smollm2", "quality-linears-smollm2", "tasks-smollm2"],
-            "Gemma-3-270M": ["quality-gemma3"],
+            "Gemma-3-270M": ["claims-gemma3"],
+            "Qwen2.5-Coder-0.5B": ["claims-qwen2.5"],
         }
     ),
     "claims-speed": claims.speed,

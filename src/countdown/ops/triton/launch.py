@@ -257,12 +257,12 @@ def channels(d: int, heights: list[int], ranks: list[int], itemsize: int, tokens
     low_width = _clamp(_power(max(ranks, default=1)), 16, 256)
     low_each = (4 if short else 8) * CHUNK
     low_tiles, low_splits = sum(_ceil(rank, low_width) for rank in ranks), _ceil(d, low_each)
-    light = tokens == 1 and not ranks
+    # Five programs fit where they hold little; but more than 256 partial sums cost `finish` what they save.
+    light = tokens == 1 and not ranks and not short and 5 * found.multiprocessors <= 256 * tiles
     programs = (3 if short else 5 if light else 4) * found.multiprocessors
     room = programs if short else programs - low_tiles * low_splits
     step = 16 if short else 8
-    # More than 256 partial sums take `finish` longer than the programs that leave them save.
-    each = _ceil(max(_ceil(d, max(1, room // tiles)), _ceil(d, 256)), step) * step
+    each = _ceil(_ceil(d, max(1, room // tiles)), step) * step
     each = _clamp(each, 16, 8 * CHUNK)
     rows = _clamp(16 * _KB // (width * itemsize), 1, step)
     constants = {
