@@ -17,7 +17,8 @@ def linears(sweep: str) -> str:
     Args:
         sweep: linears or attention: all of them, or those of attention alone.
     """
-    lines, sources = [], []
+    lines: list[str] = []
+    sources: list[str] = []
     for model, label in MODELS.items():
         names = [f"quality-{sweep}-{model}", f"quality-low-rank-{model}"]
         names += [f"quality-chess-{model}"] if sweep == "linears" else []
@@ -64,7 +65,8 @@ def _order(arm: tuple[str, str]) -> tuple[int, float, int]:
 
 def budget() -> str:
     """Return perplexity and KL of one method, and of it with another on one budget, at equal bytes of a token."""
-    lines, names = [], [f"quality-budget-{model}" for model in MODELS]
+    lines: list[str] = []
+    names = [f"quality-budget-{model}" for model in MODELS]
     for name, label in zip(names, MODELS.values(), strict=True):
         records = load(name)["records"]
         points = sorted({r["bytes_of_ffn_sparsity"] for r in records})

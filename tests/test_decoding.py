@@ -374,3 +374,89 @@ def test_a_sparse_linear_with_a_forward_of_its_own_runs_by_itself(tokenizer, tex
     expected = model.generate(IDS, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, IDS.shape[1] :]
     assert torch.equal(DecodeLoop(model, IDS, new_tokens=8).run(8), expected)
     assert "forward" in vars(key)
+
+
+OTHER = torch.tensor([[5, 17, 90, 7, 7, 12]])
+
+
+def after(model: nn.Module, prompt: Tensor, tokens: int) -> Tensor:
+    return model.generate(prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=0)[0, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("model_type", [*HYBRIDS, "llama", "gemma3_text"])
+def test_prompt_after_prompt_in_what_was_traced_once(model_type, monkeypatch):
+    model = causal_lm(model_type, **HYBRIDS.get(model_type, {}))
+    expected = [after(model, prompt, 9) for prompt in (IDS, OTHER)]
+    assert not torch.equal(*expected)
+    started = DecodeLoop(model, IDS, new_tokens=9)
+    monkeypatch.setattr(decoding, "recorded", None)  # nothing is traced again
+    for round_ in range(2):
+        assert torch.equal(started.run(9), expected[round_ % 2])
+        started.restart((OTHER, IDS)[round_ % 2], new_tokens=9)
+    assert torch.equal(started.run(9), expected[0])
+
+
+def test_restarting_sparse_counts_and_writes_what_generate_does(tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("m-countdown"), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    expected = after(model, OTHER, 8)
+    started = DecodeLoop(model, IDS, new_tokens=8)
+    started.run(3)
+    countdown.reset_counters(model)
+    started.restart(OTHER, new_tokens=8)
+    assert torch.equal(started.run(8), expected)
+    assert {site.tokens for site in countdown.status(model)} == {7}
+
+
+@pytest.mark.parametrize("kept", [3, 5])
+def test_the_beginning_of_a_prompt_can_be_kept(kept, tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("m-countdown"), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    prompt = torch.cat([IDS[:, :kept], OTHER[:, -1:]], dim=1) if kept == 5 else OTHER
+    expected = after(model, prompt, 8)
+    started = DecodeLoop(model, IDS, new_tokens=8)
+    started.run(6)
+    assert started.can_keep
+    countdown.reset_counters(model)
+    # Of five, the one token that is left is a prompt all the same, and dense.
+    started.restart(prompt, new_tokens=8, kept=kept)
+    assert {site.tokens for site in countdown.status(model)} == {0}
+    assert torch.equal(started.run(8), expected)
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "falcon_h1"])
+def test_states_cannot_be_kept_for_another_text(model_type):
+    assert not DecodeLoop(causal_lm(model_type, **HYBRIDS[model_type]), IDS, new_tokens=4).can_keep
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "bamba", "lfm2", "qwen3_5_text"])
+def test_a_cache_grows_in_the_middle_of_a_text(model_type):
+    model = causal_lm(model_type, **HYBRIDS.get(model_type, {}))
+    expected = own_text(model, 150)
+    started = DecodeLoop(model, IDS, new_tokens=5)
+    written = [started.run(5)]
+    started.grow(200, torch.cat([IDS, written[0][None, :-1]], dim=1), new_tokens=145)
+    written.append(started.run(145))
+    assert torch.equal(torch.cat(written), expected)
+
+
+def test_what_does_not_fit_the_room_is_refused():
+    started = DecodeLoop(llama(), IDS, new_tokens=4, room=20)
+    started.run(4)
+    with pytest.raises(ConfigError, match="the cache has room for 20 tokens, not 21"):
+        started.restart(OTHER, new_tokens=15)
+    with pytest.raises(ConfigError, match="context"):
+        started.grow(100_000, IDS, new_tokens=4)
+
+
+def test_another_token_than_the_likeliest_can_go_on():
+    model = llama()
+    started = DecodeLoop(model, IDS, new_tokens=3)
+    started.advance()
+    started.token.fill_(77)
+    logits = started.advance().clone()
+    with torch.no_grad():
+        expected = model(torch.cat([IDS, torch.tensor([[77]])], dim=1)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

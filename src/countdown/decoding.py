@@ -7,11 +7,14 @@ graph; on a CPU its operations are recorded (`replay`), which takes a tenth of a
 
 A replay does what was traced, and nothing that the model would decide in Python later on. So before the first token
 a model is refused whose steps are not all alike, and the first replay must give the logits of the model's own step.
+
+What was traced serves prompt after prompt in the same memory (`restart`); only a longer cache (`grow`) is traced anew.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,7 +28,7 @@ from countdown.loading import cache_argument, check_context
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
-from countdown.phase import continuing
+from countdown.phase import continuing, phases
 from countdown.replay import recorded
 
 # Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
@@ -47,6 +50,7 @@ class DecodeLoop:
         model: A causal language model of transformers on such a device, in eval mode; left as it was.
         prompt: Token ids `[1, n]`.
         new_tokens: How many tokens `run` may make.
+        room: Tokens that the cache holds, prompts included; by default only those.
 
     Raises:
         ConfigError: On another device, several sequences, or more tokens than the model's context.
@@ -55,7 +59,7 @@ class DecodeLoop:
             model is left as it was.
     """
 
-    def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int, room: int | None = None) -> None:
         device = next(model.parameters()).device
         if device.type not in DEVICES:
             raise ConfigError(f"the decode loop runs on {' and '.join(DEVICES)}, and the model is on {device.type}.")
@@ -66,51 +70,130 @@ class DecodeLoop:
             raise UnsupportedModelError("the decode loop does not run under torch.autocast; load in the dtype wanted.")
         check_context(model, prompt.shape[1] + new_tokens)
         self.model, self.left = model, new_tokens
-        self._first = True
-        try:
+        self.room = max(prompt.shape[1] + new_tokens, room or 0)
+        with self._safely():
             self._start(prompt.to(device))
+
+    @contextmanager
+    def _safely(self) -> Iterator[None]:
+        """Compute without gradients, on the model's device; where that fails, the model is left as it was."""
+        counters = [site.counters for site in sparse_modules(self.model).values()]
+        device = next(self.model.parameters()).device
+        try:
+            # Not inference_mode: the cache is written inside compiled code and outside of it.
+            with (
+                torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True),
+                _kept(self.model, only_if_it_fails=True),
+            ):  # fmt: skip
+                yield
         except (CountdownError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model's own code raises where it is not made for this
-            raise UnsupportedModelError(f"{_name(model)} does not run in the decode loop: {_said(error)}") from error
+            raise UnsupportedModelError(
+                f"{_name(self.model)} does not run in the decode loop: {_said(error)}"
+            ) from error
 
     def _start(self, prompt: Tensor) -> None:
         """Compute the first token, and trace the step to the next."""
         _check_steps(self.model)
-        length = prompt.shape[1] + self.left + WARM_UP
-        # A whole number of blocks, for kernels that like them.
-        self.cache, self._windows = _cache_of(self.model, -(-length // 128) * 128)
-        self._prepared = _Prepared(self.model, self.cache, prompt)
-        counters = [site.counters for site in sparse_modules(self.model).values()]
-        # Not inference_mode: the cache is written inside compiled code and outside of it.
-        failing = undone(counters, only_if_it_fails=True), _kept(self.model, only_if_it_fails=True)
-        with torch.no_grad(), on_device(prompt.device), failing[0], failing[1]:
-            self.token = argmax(self.model(**self._prepared.prompt()).logits[:, -1])
-            # Not all models count by themselves: to Bamba each call starts at 0. Those that want to are left to it.
-            given = self._prepared.step(self.token).get("position_ids") is not None
-            self._positions = self._prepared.positions_after(1) if given else []
-            _check_filled(self.cache, prompt.shape[1])
-            # Sets that the prompt chose stand beside the cache, which is the loop's own: no other prompt renews them.
-            with continuing(self.model, self.cache):
-                self._prepare_steps(prompt.shape[1] + self.left, counters)
+        self.cache, self._windows = _cache_of(self.model, _length(self.room))
+        self._read(prompt)
+        # Not all models count by themselves: to Bamba each call starts at 0. Those that want to are left to it.
+        given = self._prepared.step(argmax(self.logits)).get("position_ids") is not None
+        self.token, self._positions = argmax(self.logits), self._prepared.positions_after(1) if given else []
+        self._prepare_steps()
 
-    def _prepare_steps(self, tokens: int, counters: Sequence[Tensor]) -> None:
-        """Trace a step, of so many tokens in all, and check that it is the model's own."""
+    def _read(self, prompt: Tensor, kept: int = 0) -> None:
+        """Compute the logits behind a prompt, of which the cache holds so many tokens already."""
+        self._prepared = _Prepared(self.model, self.cache, prompt)
+        self._first = True
+        phase = phases(self.model, "prompt") if kept and sparse_modules(self.model) else nullcontext()
+        with phase:
+            self.logits = self.model(**self._prepared.prompt(kept)).logits[:, -1].clone()
+        _check_filled(self.cache, prompt.shape[1])
+
+    def restart(self, prompt: Tensor, *, new_tokens: int, kept: int = 0) -> None:
+        """Begin another prompt in the same memory, with nothing traced anew.
+
+        Args:
+            prompt: Token ids `[1, n]`.
+            new_tokens: How many tokens may follow; with the prompt they fit `room`.
+            kept: So many of its tokens, fewer than all, are those that the cache holds and are not computed again;
+                see `can_keep`.
+
+        Raises:
+            ConfigError: They do not fit.
+            UnsupportedModelError: The model would not go on after this prompt as it did after the first.
+        """
+        prompt = prompt.to(self.token.device)
+        if prompt.shape[1] + new_tokens > self.room:
+            raise ConfigError(f"the cache has room for {self.room} tokens, not {prompt.shape[1] + new_tokens}.")
+        self.left = new_tokens
+        with self._safely():
+            _empty(self.cache, kept)
+            before = _tensors_of(self.model, self.cache.layers)
+            self._read(prompt, kept)
+            self.token.copy_(argmax(self.logits))
+            for positions, first in zip(self._positions, self._prepared.positions_after(1), strict=False):
+                positions.copy_(first)
+            if before != _tensors_of(self.model, self.cache.layers):
+                self._prepare_steps()  # it works in other tensors now
+            else:
+                with self._warming_up():
+                    self._prepared.check_lengths(self.left)
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether the beginning of a text can be kept for another one: the cache holds nothing but keys and values."""
+        from transformers.cache_utils import StaticLayer
+
+        chooses = any(site.selector.from_prompt for site in sparse_modules(self.model).values())
+        return not chooses and all(type(layer) is StaticLayer for layer in self.cache.layers)
+
+    def grow(self, room: int, text: Tensor, *, new_tokens: int) -> None:
+        """Make room for so many tokens in all; the step is traced anew.
+
+        Args:
+            room: Tokens that the cache holds from now on.
+            text: The tokens that it holds now, `[1, n]`: the prompt, and what followed up to the token before `token`.
+            new_tokens: How many may follow.
+
+        Raises:
+            ConfigError: More than the model's context.
+            UnsupportedModelError: A step is another one behind as many tokens.
+        """
+        check_context(self.model, room)
+        text = text.to(self.token.device)
+        _check_filled(self.cache, text.shape[1])
+        self.room, self.left = room, new_tokens
+        with self._safely():
+            _lengthen(self.cache, _length(room), self._windows)
+            self._prepared = _Prepared(self.model, self.cache, text)
+            self._prepare_steps()
+
+    def _prepare_steps(self) -> None:
+        """Trace a step, and check that it is the model's own."""
+        # Sets that the prompt chose stand beside the cache, which is the loop's own: no other prompt renews them.
+        with continuing(self.model, self.cache):
+            self._trace_and_check()
+
+    def _trace_and_check(self) -> None:
         # What warming up writes into the cache is written again by the first replays.
-        with self._warming_up(counters):
+        with self._warming_up():
             self._prepared.check_lengths(self.left)
-        with self._warming_up(counters):
-            self._check_windows(tokens)
-        with self._warming_up(counters), _comparable(self.model):
+        with self._warming_up():
+            self._check_windows(self.room)
+        with self._warming_up(), _comparable(self.model):
             own = self._own_step()
-        with self._warming_up(counters):
+        with self._warming_up():
             self._replay = self._trace()
-        with self._warming_up(counters), _comparable(self.model):
+        with self._warming_up(), _comparable(self.model):
             self._replay()
             _check_agreement(self.model, self._logits, own)
 
     @contextmanager
-    def _warming_up(self, counters: Sequence[Tensor]) -> Iterator[None]:
+    def _warming_up(self) -> Iterator[None]:
+        counters = [site.counters for site in sparse_modules(self.model).values()]
         with undone([self.token, *self._positions, *counters]), _kept(self.model, self.cache.layers):
             yield
 
@@ -121,18 +204,36 @@ class DecodeLoop:
         Raises:
             ConfigError: More steps than `new_tokens` in all.
         """
+        tokens = torch.empty(steps, dtype=torch.int64, device=self.token.device)
+        self._check_left(steps)
+        for position in range(steps):
+            self.advance()
+            tokens[position] = self.token[0, 0]
+        return tokens
+
+    @torch.no_grad()
+    def advance(self) -> Tensor:
+        """Compute the logits that follow `token`, float `[1, vocabulary]`, and put the largest one's place there.
+
+        What `token` is set to before the next call goes on instead. The logits are overwritten by that.
+
+        Raises:
+            ConfigError: More steps than `new_tokens` in all.
+        """
+        self._check_left(1)
+        self.left -= 1
+        # The first came with the prompt.
+        if self._first:
+            self._first = False
+            first: Tensor = self.logits
+            return first
+        with on_device(self.token.device):
+            self._replay()
+        return self._logits
+
+    def _check_left(self, steps: int) -> None:
         if steps > self.left:
             raise ConfigError(f"{steps} more tokens do not fit the cache, {self.left} are left.")
-        self.left -= steps
-        tokens = torch.empty(steps, dtype=torch.int64, device=self.token.device)
-        with on_device(self.token.device):
-            for position in range(steps):
-                # The first came with the prompt.
-                if not self._first:
-                    self._replay()
-                self._first = False
-                tokens[position] = self.token[0, 0]
-        return tokens
 
     def _check_windows(self, tokens: int) -> None:
         """Raise UnsupportedModelError if a step after so many tokens sees one that its window has left behind."""
@@ -205,9 +306,11 @@ class _Prepared:
         self._positions: list[Tensor] = [model._prepare_position_ids_for_generation(ids, {})] if takes else []
         self._keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
-    def prompt(self) -> dict[str, Any]:
-        """Return the inputs for the prompt."""
-        return self._of(self._ids, [positions.clone() for positions in self._positions], is_first_iteration=True)
+    def prompt(self, kept: int = 0) -> dict[str, Any]:
+        """Return the inputs for the prompt, behind so many tokens of it that the cache holds."""
+        positions = [one.clone() for one in self._positions]
+        more = {"next_sequence_length": self._ids.shape[1] - kept} if kept else {"is_first_iteration": True}
+        return self._of(self._ids, positions, **more)
 
     def step(self, token: Tensor, more: int = 1) -> dict[str, Any]:
         """Return those for a token `[1, 1]` that is so many tokens behind the prompt's last."""
@@ -257,15 +360,60 @@ def _cache_of(model: Any, length: int) -> tuple[Any, list[tuple[Any, int]]]:
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     cache, windows = StaticCache(config=model.config, max_cache_len=length), []
+    # A cache that is shorter than a window does not say how wide that is; without a prompt it takes no memory.
+    endless = StaticCache(config=model.config, max_cache_len=sys.maxsize)
     for place, layer in enumerate(cache.layers):
         if not getattr(layer, "is_sliding", False):
             continue
         if type(layer) is not StaticSlidingWindowLayer:
             raise UnsupportedModelError(f"{_name(model)} has a {type(layer).__name__}, which counts in Python.")
-        # It keeps its position in Python. All tokens are kept instead, and the mask hides old ones.
+        # It keeps its position in Python. All tokens are kept instead, and the mask hides those outside the window.
         cache.layers[place] = StaticLayer(max_cache_len=length)
-        windows.append((cache.layers[place], layer.max_cache_len))
+        windows.append((cache.layers[place], endless.layers[place].max_cache_len))
     return cache, windows
+
+
+def _length(room: int) -> int:
+    """Return the length of a cache: a whole number of blocks, for kernels that like them."""
+    return -(-(room + WARM_UP) // 128) * 128
+
+
+def _empty(cache: Any, kept: int) -> None:
+    """Empty a cache but for the first tokens, in its memory."""
+    from transformers.cache_utils import StaticLayer
+
+    for layer in cache.layers:
+        if type(layer) is not StaticLayer:
+            layer.reset()
+            continue
+        # What was never written is not touched, so that memory that nobody used is not taken either.
+        end = int(layer.cumulative_length) + WARM_UP
+        for held in (layer.keys, layer.values):
+            held[:, :, kept:end].zero_()
+        layer.cumulative_length.fill_(kept)
+
+
+def _lengthen(cache: Any, length: int, windows: list[tuple[Any, int]]) -> None:
+    """Put longer layers, holding the same, in place of those that hold keys and values; also among the windows."""
+    from transformers.cache_utils import StaticLayer
+
+    for place, layer in enumerate(cache.layers):
+        if not isinstance(layer, StaticLayer):
+            continue
+        if type(layer) is not StaticLayer:
+            raise UnsupportedModelError(f"a {type(layer).__name__} cannot be made longer.")
+        longer = StaticLayer(max_cache_len=length)
+        longer.lazy_initialization(layer.keys, layer.values)
+        longer.keys[:, :, : layer.max_cache_len] = layer.keys
+        longer.values[:, :, : layer.max_cache_len] = layer.values
+        longer.cumulative_length.copy_(layer.cumulative_length)
+        cache.layers[place] = longer
+        windows[:] = [(longer if one is layer else one, size) for one, size in windows]
+
+
+def _tensors_of(model: nn.Module, layers: Sequence[Any]) -> list[int]:
+    """Return which tensors a model and the layers of its cache hold that a step may change."""
+    return [id(holder[name]) for holder, name in _holders(model, layers)]
 
 
 def _check_steps(model: Any) -> None:
