@@ -22,6 +22,7 @@ ROWS = [
     ["cost", "decoding", "one_token"],
     ["profiles"],
     ["sparsify", "calibration"],
+    ["engine"],
     ["evaluation"],
     ["benchmark", "integrations"],
     ["comparison"],

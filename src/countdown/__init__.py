@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from countdown.calibration.search import search_alpha
     from countdown.comparison.compare import compare
     from countdown.comparison.comparison import Comparison
+    from countdown.engine.engine import Engine, Request
+    from countdown.engine.sampling import Sampling
     from countdown.errors import (
         AccidentError,
         ConfigError,
@@ -46,6 +48,9 @@ _HOMES = {
     "compare": "countdown.comparison.compare",
     "Comparison": "countdown.comparison.comparison",
     "choose": "countdown.evaluation.choice",
+    "Engine": "countdown.engine.engine",
+    "Request": "countdown.engine.engine",
+    "Sampling": "countdown.engine.sampling",
     "load_text": "countdown.text",
     "load_tokenizer": "countdown.loading",
     "AccidentError": "countdown.errors",
@@ -77,11 +82,14 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "CountdownError",
+    "Engine",
     "Profile",
     "ProfileError",
     "ProfileWarning",
     "Recipe",
     "RecipeEntry",
+    "Request",
+    "Sampling",
     "SearchSettings",
     "TextError",
     "UnsupportedModelError",

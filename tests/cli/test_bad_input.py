@@ -250,7 +250,7 @@ def test_a_closed_stream_loses_nothing_else(closed, monkeypatch, model_folder, t
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 def test_an_answer_goes_on_where_stdout_lacks_a_character(encoding, monkeypatch, model_folder, tmp_path):
-    monkeypatch.setattr("countdown.evaluation.generation._Stream.text", lambda self: "→ é" * len(self.tokens))
+    monkeypatch.setattr("countdown.engine.streaming.TextStream.add", lambda self, _: "→ é")
     out = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, write_through=True))

@@ -99,7 +99,7 @@ def test_a_sparse_model_that_keeps_no_cache_by_default_is_sparse_all_the_same(ll
         llama_model, countdown.calibrate(llama_model, tokenizer, text, recipe, tokens=512, progress=False)
     )
     llama_model.generation_config.use_cache = False
-    llama_model.generation_config.repetition_penalty = 1.1
+    llama_model.generation_config.no_repeat_ngram_size = 9
     assert generate(llama_model, tokenizer, torch.tensor([[1, 2, 3]]), max_new_tokens=6).by == "transformers"
     assert {site.tokens for site in countdown.status(llama_model)} == {5}
 

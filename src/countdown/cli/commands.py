@@ -227,7 +227,8 @@ def generate(
 ) -> None:
     """Generate greedily, streaming; without a profile or method the model stays dense."""
     from countdown.config import check_choice
-    from countdown.evaluation.generation import check_fits, encode_prompt
+    from countdown.engine.engine import check_fits
+    from countdown.evaluation.generation import encode_prompt
     from countdown.evaluation.generation import generate as run
     from countdown.loading import Source, load_tokenizer
     from countdown.modules import APPLY_TO
@@ -245,7 +246,7 @@ def generate(
     tokenizer = load_tokenizer(source)
     ids = encode_prompt(tokenizer, inputs.read_stdin() if prompt == "-" else prompt, raw=raw)
     loaded = inputs.load(source, dtype, device, seed)
-    check_fits(loaded, ids, max_new_tokens)  # before anything is calibrated
+    check_fits(loaded, ids[0].tolist(), max_new_tokens)  # before anything is calibrated
     made = inputs.as_profile(chosen, loaded, tokenizer, calibration_text, tokens, None, source) if chosen else None
     runs: dict[str, Generation] = {}
     for name in (["dense"] if compare or made is None else []) + (["sparse"] if made else []):

@@ -19,9 +19,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.config import check_choice
+from countdown.engine.engine import check_fits
 from countdown.errors import ConfigError, TextError
 from countdown.evaluation.evaluate import Sums, check_scored, check_sparse, overall, perplexity
-from countdown.evaluation.generation import check_fits, encode_prompt, first_difference, generate
+from countdown.evaluation.generation import encode_prompt, first_difference, generate
 from countdown.evaluation.intervals import Interval, mean_interval
 from countdown.modules import APPLY_TO, running
 from countdown.progress import track
@@ -135,7 +136,7 @@ def encode_prompts(
     encoded = [encode_prompt(tokenizer, prompt, raw=raw) for prompt in prompts]
     for place, ids in enumerate(encoded, start=1):
         try:
-            check_fits(model, ids, max_new_tokens)
+            check_fits(model, ids[0].tolist(), max_new_tokens)
         except ConfigError as error:
             raise ConfigError(f"prompt {place} of {len(encoded)}: {error}") from error
     return encoded
