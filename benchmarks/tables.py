@@ -338,7 +338,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks-smollm2": lambda: tasks("tasks-smollm2"),
     "claims-quality": lambda: claims.quality(
         {
-            "SmolLM2-135M": ["claims-smollm2", "quality-linears-smollm2", "tasks-smollm2"],
+            "SmolLM2-135M": ["claims-smollm2", "claims-piqa-smollm2", "quality-linears-smollm2", "tasks-smollm2"],
             "Gemma-3-270M": ["claims-gemma3"],
             "Qwen2.5-Coder-0.5B": ["claims-qwen2.5"],
         }

@@ -1,0 +1,1 @@
+"""Prefill and decode: answers token by token, greedy or sampled."""
