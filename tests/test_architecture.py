@@ -25,7 +25,7 @@ ROWS = [
     ["engine"],
     ["evaluation"],
     ["benchmark", "integrations"],
-    ["comparison"],
+    ["comparison", "server"],
     ["demo", "report"],
     ["cli"],
     ["__init__", "__main__"],

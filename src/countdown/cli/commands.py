@@ -14,6 +14,7 @@ from countdown.cli import benchmark, inputs, printing
 from countdown.cli import options as o
 from countdown.cli.calibrate import calibrate
 from countdown.cli.compare import compare
+from countdown.cli.serve import serve
 from countdown.config import CALIBRATION_TOKENS
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import METHODS, method, method_class, method_names, named
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(benchmark.app, name="benchmark")
 app.command()(calibrate)
 app.command()(compare)
+app.command()(serve)
 
 
 @app.callback()

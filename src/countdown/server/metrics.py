@@ -40,13 +40,15 @@ class Metrics:
         )
         self._running = Gauge("countdown_running", "Answers that are being written.", registry=registry)
         self._waiting = Gauge("countdown_waiting", "Requests that wait for a place.", registry=registry)
-        self._sparsity = Gauge(
-            "countdown_realised_sparsity", "Share of terms skipped so far, over all modules.", registry=registry
-        )
+        self._sparsity = None
+        if sparse_modules(model):
+            about = "Share of terms skipped so far, over all modules."
+            self._sparsity = Gauge("countdown_realised_sparsity", about, registry=registry)
 
     def first_token(self, job: Job) -> None:
         """An answer has its first token."""
-        assert job.first is not None and job.answer is not None
+        assert job.first is not None
+        assert job.answer is not None
         self._first.observe(job.first - job.submitted)
         self._prompt.inc(len(job.request.prompt))
         self._reused.inc(job.answer.reused)
@@ -67,7 +69,7 @@ class Metrics:
         """Return it in Prometheus's text format."""
         self._running.set(worker.running)
         self._waiting.set(worker.waiting)
-        if sparse_modules(self._model):
+        if self._sparsity is not None:
             found = [(site.tokens, site.realised_sparsity) for site in status(self._model)]
             tokens = sum(count for count, _ in found)
             if tokens:

@@ -15,6 +15,7 @@ from typing import Any
 
 from countdown.engine.engine import Piece, Request
 from countdown.engine.sampling import MOST_LOGPROBS, Sampling
+from countdown.engine.streaming import INCOMPLETE
 from countdown.errors import ConfigError
 from countdown.loading import foreign
 from countdown.text import is_text
@@ -139,7 +140,9 @@ def _message(message: Any, place: int) -> dict[str, str]:
         raise ApiError(f"{name} is not an object with a role.", param=name)
     content = message.get("content")
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
         if not all(isinstance(part, str) for part in parts):
             raise ApiError(f"{name} has content that is not text; this server takes text alone.", param=name)
         content = "".join(parts)  # type: ignore[arg-type]
@@ -305,7 +308,8 @@ class Reply:
         return {
             "tokens": [self._name(piece.token.token) for piece in pieces],
             "token_logprobs": [piece.token.logprob for piece in pieces],
-            "top_logprobs": [{self._name(token): value for token, value in piece.token.top} for piece in pieces],
+            # Parts of characters have the same name: the likeliest comes last and stays.
+            "top_logprobs": [{self._name(token): x for token, x in reversed(piece.token.top)} for piece in pieces],
             "text_offset": offsets,
         }
 
@@ -315,7 +319,8 @@ class Reply:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         name = self._name(token)
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+        # Part of a character has no text of its own.
+        return {"token": name, "logprob": logprob, "bytes": None if INCOMPLETE in name else list(name.encode())}
 
     def _name(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))

@@ -14,11 +14,11 @@ from countdown.engine.engine import Answer, Engine, Piece, Request
 from countdown.errors import AccidentError
 
 
-class QueueFull(AccidentError):
+class QueueFullError(AccidentError):
     """As many requests wait as may."""
 
 
-class Draining(AccidentError):
+class DrainingError(AccidentError):
     """The server takes no more requests."""
 
 
@@ -105,17 +105,17 @@ class Worker:
 
         Raises:
             ConfigError: See `Engine.check`.
-            QueueFull: Too many wait.
-            Draining: No more are taken.
+            QueueFullError: Too many wait.
+            DrainingError: No more are taken.
         """
         self.engine.check(request)
         job = Job(request, asyncio.get_running_loop())
         with self._change:
             if self._draining:
-                raise Draining("the server is shutting down.")
+                raise DrainingError("the server is shutting down.")
             # Those for which a place is free do not wait for long.
             if len(self._waiting) >= self._most + self.engine.free:
-                raise QueueFull(f"{self._most} requests are waiting already; try again later.")
+                raise QueueFullError(f"{self._most} requests are waiting already; try again later.")
             self._waiting.append(job)
             self._change.notify()
         return job
