@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from countdown.calibration.search import search_alpha
     from countdown.comparison.compare import compare
     from countdown.comparison.comparison import Comparison
+    from countdown.engine.custom_generate import decode_loop
     from countdown.engine.engine import Engine, Request
     from countdown.engine.sampling import Sampling
     from countdown.errors import (
@@ -48,6 +49,7 @@ _HOMES = {
     "compare": "countdown.comparison.compare",
     "Comparison": "countdown.comparison.comparison",
     "choose": "countdown.evaluation.choice",
+    "decode_loop": "countdown.engine.custom_generate",
     "Engine": "countdown.engine.engine",
     "Request": "countdown.engine.engine",
     "Sampling": "countdown.engine.sampling",
@@ -97,6 +99,7 @@ __all__ = [
     "calibrate",
     "choose",
     "compare",
+    "decode_loop",
     "evaluate",
     "export",
     "from_pretrained",

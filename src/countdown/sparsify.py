@@ -289,6 +289,17 @@ def status(model: nn.Module) -> list[SiteStatus]:
     return [_site_status(name, module) for name, module in _require_sparse(model).items()]
 
 
+def realised_sparsity(model: nn.Module) -> float | None:
+    """Return the share of terms skipped since the counters were reset, sites counting by size; None without tokens.
+
+    Raises:
+        UnsupportedModelError: The model is not sparsified.
+    """
+    sites = [site for site in status(model) if site.realised_sparsity is not None]
+    size = sum(site.size for site in sites)
+    return sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size if size else None
+
+
 def reset_counters(model: nn.Module) -> None:
     """Start counting tokens and active terms anew.
 

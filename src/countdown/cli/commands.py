@@ -13,6 +13,7 @@ import typer
 from countdown.cli import benchmark, inputs, printing
 from countdown.cli import options as o
 from countdown.cli.calibrate import calibrate
+from countdown.cli.chat import chat
 from countdown.cli.compare import compare
 from countdown.cli.serve import serve
 from countdown.config import CALIBRATION_TOKENS
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.add_typer(benchmark.app, name="benchmark")
 app.command()(calibrate)
 app.command()(compare)
+app.command()(chat)
 app.command()(serve)
 
 

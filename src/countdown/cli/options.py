@@ -137,6 +137,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the repository ships.")]
 Seed = Annotated[int, typer.Option(callback=_checked_seed, help="Seed of torch's random numbers.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="What logits are divided by; 0 takes the likeliest token. [the checkpoint's]")
+]
+TopK = Annotated[int | None, typer.Option(help="Only so many of the likeliest tokens. [the checkpoint's]")]
+TopP = Annotated[float | None, typer.Option(help="Only the likeliest that have this probability together.")]
+MinP = Annotated[float | None, typer.Option(help="Only those that have this share of the likeliest one's.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1, what is there already is less likely.")]
 IncludeDerived = Annotated[
     bool, typer.Option("--include-derived", help="Store proxies and low ranks: quicker to load, larger.")
 ]

@@ -149,7 +149,7 @@ def _parting(dense: Generation, sparse: Generation) -> str:
 
 def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
     from countdown.modules import sparse_modules
-    from countdown.sparsify import status
+    from countdown.sparsify import realised_sparsity, status
 
     for name, run in runs.items():
         if run.tokens_per_s:
@@ -157,10 +157,8 @@ def print_speeds(runs: dict[str, Generation], model: nn.Module) -> None:
     if len(runs) == 2:
         err.print(_parting(runs["dense"], runs["sparse"]))
     if sparse_modules(model):
-        sites = [site for site in status(model) if site.realised_sparsity is not None]
-        if sites:
-            size = sum(site.size for site in sites)
-            mean = sum((site.realised_sparsity or 0.0) * site.size for site in sites) / size
+        mean, sites = realised_sparsity(model), status(model)
+        if mean is not None:
             kept = sum(site.beside_bytes for site in sites)
             beside = f", {kept / 1e6:.0f} MB beside the weights" if kept else ""
             computed_by = ", ".join(dict.fromkeys(site.backend for site in sites))

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from countdown.engine.conversation import encode_chat
 from countdown.engine.engine import TURNS, Engine, Request, check_fits
 from countdown.engine.sampling import Sampling
 from countdown.errors import ConfigError
-from countdown.loading import foreign
 from countdown.text import is_text
 
 
@@ -48,9 +48,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> torch.Te
     if raw or not tokenizer.chat_template:
         ids = tokenizer(prompt)["input_ids"]
     else:
-        messages = [{"role": "user", "content": prompt}]
-        with foreign("the tokenizer's chat template fails", "Leave it out (--raw), or mend it."):
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = encode_chat(tokenizer, [{"role": "user", "content": prompt}])
     if not ids:
         template = "" if raw else ", or its chat template (--raw leaves it out),"
         raise ConfigError(f"the tokenizer{template} makes nothing of the prompt.")

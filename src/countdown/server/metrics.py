@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from torch import nn
 
 from countdown.modules import sparse_modules
-from countdown.sparsify import status
+from countdown.sparsify import realised_sparsity
 
 if TYPE_CHECKING:
     from countdown.server.worker import Job, Worker
@@ -69,9 +69,6 @@ class Metrics:
         """Return it in Prometheus's text format."""
         self._running.set(worker.running)
         self._waiting.set(worker.waiting)
-        if self._sparsity is not None:
-            found = [(site.tokens, site.realised_sparsity) for site in status(self._model)]
-            tokens = sum(count for count, _ in found)
-            if tokens:
-                self._sparsity.set(sum(count * (share or 0.0) for count, share in found) / tokens)
+        if self._sparsity is not None and (share := realised_sparsity(self._model)) is not None:
+            self._sparsity.set(share)
         return generate_latest(self.registry)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from countdown.engine.conversation import encode_chat
 from countdown.engine.engine import Piece, Request
 from countdown.engine.sampling import MOST_LOGPROBS, Sampling
 from countdown.engine.streaming import INCOMPLETE
-from countdown.errors import ConfigError
-from countdown.loading import foreign
+from countdown.errors import ConfigError, UnsupportedModelError, told
 from countdown.text import is_text
 
 MOST_STOPS = 16
@@ -127,11 +127,10 @@ def _chat_prompt(body: dict[str, Any], tokenizer: Any) -> list[int]:
         raise ApiError("the model has no chat template; use /v1/completions.", param="messages")
     chat = [_message(message, place) for place, message in enumerate(messages)]
     try:
-        with foreign("the model's chat template refuses these messages", "Send others."):
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except Exception as error:
-        raise ApiError(str(error), param="messages") from error
-    return list(ids)
+        return encode_chat(tokenizer, chat)
+    except UnsupportedModelError as error:
+        reason = told(error.__cause__ or error)
+        raise ApiError(f"the model's chat template refuses these messages: {reason}.", param="messages") from error
 
 
 def _message(message: Any, place: int) -> dict[str, str]:
