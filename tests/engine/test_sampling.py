@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
-from countdown.engine.sampling import Sampler, Sampling, remaining
+from countdown.engine.sampling import Sampler, Sampling, as_array, remaining
 from countdown.errors import ConfigError
 
 VOCABULARY = 501
@@ -42,9 +42,9 @@ def test_what_is_left_is_what_transformers_leaves(case, seed):
     if "min_p" in case:
         processors.append(theirs.MinPLogitsWarper(case["min_p"]))
     expected = processors(torch.zeros(1, 1, dtype=torch.int64), logits[None])[0].softmax(-1)
-    tokens, probabilities = remaining(logits, Sampling(**case))
+    tokens, probabilities = remaining(as_array(logits), Sampling(**case))
     found = torch.zeros(VOCABULARY)
-    found[torch.arange(VOCABULARY) if tokens is None else tokens] = probabilities
+    found[torch.arange(VOCABULARY) if tokens is None else torch.from_numpy(tokens)] = torch.from_numpy(probabilities)
     torch.testing.assert_close(found / found.sum(), expected)
 
 
@@ -133,3 +133,13 @@ def test_other_settings_leave_what_is_not_given():
     assert Sampling(top_k=5).with_(temperature=0.5, top_p=None) == Sampling(top_k=5, temperature=0.5)
     with pytest.raises(ConfigError, match="sampling has no setting 'topk', only: temperature, top_k"):
         Sampling().with_(topk=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logits_of_every_dtype_are_read_exactly(dtype):
+    logits = torch.cat([logits_of(0), torch.tensor([math.inf, -math.inf, 0.0, -0.0, 3e38])]).to(dtype)
+    assert torch.equal(torch.from_numpy(as_array(logits)), logits.float())
+
+
+def test_a_seed_may_be_negative():
+    assert Sampler(Sampling(temperature=1.0, seed=-1), []).choose(logits_of(0)).token in range(VOCABULARY)

@@ -1,4 +1,8 @@
-"""How the next token is chosen from logits: greedily, or drawn from what temperature, top-k, top-p and min-p leave."""
+"""How the next token is chosen from logits: greedily, or drawn from what temperature, top-k, top-p and min-p leave.
+
+In numpy: it computes on the calling thread alone, where torch would wake threads that then take the cores of the decode
+loop's, and a few small operations cost less.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from countdown.errors import ConfigError
+
+Logits = NDArray[np.float32]
+Tokens = NDArray[np.int64]
 
 # What a checkpoint's generation config says of sampling, under the same names.
 _OF_CHECKPOINTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -125,7 +134,9 @@ class Sampler:
         self.sampling = sampling
         self._prompt = set(prompt)
         self._written: Counter[int] = Counter()
-        self._generator: torch.Generator | None = None
+        seed = sampling.seed
+        # Seeds of generators are not negative.
+        self._generator = np.random.default_rng(None if seed is None else seed % 2**64)
 
     def choose(self, logits: Tensor) -> Chosen:
         """Return the next token.
@@ -134,85 +145,88 @@ class Sampler:
             logits: Float `[vocabulary]`; left as they are.
 
         Raises:
-            ConfigError: They are not numbers: the model computes NaN.
+            ConfigError: One is to be drawn, and they are not numbers: the model computes NaN.
         """
-        values = logits.float()
+        values = as_array(logits)
         adjusted = self._penalised(values) if self.sampling.penalises else values
-        token = int(self._drawn(adjusted)) if self.sampling.temperature > 0 else int(adjusted.argmax())
+        token = self._drawn(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
         self._written[token] += 1
         if self.sampling.logprobs is None:
             return Chosen(token)
-        logprobs = values.log_softmax(-1)
-        top = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
-        pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        shifted = values - values.max()
+        logprobs = shifted - np.log(np.exp(shifted).sum())
+        top = _largest(logprobs, self.sampling.logprobs)
+        pairs = tuple((int(one), float(logprobs[one])) for one in top)
         return Chosen(token, float(logprobs[token]), pairs)
 
-    def _penalised(self, logits: Tensor) -> Tensor:
+    def _penalised(self, logits: Logits) -> Logits:
         """Return logits with what prompt and answer have made less likely."""
-        logits = logits.clone()
-        settings = self.sampling
+        logits, settings = logits.copy(), self.sampling
         if settings.repetition_penalty != 1:
-            seen = _index(self._prompt | set(self._written), logits)
-            of_seen, penalty = logits[seen], settings.repetition_penalty
-            logits[seen] = torch.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
+            seen = np.fromiter(self._prompt | set(self._written), np.int64)
+            of_seen, penalty = logits[seen], np.float32(settings.repetition_penalty)
+            logits[seen] = np.where(of_seen < 0, of_seen * penalty, of_seen / penalty)
         if self._written and (settings.frequency_penalty or settings.presence_penalty):
-            written = _index(self._written, logits)
-            counts = logits.new_tensor(list(self._written.values()))
-            logits[written] -= settings.frequency_penalty * counts + settings.presence_penalty
+            counts = np.fromiter(self._written.values(), np.float32)
+            logits[np.fromiter(self._written, np.int64)] -= (
+                settings.frequency_penalty * counts + settings.presence_penalty
+            )
         return logits
 
-    def _drawn(self, logits: Tensor) -> Tensor:
-        """Return a token drawn from what the settings leave, int64 `[]`."""
+    def _drawn(self, logits: Logits) -> int:
+        """Return a token drawn from what the settings leave."""
         tokens, probabilities = remaining(logits, self.sampling)
-        at = torch.rand((), dtype=torch.float64, device=logits.device, generator=self._on(logits.device))
-        reached = probabilities.double().cumsum(0)
-        if not bool(reached[-1] > 0):
+        reached = probabilities.cumsum(dtype=np.float64)
+        if not reached[-1] > 0:
             raise ConfigError("the model's logits are not numbers (NaN), so no token can be drawn.")
-        place = torch.searchsorted(reached, at * reached[-1], right=True).clamp(max=len(reached) - 1)
-        return place if tokens is None else tokens[place]
-
-    def _on(self, device: torch.device) -> torch.Generator:
-        if self._generator is None:
-            self._generator = torch.Generator(device)
-            if self.sampling.seed is None:
-                self._generator.seed()
-            else:
-                self._generator.manual_seed(self.sampling.seed)
-        return self._generator
+        place = int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right"))
+        place = min(place, len(reached) - 1)
+        return place if tokens is None else int(tokens[place])
 
 
-def remaining(logits: Tensor, sampling: Sampling) -> tuple[Tensor | None, Tensor]:
+def as_array(logits: Tensor) -> Logits:
+    """Return logits as float32, exactly, computed on this thread alone."""
+    logits = logits.detach().cpu().contiguous()
+    if logits.dtype != torch.bfloat16:
+        return logits.numpy().astype(np.float32)
+    # The leading half of a float32.
+    return (logits.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32)
+
+
+def remaining(logits: Logits, sampling: Sampling) -> tuple[Tokens | None, Logits]:
     """Return the tokens that temperature, top-k, top-p and min-p leave, and their probabilities up to a factor.
 
     Args:
-        logits: Float32 `[vocabulary]`.
-        sampling: How.
+        logits: `[vocabulary]`.
+        sampling: How; its temperature is above 0.
 
     Returns:
-        int64 `[n]`, None for all in order; float32 `[n]`.
+        `[n]`, None for all in order; and `[n]`.
     """
-    tokens, logits = None, logits / sampling.temperature
+    tokens: Tokens | None = None
+    logits = logits / np.float32(sampling.temperature)
     if 0 < sampling.top_k < len(logits):
-        logits, tokens = logits.topk(sampling.top_k)
-    probabilities = logits.softmax(-1)
+        tokens = _largest(logits, sampling.top_k)
+        logits = logits[tokens]
+    probabilities = np.exp(logits - logits.max())
     if sampling.top_p < 1:
-        tokens, probabilities = _likeliest(tokens, probabilities, sampling.top_p)
+        places = _likeliest(probabilities, sampling.top_p)
+        tokens, probabilities = places if tokens is None else tokens[places], probabilities[places]
     if sampling.min_p > 0:
-        there = probabilities >= sampling.min_p * probabilities.max()
-        probabilities = torch.where(there, probabilities, 0)
+        probabilities = np.where(probabilities >= sampling.min_p * probabilities.max(), probabilities, np.float32(0))
     return tokens, probabilities
 
 
-def _likeliest(tokens: Tensor | None, probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the fewest of the likeliest tokens that together have a probability, the likeliest first."""
-    # What is less likely than its share of the rest is of the rest: few tokens are left to sort.
-    there = torch.nonzero(probabilities > (1 - top_p) / len(probabilities)).flatten()
-    ordered, order = probabilities[there].sort(descending=True, stable=True)
-    before = ordered.double().cumsum(0) - ordered
-    count = max(1, int((before < top_p).sum()))
-    kept = there[order[:count]]
-    return (kept if tokens is None else tokens[kept]), ordered[:count]
+def _likeliest(probabilities: Logits, top_p: float) -> Tokens:
+    """Return the places of the fewest that together have a share of the whole, the largest first."""
+    whole = float(probabilities.sum(dtype=np.float64))
+    # What is less likely than its share of the rest is of the rest: few are left to sort.
+    there = np.flatnonzero(probabilities > (1 - top_p) * whole / len(probabilities))
+    ordered = there[np.argsort(-probabilities[there], kind="stable")]
+    before = probabilities[ordered].cumsum(dtype=np.float64) - probabilities[ordered]
+    return ordered[: max(1, int(np.count_nonzero(before < top_p * whole)))]
 
 
-def _index(tokens: Any, like: Tensor) -> Tensor:
-    return torch.tensor(list(tokens), dtype=torch.int64, device=like.device)
+def _largest(values: Logits, count: int) -> Tokens:
+    """Return the places of so many of the largest, the largest first."""
+    return torch.from_numpy(values).topk(min(count, len(values))).indices.numpy()

@@ -1,0 +1,225 @@
+"""The engine against the bare loop, and the server against the engine.
+
+    python benchmarks/serving.py MODEL [--profile DIR] --output benchmarks/results/serving-NAME.json
+
+In turn, round by round: the decode loop, the engine greedy and sampled, transformers' prefill and the engine's first
+token. Then `countdown serve` in a process of its own: one client, eight, and for --minutes so many as --clients, each
+of whose greedy answers must be what it is alone; resident memory is noted each minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http import HTTPStatus
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countdown.decoding import DecodeLoop
+from countdown.engine.engine import Engine, Request
+from countdown.engine.sampling import Sampling
+from countdown.loading import Source, load_model, load_tokenizer
+from countdown.profiles.profile import Profile
+from countdown.results import meta, write
+from countdown.sparsify import sparsify_
+from documents import commit, said
+
+PROMPT, LONG, NEW, ROUNDS = 64, 512, 64, 12
+SAMPLED = Sampling(temperature=0.7, top_p=0.9, top_k=0, seed=0)
+
+
+def main() -> None:
+    """Measure and write."""
+    arguments = _arguments()
+    source = Source.parse(arguments.model)
+    tokenizer, model = load_tokenizer(source), load_model(source, device="cpu")
+    if arguments.profile:
+        sparsify_(model, Profile.load(arguments.profile))
+    ids = tokenizer(" ".join(str(n) for n in range(1000)))["input_ids"]
+    header = meta(
+        shlex.join(["python", "benchmarks/serving.py", *said(sys.argv[1:], arguments.model)]),
+        commit=arguments.commit or commit(),
+    )
+    about = {"model": source.label, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    about |= {"profile": str(Profile.load(arguments.profile).recipe) if arguments.profile else "dense"}
+    records = [about | record for record in (*alone(model, tokenizer, ids), *served(arguments))]
+    for record in records:
+        print(json.dumps(record), file=sys.stderr)
+    write(arguments.output, {"meta": header, "records": records})
+
+
+def alone(model: nn.Module, tokenizer: Any, ids: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield what the engine does by itself."""
+    engine = Engine(model, tokenizer)
+    started = time.perf_counter()
+    next(engine.stream(Request(prompt=ids[:PROMPT], max_new_tokens=NEW)))
+    yield {"arm": "first token, nothing traced", "prompt": PROMPT, "seconds": time.perf_counter() - started}
+    loop = DecodeLoop(model, torch.tensor([ids[:PROMPT]]), new_tokens=NEW, room=1024)
+    runs: dict[str, Callable[[], float]] = {
+        "loop": lambda: _loop_rate(loop, ids[:PROMPT]),
+        "engine, greedy": lambda: _rate(engine, ids[:PROMPT], Sampling()),
+        "engine, sampled": lambda: _rate(engine, ids[:PROMPT], SAMPLED),
+        "prefill": lambda: _prefill(model, ids[:LONG]),
+        "engine, first token": lambda: _first(engine, ids[:LONG]),
+    }
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            found[name].append(run())
+    for name, of in (("loop", ""), ("engine, greedy", "loop"), ("engine, sampled", "engine, greedy")):
+        record = {"arm": name, "prompt": PROMPT, "new_tokens": NEW, "tokens_per_s": statistics.median(found[name])}
+        if of:
+            record["share"] = statistics.median(a / b for a, b in zip(found[name], found[of], strict=True))
+            record["of"] = of
+        yield record
+    for name, of in (("prefill", ""), ("engine, first token", "prefill")):
+        record = {"arm": name, "prompt": LONG, "seconds": statistics.median(found[name])}
+        if of:
+            record["ratio"] = statistics.median(a / b for a, b in zip(found[name], found[of], strict=True))
+            record["of"] = of
+        yield record
+    engine.close()
+
+
+def _rate(engine: Engine, prompt: list[int], sampling: Sampling) -> float:
+    times = []
+    for _ in engine.stream(Request(prompt=prompt, max_new_tokens=NEW, sampling=sampling, ignore_eos=True)):
+        times.append(time.perf_counter())
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _loop_rate(loop: DecodeLoop, prompt: list[int]) -> float:
+    loop.restart(torch.tensor([prompt]), new_tokens=NEW)
+    loop.run(1)
+    started = time.perf_counter()
+    loop.run(NEW - 1)
+    return (NEW - 1) / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def _prefill(model: Any, prompt: list[int]) -> float:
+    started = time.perf_counter()
+    model(torch.tensor([prompt]), logits_to_keep=1, use_cache=True)
+    return time.perf_counter() - started
+
+
+def _first(engine: Engine, prompt: list[int]) -> float:
+    started = time.perf_counter()
+    next(engine.stream(Request(prompt=prompt, max_new_tokens=2)))
+    return time.perf_counter() - started
+
+
+def served(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield what a server does."""
+    with _serving(arguments) as (url, process):
+        _ask(url, 0, NEW)
+        rates = [_ask(url, 0, NEW)[1] for _ in range(ROUNDS)]
+        yield {"arm": "server, one client", "new_tokens": NEW, "tokens_per_s": statistics.median(rates)}
+        with ThreadPoolExecutor(8) as pool:
+            started = time.perf_counter()
+            counts = [tokens for tokens, *_ in pool.map(lambda n: _ask(url, n, NEW), range(24))]
+        total = sum(counts) / (time.perf_counter() - started)
+        yield {"arm": "server, 8 clients", "new_tokens": NEW, "tokens_per_s": total}
+        yield _soak(url, process.pid, arguments)
+
+
+def _soak(url: str, pid: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ask from many clients for some minutes; each answer must be what it is alone."""
+    alone = {n: _ask(url, n, 8 + n)[2] for n in range(16)}
+    end, lock = time.monotonic() + 60 * arguments.minutes, threading.Lock()
+    found = {"requests": 0, "other_answers": 0, "refused": 0}
+    memory = [_resident(pid)]
+
+    def client(number: int) -> None:
+        turn = number
+        while time.monotonic() < end:
+            turn += 7
+            try:
+                text = _ask(url, turn % 16, 8 + turn % 16)[2]
+                how = "requests" if text == alone[turn % 16] else "other_answers"
+            except RuntimeError:
+                how = "refused"
+            with lock:
+                found[how] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(arguments.clients)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end:
+        time.sleep(min(60, max(0.1, end - time.monotonic())))
+        memory.append(_resident(pid))
+    for thread in threads:
+        thread.join()
+    about = {"arm": "soak", "clients": arguments.clients, "minutes": arguments.minutes}
+    return about | found | {"resident_mb": memory}
+
+
+def _ask(url: str, number: int, tokens: int) -> tuple[int, float, str]:
+    """Return how many tokens an answer had, its tokens/s, and its text."""
+    body = {"prompt": f"{number}: once upon a time", "max_tokens": tokens, "temperature": 0, "stream": True}
+    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    # Not a client of many features: it would take the cores that the server computes on.
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=600)
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()
+    if response.status != HTTPStatus.OK:
+        raise RuntimeError(response.read().decode())
+    lines = [(time.perf_counter(), line) for line in response if line.startswith(b"data: {")]
+    connection.close()
+    chunks = [json.loads(line.removeprefix(b"data: ")) for _, line in lines]
+    text = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+    count = chunks[-1]["usage"]["completion_tokens"]
+    return count, (count - 1) / (lines[-2][0] - lines[0][0]), text
+
+
+@contextmanager
+def _serving(arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    more = ["--profile", str(arguments.profile)] if arguments.profile else []
+    command = [sys.executable, "-m", "countdown", "serve", arguments.model, "--port", "0", "--device", "cpu", *more]
+    process = subprocess.Popen([*command, "--max-waiting", "100"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found := re.search(r"(http://\S+)/v1", line):
+            break
+    else:
+        raise SystemExit("the server did not start")
+    try:
+        yield found[1], process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _resident(pid: int) -> float:
+    """Return the resident memory of a process, in MB."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return round(int(found[1]) / 1e3, 1) if found else 0.0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--commit")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
