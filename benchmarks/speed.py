@@ -354,3 +354,48 @@ def _source(name: str, document: dict[str, Any]) -> str:
 def _from(name: str, meta: dict[str, Any]) -> str:
     """Return where figures come from."""
     return f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`."
+
+
+def serving(name: str) -> str:
+    """Return what the engine and the server do, and beside what."""
+    document = load(name)
+    rows = []
+    for record in document["records"]:
+        beside = record.get("share") or record.get("ratio")
+        value = f"{record['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in record else ""
+        value = f"{record['seconds']:.2f} s" if "seconds" in record else value
+        if record["arm"] == "soak":
+            memory = record["resident_mb"]
+            value = (
+                f"{record['requests'] + record['other_answers']} answers, {record['other_answers']} of them other than "
+                f"alone, {record['refused']} refused; resident {memory[0]:.0f} MB at first, {memory[-1]:.0f} at last"
+            )
+            about = f"{record['clients']} clients, {record['minutes']:g} minutes"
+        else:
+            about = record["arm"] + (f", {record['prompt']} tokens of prompt" if "prompt" in record else "")
+        rows.append([about, value, f"{beside:.2f} × {record['of']}" if beside else ""])
+    first = document["records"][0]
+    note = f"\n{first['model']}, {first['profile']}; medians over rounds in turn; the client runs on the same cores.\n"
+    return table(["", "", ""], rows, left=3) + note + _source(name, document)
+
+
+def cases() -> str:
+    """Return what somebody gets, by what they have: measured rows of other tables."""
+    gpu, cpu = load("gpu-decode-h200")["records"], load("cpu-decode-1.5b")["records"]
+    own = {r["arm"]: r for r in load("serving-smollm2")["records"]}
+    at = [{r.get("method", r["run"]): r for r in records} for records in (gpu, cpu)]
+
+    def rates(found: dict[str, dict[str, Any]]) -> str:
+        dense, proxy = found["dense"]["tokens_per_s"], found["d-proxy"]["tokens_per_s"]
+        return f"{dense:.0f} tokens/s dense, {proxy:.0f} with `d-proxy` skipping 80%"
+
+    hugging, client = at[0]["generate"]["tokens_per_s"], own["server, one client"]["tokens_per_s"]
+    rows = [
+        ["one H200, a model of 8 billion weights, one sequence", f"{rates(at[0])} (`benchmark decode`); Hugging Face's "
+         f"`generate` {hugging:.0f}"],
+        ["two CPU cores, a model of 1.5 billion weights", f"{rates(at[1])} (`benchmark decode`)"],
+        ["two CPU cores, SmolLM2-135M, one person", f"{client:.0f} tokens/s from `serve`, dense; first token after "
+         f"{own['first token, nothing traced']['seconds']:.1f} s with nothing prepared"],
+    ]  # fmt: skip
+    files = ("gpu-decode-h200", "cpu-decode-1.5b", "serving-smollm2")
+    return table(["your case", "what you get"], rows, left=2) + f"\n{', '.join(f'`{name}.json`' for name in files)}.\n"

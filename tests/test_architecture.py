@@ -18,7 +18,7 @@ ROWS = [
     ["sequences"],
     ["allocation", "compensation", "selectors", "phase"],
     ["methods", "ops", "sites"],
-    ["modules", "replay"],
+    ["modules", "replay", "static_cache"],
     ["cost", "decoding", "one_token"],
     ["profiles"],
     ["sparsify", "calibration"],

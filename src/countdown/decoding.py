@@ -14,8 +14,7 @@ What was traced serves prompt after prompt in the same memory (`restart`); only 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -30,9 +29,17 @@ from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.phase import continuing, phases
 from countdown.replay import recorded
+from countdown.static_cache import (
+    check_filled,
+    empty,
+    kept_as_it_was,
+    length_for,
+    lengthen,
+    static_cache,
+    tensors_of,
+    undone,
+)
 
-# Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
-WARM_UP = 4
 TILE = 512
 DEVICES = ("cuda", "cpu")
 # How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖; what shares
@@ -83,7 +90,7 @@ class DecodeLoop:
             # Not inference_mode: the cache is written inside compiled code and outside of it.
             with (
                 torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True),
-                _kept(self.model, only_if_it_fails=True),
+                kept_as_it_was(self.model, only_if_it_fails=True),
             ):  # fmt: skip
                 yield
         except (CountdownError, torch.OutOfMemoryError):
@@ -96,7 +103,7 @@ class DecodeLoop:
     def _start(self, prompt: Tensor) -> None:
         """Compute the first token, and trace the step to the next."""
         _check_steps(self.model)
-        self.cache, self._windows = _cache_of(self.model, _length(self.room))
+        self.cache, self._windows = static_cache(self.model, length_for(self.room))
         self._read(prompt)
         # Not all models count by themselves: to Bamba each call starts at 0. Those that want to are left to it.
         given = self._prepared.step(argmax(self.logits)).get("position_ids") is not None
@@ -110,7 +117,7 @@ class DecodeLoop:
         phase = phases(self.model, "prompt") if kept and sparse_modules(self.model) else nullcontext()
         with phase:
             self.logits = self.model(**self._prepared.prompt(kept)).logits[:, -1].clone()
-        _check_filled(self.cache, prompt.shape[1])
+        check_filled(self.cache, prompt.shape[1])
 
     def restart(self, prompt: Tensor, *, new_tokens: int, kept: int = 0) -> None:
         """Begin another prompt in the same memory, with nothing traced anew.
@@ -130,13 +137,13 @@ class DecodeLoop:
             raise ConfigError(f"the cache has room for {self.room} tokens, not {prompt.shape[1] + new_tokens}.")
         self.left = new_tokens
         with self._safely():
-            _empty(self.cache, kept)
-            before = _tensors_of(self.model, self.cache.layers)
+            empty(self.cache, kept)
+            before = tensors_of(self.model, self.cache.layers)
             self._read(prompt, kept)
             self.token.copy_(argmax(self.logits))
             for positions, first in zip(self._positions, self._prepared.positions_after(1), strict=False):
                 positions.copy_(first)
-            if before != _tensors_of(self.model, self.cache.layers):
+            if before != tensors_of(self.model, self.cache.layers):
                 self._prepare_steps()  # it works in other tensors now
             else:
                 with self._warming_up():
@@ -164,10 +171,10 @@ class DecodeLoop:
         """
         check_context(self.model, room)
         text = text.to(self.token.device)
-        _check_filled(self.cache, text.shape[1])
+        check_filled(self.cache, text.shape[1])
         self.room, self.left = room, new_tokens
         with self._safely():
-            _lengthen(self.cache, _length(room), self._windows)
+            lengthen(self.cache, length_for(room), self._windows)
             self._prepared = _Prepared(self.model, self.cache, text)
             self._prepare_steps()
 
@@ -194,7 +201,7 @@ class DecodeLoop:
     @contextmanager
     def _warming_up(self) -> Iterator[None]:
         counters = [site.counters for site in sparse_modules(self.model).values()]
-        with undone([self.token, *self._positions, *counters]), _kept(self.model, self.cache.layers):
+        with undone([self.token, *self._positions, *counters]), kept_as_it_was(self.model, self.cache.layers):
             yield
 
     @torch.no_grad()
@@ -249,7 +256,7 @@ class DecodeLoop:
                 for layer in sliding:
                     layer.keys[:, :, :1] += change
                     layer.values[:, :, :1] += change
-                with _kept(self.model, self.cache.layers):
+                with kept_as_it_was(self.model, self.cache.layers):
                     logits.append(self._next(self.token, self._positions)[1].clone())
         if not torch.equal(*logits):
             raise UnsupportedModelError(f"{_name(self.model)} attends to tokens that its cache would let go of.")
@@ -354,68 +361,6 @@ class _Prepared:
                 raise UnsupportedModelError(f"{_name(self._model)} counts positions otherwise than one by one.")
 
 
-def _cache_of(model: Any, length: int) -> tuple[Any, list[tuple[Any, int]]]:
-    """Return a static cache for so many tokens, and the layers of it that attend to a window of fewer, with that."""
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-
-    cache, windows = StaticCache(config=model.config, max_cache_len=length), []
-    # A cache that is shorter than a window does not say how wide that is; without a prompt it takes no memory.
-    endless = StaticCache(config=model.config, max_cache_len=sys.maxsize)
-    for place, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_sliding", False):
-            continue
-        if type(layer) is not StaticSlidingWindowLayer:
-            raise UnsupportedModelError(f"{_name(model)} has a {type(layer).__name__}, which counts in Python.")
-        # It keeps its position in Python. All tokens are kept instead, and the mask hides those outside the window.
-        cache.layers[place] = StaticLayer(max_cache_len=length)
-        windows.append((cache.layers[place], endless.layers[place].max_cache_len))
-    return cache, windows
-
-
-def _length(room: int) -> int:
-    """Return the length of a cache: a whole number of blocks, for kernels that like them."""
-    return -(-(room + WARM_UP) // 128) * 128
-
-
-def _empty(cache: Any, kept: int) -> None:
-    """Empty a cache but for the first tokens, in its memory."""
-    from transformers.cache_utils import StaticLayer
-
-    for layer in cache.layers:
-        if type(layer) is not StaticLayer:
-            layer.reset()
-            continue
-        # What was never written is not touched, so that memory that nobody used is not taken either.
-        end = int(layer.cumulative_length) + WARM_UP
-        for held in (layer.keys, layer.values):
-            held[:, :, kept:end].zero_()
-        layer.cumulative_length.fill_(kept)
-
-
-def _lengthen(cache: Any, length: int, windows: list[tuple[Any, int]]) -> None:
-    """Put longer layers, holding the same, in place of those that hold keys and values; also among the windows."""
-    from transformers.cache_utils import StaticLayer
-
-    for place, layer in enumerate(cache.layers):
-        if not isinstance(layer, StaticLayer):
-            continue
-        if type(layer) is not StaticLayer:
-            raise UnsupportedModelError(f"a {type(layer).__name__} cannot be made longer.")
-        longer = StaticLayer(max_cache_len=length)
-        longer.lazy_initialization(layer.keys, layer.values)
-        longer.keys[:, :, : layer.max_cache_len] = layer.keys
-        longer.values[:, :, : layer.max_cache_len] = layer.values
-        longer.cumulative_length.copy_(layer.cumulative_length)
-        cache.layers[place] = longer
-        windows[:] = [(longer if one is layer else one, size) for one, size in windows]
-
-
-def _tensors_of(model: nn.Module, layers: Sequence[Any]) -> list[int]:
-    """Return which tensors a model and the layers of its cache hold that a step may change."""
-    return [id(holder[name]) for holder, name in _holders(model, layers)]
-
-
 def _check_steps(model: Any) -> None:
     """Raise UnsupportedModelError if a model's steps are known to differ, or to be no steps of one sequence."""
     if model.config.is_encoder_decoder:
@@ -424,14 +369,6 @@ def _check_steps(model: Any) -> None:
         kinds = vars(module).get("rope_type", "")
         if "dynamic" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
             raise UnsupportedModelError(f"{_name(model)} computes its rotations anew as a text grows ({name}).")
-
-
-def _check_filled(cache: Any, tokens: int) -> None:
-    """Raise UnsupportedModelError unless a prompt of so many tokens is in every layer of the cache."""
-    for place, layer in enumerate(cache.layers):
-        attends, states = hasattr(layer, "cumulative_length"), getattr(layer, "has_previous_state", {})
-        if (attends and int(layer.cumulative_length) != tokens) or not all(states.values()):
-            raise UnsupportedModelError(f"layer {place} keeps nothing of a prompt in the cache that it is given.")
 
 
 @contextmanager
@@ -454,46 +391,6 @@ def _check_agreement(model: Any, logits: Tensor, own: Tensor) -> None:
         )
 
 
-@contextmanager
-def _kept(model: nn.Module, layers: Sequence[Any] = (), *, only_if_it_fails: bool = False) -> Iterator[None]:
-    """Give a model and the layers of its cache, after the context, all that they held before, but keys and values.
-
-    Raises:
-        UnsupportedModelError: Within the context a tensor was replaced by another one, which a replay would not do.
-    """
-    held = [(holder, name, holder[name]) for holder, name in _holders(model, layers)]
-    # Outside of inference_mode nobody can change what was made within.
-    changeable = [tensor for *_, tensor in held if torch.is_inference_mode_enabled() or not tensor.is_inference()]
-    with undone(changeable, only_if_it_fails=only_if_it_fails):
-        try:
-            yield
-            if only_if_it_fails:
-                return
-            for holder, name, tensor in held:
-                if holder.get(name) is not tensor:
-                    raise UnsupportedModelError(
-                        f"{_name(model)} puts another tensor in place of '{name}' at each step."
-                    )
-        except BaseException:
-            for holder, name, tensor in held:
-                holder[name] = tensor
-            raise
-
-
-def _holders(model: nn.Module, layers: Sequence[Any]) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """Yield where tensors are held that a step may change: the dictionary, and the name in it."""
-    dictionaries = [vars(layer) for layer in layers]
-    dictionaries += [value for of_layer in dictionaries for value in of_layer.values() if isinstance(value, dict)]
-    for module in model.modules():
-        dictionaries += [module._buffers, vars(module)]
-    for dictionary in dictionaries:
-        yield from (
-            (dictionary, name)
-            for name, value in dictionary.items()
-            if isinstance(value, Tensor) and name not in ("keys", "values")
-        )
-
-
 def _name(model: Any) -> str:
     return type(model).__name__
 
@@ -501,21 +398,6 @@ def _name(model: Any) -> str:
 def _said(error: Exception) -> str:
     """Return what an error says, in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
-
-
-@contextmanager
-def undone(tensors: Sequence[Tensor], *, only_if_it_fails: bool = False) -> Iterator[None]:
-    """Give tensors their values back after the context."""
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        only_if_it_fails = False
-        raise
-    finally:
-        if not only_if_it_fails:
-            for tensor, values in zip(tensors, before, strict=True):
-                tensor.copy_(values)
 
 
 def compiler_options() -> dict[str, Any]:

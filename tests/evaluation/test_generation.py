@@ -85,7 +85,7 @@ def test_what_fails_in_the_loop_is_left_to_transformers(llama_model, tokenizer, 
 
     prompt = encode_prompt(tokenizer, "hello")
     written = generate(llama_model, tokenizer, prompt, max_new_tokens=6)
-    monkeypatch.setattr(decoding, "_cache_of", fails)
+    monkeypatch.setattr(decoding, "static_cache", fails)
     say_once.cache_clear()
     for _ in range(2):
         other = generate(llama_model, tokenizer, prompt, max_new_tokens=6)

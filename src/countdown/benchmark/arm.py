@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, in_turn, timed, wait
-from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device, undone
+from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device
 from countdown.modules import sparse_modules
 from countdown.phase import continuing
 from countdown.replay import recorded
 from countdown.sites import SITES, find_parts
 from countdown.sparsify import reset_counters, status
+from countdown.static_cache import undone
 from countdown.sums.activations import ACTIVATIONS
 
 # By type of device, the tokens of a prompt that is timed.
