@@ -356,11 +356,12 @@ def _from(name: str, meta: dict[str, Any]) -> str:
     return f"commit {meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`."
 
 
-def serving(name: str) -> str:
+def serving(name: str, soak: str) -> str:
     """Return what the engine and the server do, and beside what."""
-    document = load(name)
+    document, long = load(name), load(soak)
     rows = []
-    for record in document["records"]:
+    # The soak of the first file is a short one.
+    for record in [*(r for r in document["records"] if r["arm"] != "soak"), *long["records"]]:
         beside = record.get("share") or record.get("ratio")
         value = f"{record['tokens_per_s']:.1f} tokens/s" if "tokens_per_s" in record else ""
         value = f"{record['seconds']:.2f} s" if "seconds" in record else value
@@ -376,7 +377,7 @@ def serving(name: str) -> str:
         rows.append([about, value, f"{beside:.2f} × {record['of']}" if beside else ""])
     first = document["records"][0]
     note = f"\n{first['model']}, {first['profile']}; medians over rounds in turn; the client runs on the same cores.\n"
-    return table(["", "", ""], rows, left=3) + note + _source(name, document)
+    return table(["", "", ""], rows, left=3) + note + _source(name, document) + _source(soak, long)
 
 
 def cases() -> str:

@@ -329,7 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-decode-1.5b-linears": lambda: speed.decode("cpu-decode-1.5b-linears"),
     "cpu-random-rows": lambda: speed.random_rows("cpu-random-rows"),
     "cases": speed.cases,
-    "serving": lambda: speed.serving("serving-smollm2"),
+    "serving": lambda: speed.serving("serving-smollm2", "serving-soak-smollm2"),
     "passes": lambda: speed.passes(("passes-h200", "passes-cpu-smollm2")),
     "busy-cores": lambda: speed.busy_cores("busy-cores-smollm2"),
     "quality-proxy-smollm2": lambda: proxy("quality-proxy-smollm2"),

@@ -16,6 +16,7 @@ from tiny import byte_tokenizer, llama
 EXAMPLES = [
     "load_text", "method", "calibrate", "sparsify_", "status", "evaluate", "phases", "restore_",
     "Profile.with_settings", "from_pretrained", "export", "choose", "compare", "windows", "search_alpha",
+    "decode_loop", "Engine",
 ]  # fmt: skip
 
 
@@ -56,4 +57,4 @@ def test_an_example_runs(name, names):
 def test_every_public_function_has_one():
     functions = [name for name in countdown.__all__ if inspect.isfunction(getattr(countdown, name))]
     without = {"load_tokenizer", "method_names", "reset_counters"}  # called with a name or a model, and no more
-    assert set(functions) - without == {*EXAMPLES, "recipe"} - {"Profile.with_settings"}
+    assert set(functions) - without == {*EXAMPLES, "recipe"} - {"Profile.with_settings", "Engine"}

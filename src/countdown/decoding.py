@@ -14,7 +14,7 @@ What was traced serves prompt after prompt in the same memory (`restart`); only 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
 from countdown.loading import cache_argument, check_context
+from countdown.memory import ran_out
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
@@ -77,6 +78,9 @@ class DecodeLoop:
             raise UnsupportedModelError("the decode loop does not run under torch.autocast; load in the dtype wanted.")
         check_context(model, prompt.shape[1] + new_tokens)
         self.model, self.left = model, new_tokens
+        # Where the step stands is not known before it is traced, nor after a failure.
+        self._broken = True
+        self._lengths: set[int] = set()  # of texts whose last step was checked
         self.room = max(prompt.shape[1] + new_tokens, room or 0)
         with self._safely():
             self._start(prompt.to(device))
@@ -92,10 +96,14 @@ class DecodeLoop:
                 torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True),
                 kept_as_it_was(self.model, only_if_it_fails=True),
             ):  # fmt: skip
+                self._broken = True
                 yield
-        except (CountdownError, torch.OutOfMemoryError):
+                self._broken = False
+        except CountdownError:
             raise
         except Exception as error:  # whatever a model's own code raises where it is not made for this
+            if ran_out(error):
+                raise
             raise UnsupportedModelError(
                 f"{_name(self.model)} does not run in the decode loop: {_said(error)}"
             ) from error
@@ -132,6 +140,7 @@ class DecodeLoop:
             ConfigError: They do not fit.
             UnsupportedModelError: The model would not go on after this prompt as it did after the first.
         """
+        self._check_whole()
         prompt = prompt.to(self.token.device)
         if prompt.shape[1] + new_tokens > self.room:
             raise ConfigError(f"the cache has room for {self.room} tokens, not {prompt.shape[1] + new_tokens}.")
@@ -146,8 +155,7 @@ class DecodeLoop:
             if before != tensors_of(self.model, self.cache.layers):
                 self._prepare_steps()  # it works in other tensors now
             else:
-                with self._warming_up():
-                    self._prepared.check_lengths(self.left)
+                self._check_lengths()
 
     @property
     def can_keep(self) -> bool:
@@ -169,6 +177,7 @@ class DecodeLoop:
             ConfigError: More than the model's context.
             UnsupportedModelError: A step is another one behind as many tokens.
         """
+        self._check_whole()
         check_context(self.model, room)
         text = text.to(self.token.device)
         check_filled(self.cache, text.shape[1])
@@ -184,10 +193,17 @@ class DecodeLoop:
         with continuing(self.model, self.cache):
             self._trace_and_check()
 
+    def _check_lengths(self) -> None:
+        """Raise UnsupportedModelError if a coming step, of a length not checked before, is prepared otherwise."""
+        first = self._prepared.length + 1
+        coming = set(range(first, first + self.left - 1)) - self._lengths
+        with self._warming_up():
+            self._prepared.check_lengths(sorted(coming))
+        self._lengths |= coming
+
     def _trace_and_check(self) -> None:
         # What warming up writes into the cache is written again by the first replays.
-        with self._warming_up():
-            self._prepared.check_lengths(self.left)
+        self._check_lengths()
         with self._warming_up():
             self._check_windows(self.room)
         with self._warming_up(), _comparable(self.model):
@@ -227,6 +243,7 @@ class DecodeLoop:
         Raises:
             ConfigError: More steps than `new_tokens` in all.
         """
+        self._check_whole()
         self._check_left(1)
         self.left -= 1
         # The first came with the prompt.
@@ -237,6 +254,10 @@ class DecodeLoop:
         with on_device(self.token.device):
             self._replay()
         return self._logits
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise ConfigError("the decode loop failed before, and where it stands is not known: make another one.")
 
     def _check_left(self, steps: int) -> None:
         if steps > self.left:
@@ -336,8 +357,13 @@ class _Prepared:
         given: dict[str, Any] = self._model.prepare_inputs_for_generation(ids, **more)
         return given
 
-    def check_lengths(self, tokens: int) -> None:
-        """Raise UnsupportedModelError if a model prepares one of the coming steps otherwise than the first.
+    @property
+    def length(self) -> int:
+        """How many tokens the prompt has."""
+        return self._ids.shape[1]
+
+    def check_lengths(self, lengths: Iterable[int]) -> None:
+        """Raise UnsupportedModelError if a model prepares the step to a text so long otherwise than the first.
 
         Phi-3 lets go of its cache, say, where its rotations change.
         """
@@ -346,10 +372,11 @@ class _Prepared:
         if type(self._model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
             return
         (cache,) = self._cache.values()
-        lengths = [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]
-        for more in range(1, tokens):
-            for length in lengths:
-                length.fill_(self._ids.shape[1] + more - 1)
+        filled = [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]
+        for length in lengths:
+            more = length - self.length
+            for of_layer in filled:
+                of_layer.fill_(length - 1)
             given = self.step(self._ids[:, -1:], more)
             kept = any(value is cache for value in given.values())
             if not kept or given["input_ids"].shape[1] != 1:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +104,24 @@ def test_in_a_terminal_ctrl_c_ends_a_line_and_ctrl_d_the_chat(chat_folder, tmp_p
         os.execv(command[0], command)
     shown = b""
 
-    def until(pattern: bytes, seconds: float = 40) -> None:
+    def until(pattern: bytes, keys: bytes = b"", seconds: float = 40) -> None:
+        """Press keys until a pattern is shown: a terminal forgets those that come while it changes its mode."""
         nonlocal shown
         end = time.monotonic() + seconds
         while not re.search(pattern, shown):
             assert time.monotonic() < end, shown
-            if select.select([terminal], [], [], 1)[0]:
-                with suppress(OSError):
-                    shown += os.read(terminal, 65536)
+            os.write(terminal, keys)
+            while select.select([terminal], [], [], 2)[0]:
+                shown += os.read(terminal, 65536)
+                if re.search(pattern, shown):
+                    return
 
     until(rb"> $")
     # Between two prompts Ctrl-C does no harm; in an answer it ends that, which on this small model takes luck to meet.
-    os.write(terminal, b"\x03")
-    until(rb"> \S*\s+> $")
-    os.write(terminal, b"hello\n")
-    until(rb"hello\r\n[\s\S]+tokens/s[\s\S]*> $")
-    os.write(terminal, b"/reset\n")
-    until(rb"forgotten")
+    until(rb"> \S*\s+> $", b"\x03")
+    until(rb"hello\r\n[\s\S]+tokens/s[\s\S]*> $", b"hello\n")
+    until(rb"forgotten[\s\S]*> $", b"/reset\n")
+    time.sleep(0.5)
     os.write(terminal, b"\x04")
     _, status = os.waitpid(process, 0)
     os.close(terminal)

@@ -33,6 +33,11 @@ def written(engine: Engine, **request: Any) -> list[int]:
     return [piece.token.token for piece in engine.stream(Request(**request))]
 
 
+def written_on(engine: Engine, answer: Any) -> None:
+    while answer.finish is None:
+        engine.step_of(answer)
+
+
 @pytest.fixture
 def sparse(tokenizer, text):
     model = llama()
@@ -258,6 +263,7 @@ def test_one_answer_that_fails_leaves_the_others_alone(tokenizer):
     [
         ({"prompt": []}, "the prompt has no tokens"),
         ({"prompt": [5, 999]}, "the text has token 999, but the model knows 257"),
+        ({"prompt": [5, -1]}, "the prompt has token -1, and there is none below 0"),
         ({"prompt": [5], "max_new_tokens": 0}, "max_new_tokens is 0, expected at least 1"),
         ({"prompt": [5] * 40, "max_new_tokens": 30}, r"40 tokens, which with 30 new ones is longer than the "
          r"model's context of 64: shorten it to 34 or ask for 24 new ones \(max_new_tokens\)"),
@@ -291,3 +297,54 @@ def test_stop_strings_of_a_checkpoint_stop(tokenizer):
     for include, end in ((False, text.index(text[3:5])), (True, text.index(text[3:5]) + 2)):
         request = Request(prompt=PROMPTS[0], max_new_tokens=12, include_stop=include)
         assert "".join(piece.text for piece in Engine(model, tokenizer).stream(request)) == text[:end]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()], ids=type)
+def test_a_failure_while_a_cache_grows_leaves_no_loop_behind(error, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "SHORTEST", 32)
+    monkeypatch.setattr(module, "AT_FIRST", 8)
+    engine = Engine(llama(), tokenizer)
+    answer = engine.start(Request(prompt=PROMPTS[0], max_new_tokens=60))
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.DecodeLoop, "_prepare_steps", fail)
+        with pytest.raises(type(error)):
+            written_on(engine, answer)
+    assert written(engine, prompt=PROMPTS[1], max_new_tokens=40) == own(engine.model, PROMPTS[1], 40)
+
+
+def test_memory_that_runs_out_once_is_no_reason_to_be_slow_for_good(tokenizer, monkeypatch):
+    engine = Engine(llama(), tokenizer)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.DecodeLoop, "_start", fail)
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            engine.start(Request(prompt=PROMPTS[0]))
+    assert engine.start(Request(prompt=PROMPTS[0])).by == "decode loop"
+
+
+def test_what_a_checkpoint_asks_of_the_end_holds_in_transformers(tokenizer):
+    model = llama()
+    end = own(model, PROMPTS[0], 6)[3]
+    model.generation_config.eos_token_id, model.generation_config.min_new_tokens = end, 10
+    expected = own(model, PROMPTS[0], 24)
+    assert len(expected) >= 10
+    assert written(Engine(model, tokenizer), prompt=PROMPTS[0], max_new_tokens=24) == expected
+
+
+def test_a_stop_string_may_be_a_special_token(tokenizer):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[256] = 1e-3 * torch.randn(24)
+    expected = own(model, PROMPTS[0], 8)
+    assert 256 in expected or 0 in expected
+    model.generation_config.stop_strings = ["<bos>"]
+    found = written(Engine(model, tokenizer), prompt=PROMPTS[0], max_new_tokens=8)
+    assert found == (expected[: expected.index(256) + 1] if 256 in expected else expected)

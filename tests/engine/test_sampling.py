@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
-from countdown.engine.sampling import Sampler, Sampling, as_array, remaining
-from countdown.errors import ConfigError
+from countdown.engine.sampling import Sampler, Sampling, as_array, remaining, unheeded_in_sampling
+from countdown.errors import ConfigError, UnsupportedModelError
 
 VOCABULARY = 501
 
@@ -100,15 +100,33 @@ def test_greedy_takes_the_first_of_the_largest():
     assert Sampler(Sampling(), []).choose(torch.tensor([1.0, 2.0, 2.0])).token == 1
 
 
-def test_logits_that_are_no_numbers_are_no_answer():
-    with pytest.raises(ConfigError, match="not numbers"):
-        Sampler(Sampling(temperature=1.0), []).choose(torch.full((5,), math.nan))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_no_answer(temperature):
+    logits = torch.tensor([0.0, 1.0, math.nan])
+    with pytest.raises(UnsupportedModelError, match="not numbers"):
+        Sampler(Sampling(temperature=temperature, logprobs=1), []).choose(logits)
+
+
+@pytest.mark.parametrize("more", [{"top_k": 1}, {}, {"temperature": 1e-5}])
+def test_a_top_p_that_leaves_nothing_leaves_the_likeliest(more):
+    logits = torch.zeros(50)
+    logits[7] = 0.0 if not more else 1.0
+    token = Sampler(Sampling(**{"temperature": 1.0, "top_p": 1e-8, **more}), []).choose(logits).token
+    assert token == (7 if more else 0)
+
+
+def test_what_cannot_be_has_a_logarithm_all_the_same():
+    chosen = Sampler(Sampling(logprobs=2), []).choose(torch.tensor([0.0, -math.inf, -math.inf]))
+    assert (chosen.token, chosen.logprob, chosen.top[1][1]) == (0, 0.0, -9999.0)
 
 
 def test_a_checkpoints_own_settings():
     config = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.95)
     assert Sampling.of(config) == Sampling(temperature=0.6, top_k=20, top_p=0.95)
-    assert Sampling.of(GenerationConfig(do_sample=True)).temperature == 1.0
+    # As transformers does where they are not given.
+    assert Sampling.of(GenerationConfig(do_sample=True)) == Sampling(temperature=1.0, top_k=50)
+    assert unheeded_in_sampling(GenerationConfig(do_sample=True, typical_p=0.9, epsilon_cutoff=0.0)) == ["typical_p"]
+    assert unheeded_in_sampling(GenerationConfig(do_sample=False, typical_p=0.9)) == []
     # What does not sample is greedy, whatever else it has; a penalty holds for that, too.
     config = GenerationConfig(do_sample=False, temperature=0.6, repetition_penalty=1.1)
     assert Sampling.of(config) == Sampling(repetition_penalty=1.1)
@@ -117,7 +135,8 @@ def test_a_checkpoints_own_settings():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": -1}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},
+        {"temperature": -1}, {"temperature": math.nan}, {"temperature": 1e-40},
+        {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2},
         {"repetition_penalty": 0}, {"frequency_penalty": 3}, {"presence_penalty": -3}, {"logprobs": 21},
         {"logprobs": -1}, {"top_p": math.nan}, {"seed": 2**64},
     ],

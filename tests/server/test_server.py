@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -200,6 +201,9 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tools": [{"type": "function"}]}, "tools is not supported", "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format is not supported", "response_format"),
     ({"logit_bias": {"5": 1}}, "logit_bias is not supported", "logit_bias"),
+    ({"stop": ""}, "none of them empty", "stop"),
+    ({"stop": 0}, "stop is neither a string nor a list", "stop"),
+    ({"temperature": 1e-40}, "temperature is 1e-40, expected 0 or at least", "temperature"),
     ({"stop": 5}, "stop is neither a string nor a list", "stop"),
     ({"stop": ["x"] * 17}, "stop has 17 strings, expected at most 16", "stop"),
     ({"top_logprobs": 3}, "top_logprobs needs logprobs", "top_logprobs"),
@@ -256,7 +260,8 @@ def test_what_is_no_json_object_is_refused(body, server):
 
 
 def test_fields_that_nobody_knows_are_ignored(server):
-    assert posted(server, messages=HELLO, max_tokens=1, user="me", metadata={}, surprise=1).status_code == 200
+    more = {"user": "me", "metadata": {}, "surprise": 1, "model": None, "stop": None, "top_p": 1e-9, "top_k": 1}
+    assert posted(server, messages=HELLO, max_tokens=1, **more).status_code == 200
 
 
 def test_paths_and_verbs_that_do_not_exist(server):
@@ -382,3 +387,29 @@ def test_an_error_in_the_middle_of_a_stream_is_said_and_the_server_lives(server,
     for place in server.engine._places:
         place.loop = None
     assert posted(server, messages=HELLO, max_tokens=3).status_code == 200
+
+
+def test_where_the_engines_thread_ends_nobody_waits_for_ever(monkeypatch):
+    server = Server()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(server.engine, "step", lambda: sys.exit(3))
+            patch.setattr(threading, "excepthook", lambda _: None)
+            assert posted(server, messages=HELLO).status_code == 500
+        assert posted(server, messages=HELLO).status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 503
+    finally:
+        server.stop()
+
+
+def test_a_model_that_computes_nan_is_the_servers_fault():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    server = Server(model)
+    try:
+        found = posted(server, messages=HELLO, logprobs=True, temperature=0)
+        assert (found.status_code, found.json()["error"]["type"]) == (500, "server_error")
+        assert "not numbers" in found.json()["error"]["message"]
+    finally:
+        server.stop()

@@ -155,9 +155,11 @@ class _Chat:
             reason = str(error) if isinstance(error, CountdownError) else f"{given!r} is no share such as 0.5."
             raise ConfigError(f"/sparsity: {reason}") from error
         self.conversation.engine.close()
-        self.profile = changed
-        sparsify_(restore_(self.model), changed)
-        self.conversation.engine = self._engine()
+        try:
+            sparsify_(restore_(self.model), changed)
+            self.profile = changed
+        finally:
+            self.conversation.engine = self._engine()
         printing.say(f"sparse: {changed.recipe}")
 
 

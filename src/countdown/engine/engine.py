@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from countdown.decoding import DecodeLoop
 from countdown.engine.handed import Handed
-from countdown.engine.sampling import Chosen, Sampler, Sampling
+from countdown.engine.sampling import Chosen, Sampler, Sampling, unheeded_in_sampling
 from countdown.engine.streaming import TextStream
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import check_known, context_of
@@ -126,7 +126,7 @@ class Engine:
 
     Example:
         engine = countdown.Engine(model, tokenizer)
-        for piece in engine.stream(countdown.Request(prompt=ids, max_new_tokens=64)):
+        for piece in engine.stream(countdown.Request(prompt=ids[0].tolist(), max_new_tokens=64)):
             print(piece.text, end="")
     """
 
@@ -154,6 +154,8 @@ class Engine:
         self._closed = False
         if loop and (refusal := _unheeded(model)):
             self._hand_on(refusal, 0)
+        for name in unheeded_in_sampling(model.generation_config):
+            say_once(f"sampling does not heed the checkpoint's {name}.")
 
     @property
     def free(self) -> int:
@@ -291,10 +293,12 @@ class _Place:
             self._hand(answer)
         self.answer = answer
         self._sampler = Sampler(request.sampling, list(request.prompt))
+        # Text has no special tokens, so these stop as tokens.
+        special = engine.tokenizer.get_added_vocab()
         stop = [*request.stop, *(engine.model.generation_config.stop_strings or ())]  # type: ignore[union-attr, misc]
         self._stream = TextStream(engine.tokenizer, stop, include_stop=request.include_stop)
         own = set() if request.ignore_eos else ends(engine.model)
-        self._ends = own | set(request.stop_tokens)
+        self._ends = own | set(request.stop_tokens) | {special[string] for string in stop if string in special}
 
     def _prepare(self, prompt: Tensor, answer: Answer) -> None:
         length, limit = prompt.shape[1], answer.limit
@@ -314,7 +318,8 @@ class _Place:
         self.loop, answer.by = None, "transformers"
         device = next(self._engine.model.parameters()).device
         prompt = torch.tensor([list(answer.request.prompt)], dtype=torch.int64, device=device)
-        self._handed = Handed(self._engine.model, prompt, new_tokens=answer.limit)
+        ends = not answer.request.ignore_eos
+        self._handed = Handed(self._engine.model, prompt, new_tokens=answer.limit, ends=ends)
         for token in answer.tokens:
             self._handed.advance()
             self._handed.token.fill_(token)
@@ -327,6 +332,7 @@ class _Place:
             chosen = self._choose(answer)
         except BaseException:
             self.end("cancelled")
+            self.loop = None  # it stands where nobody knows
             raise
         answer.tokens.append(chosen.token)
         # The tokens that end an answer are not part of its text.
@@ -395,6 +401,8 @@ def check_fits(model: nn.Module, prompt: Sequence[int], new_tokens: int | None, 
         raise ConfigError("the prompt has no tokens.")
     if wanted < 1:
         raise ConfigError(f"max_new_tokens is {wanted}, expected at least 1.")
+    if min(prompt) < 0:
+        raise ConfigError(f"the prompt has token {min(prompt)}, and there is none below 0.")
     check_known(model, [torch.tensor(prompt, device="cpu", dtype=torch.int64)])
     context = context or context_of(model.config)
     if context is None or length + wanted <= context:

@@ -23,14 +23,15 @@ class Handed:
         model: Dense or sparsified.
         prompt: Token ids `[1, n]`.
         new_tokens: How many may follow.
+        ends: The text ends with the model's own token for that.
     """
 
-    def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int, ends: bool = True) -> None:
         self.left = new_tokens
         self.token = torch.zeros((1, 1), dtype=torch.int64, device=prompt.device)
         self._exchange = _Exchange()
         self._first = True
-        arguments = (model, prompt, new_tokens, self._exchange)
+        arguments = (model, prompt, new_tokens, ends, self._exchange)
         self._thread = threading.Thread(target=_generate, args=arguments, daemon=True)
 
     def advance(self) -> Tensor:
@@ -91,16 +92,17 @@ class _Ask(LogitsProcessor):  # type: ignore[misc]
         return only
 
 
-def _generate(model: Any, prompt: Tensor, new_tokens: int, exchange: _Exchange) -> None:
+def _generate(model: Any, prompt: Tensor, new_tokens: int, ends: bool, exchange: _Exchange) -> None:
     remedy = "If a setting in generation_config.json asks for that, remove it."
     try:
         with foreign(f"{type(model).__name__}.generate fails", remedy):
             model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                # Whoever takes the tokens says when it ends, and what is counted again.
+                # Whoever takes the tokens says when it ends, and what is counted again. Some processors need to know
+                # what would end it.
                 max_new_tokens=new_tokens + 1,
-                eos_token_id=None,
+                **({} if ends else {"eos_token_id": None}),
                 stop_strings=None,
                 repetition_penalty=1.0,
                 do_sample=False,

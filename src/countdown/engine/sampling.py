@@ -15,14 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from countdown.errors import ConfigError
+from countdown.errors import ConfigError, UnsupportedModelError
 
 Logits = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 # What a checkpoint's generation config says of sampling, under the same names.
 _OF_CHECKPOINTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Others that it may say, with the value that changes nothing.
+_UNHEEDED = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 MOST_LOGPROBS = 20
+_COLDEST = 1e-5
+# For the logarithm of a probability that is 0: JSON has no infinities.
+NEVER = -9999.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,7 @@ class Sampling:
         """Check the values."""
         for name, low, high in (
             ("temperature", 0.0, 100.0),
+            ("repetition_penalty", 0.01, 100.0),
             ("top_k", 0, 2**31),
             ("min_p", 0.0, 1.0),
             ("frequency_penalty", -2.0, 2.0),
@@ -72,8 +78,8 @@ class Sampling:
                 raise ConfigError(f"{name} is {value}, expected {low} to {high}.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, expected above 0, at most 1.")
-        if not 0 < self.repetition_penalty <= 100:
-            raise ConfigError(f"repetition_penalty is {self.repetition_penalty}, expected above 0, at most 100.")
+        if 0 < self.temperature < _COLDEST:
+            raise ConfigError(f"temperature is {self.temperature}, expected 0 or at least {_COLDEST}.")
 
     @property
     def is_plain(self) -> bool:
@@ -92,7 +98,9 @@ class Sampling:
         found = cls(**{name: value for name, value in given.items() if value is not None})
         if not getattr(generation_config, "do_sample", False):
             return replace(cls(), repetition_penalty=found.repetition_penalty)
-        return replace(found, temperature=found.temperature if given["temperature"] is not None else 1.0)
+        # What transformers does where they are not given.
+        missing: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
+        return replace(found, **{name: value for name, value in missing.items() if given[name] is None})
 
     def with_(self, **changes: Any) -> Sampling:
         """Return a copy with these settings; those that are None stay.
@@ -145,9 +153,11 @@ class Sampler:
             logits: Float `[vocabulary]`; left as they are.
 
         Raises:
-            ConfigError: One is to be drawn, and they are not numbers: the model computes NaN.
+            UnsupportedModelError: They are not numbers: the model computes NaN.
         """
         values = as_array(logits)
+        if np.isnan(values.max()):
+            raise UnsupportedModelError("the model's logits are not numbers (NaN), so there is no next token.")
         adjusted = self._penalised(values) if self.sampling.penalises else values
         token = self._drawn(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
         self._written[token] += 1
@@ -156,8 +166,8 @@ class Sampler:
         shifted = values - values.max()
         logprobs = shifted - np.log(np.exp(shifted).sum())
         top = _largest(logprobs, self.sampling.logprobs)
-        pairs = tuple((int(one), float(logprobs[one])) for one in top)
-        return Chosen(token, float(logprobs[token]), pairs)
+        pairs = tuple((int(one), max(float(logprobs[one]), NEVER)) for one in top)
+        return Chosen(token, max(float(logprobs[token]), NEVER), pairs)
 
     def _penalised(self, logits: Logits) -> Logits:
         """Return logits with what prompt and answer have made less likely."""
@@ -177,11 +187,17 @@ class Sampler:
         """Return a token drawn from what the settings leave."""
         tokens, probabilities = remaining(logits, self.sampling)
         reached = probabilities.cumsum(dtype=np.float64)
-        if not reached[-1] > 0:
-            raise ConfigError("the model's logits are not numbers (NaN), so no token can be drawn.")
         place = int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right"))
         place = min(place, len(reached) - 1)
         return place if tokens is None else int(tokens[place])
+
+
+def unheeded_in_sampling(generation_config: Any) -> list[str]:
+    """Return which settings of a checkpoint that samples change what it draws from, and are not heeded here."""
+    if not getattr(generation_config, "do_sample", False):
+        return []
+    found = {name: getattr(generation_config, name, None) for name in _UNHEEDED}
+    return [name for name, value in found.items() if value is not None and value != _UNHEEDED[name]]
 
 
 def as_array(logits: Tensor) -> Logits:
@@ -204,7 +220,7 @@ def remaining(logits: Logits, sampling: Sampling) -> tuple[Tokens | None, Logits
         `[n]`, None for all in order; and `[n]`.
     """
     tokens: Tokens | None = None
-    logits = logits / np.float32(sampling.temperature)
+    logits = (logits - logits.max()) / np.float32(sampling.temperature)
     if 0 < sampling.top_k < len(logits):
         tokens = _largest(logits, sampling.top_k)
         logits = logits[tokens]
@@ -222,6 +238,8 @@ def _likeliest(probabilities: Logits, top_p: float) -> Tokens:
     whole = float(probabilities.sum(dtype=np.float64))
     # What is less likely than its share of the rest is of the rest: few are left to sort.
     there = np.flatnonzero(probabilities > (1 - top_p) * whole / len(probabilities))
+    if not len(there):  # all are as likely
+        there = np.array([probabilities.argmax()])
     ordered = there[np.argsort(-probabilities[there], kind="stable")]
     before = probabilities[ordered].cumsum(dtype=np.float64) - probabilities[ordered]
     return ordered[: max(1, int(np.count_nonzero(before < top_p * whole)))]

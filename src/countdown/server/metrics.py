@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from torch import nn
 
+from countdown.engine.engine import TURNS
 from countdown.modules import sparse_modules
 from countdown.sparsify import realised_sparsity
 
@@ -69,6 +70,8 @@ class Metrics:
         """Return it in Prometheus's text format."""
         self._running.set(worker.running)
         self._waiting.set(worker.waiting)
-        if self._sparsity is not None and (share := realised_sparsity(self._model)) is not None:
-            self._sparsity.set(share)
+        if self._sparsity is not None:
+            # Counters are read between two steps of the engine: on a GPU that must not meet a capture.
+            with TURNS:
+                self._sparsity.set(realised_sparsity(self._model) or 0.0)
         return generate_latest(self.registry)

@@ -94,7 +94,7 @@ def understood(body: Any, *, chat: bool, model: str, tokenizer: Any, defaults: S
     """
     if not isinstance(body, dict):
         raise ApiError("the body is not a JSON object.")
-    if (asked := body.get("model", model)) != model:
+    if (asked := body.get("model")) not in (None, model):
         raise ApiError(
             f"the model {asked!r} does not exist; this server has {model!r}.",
             status=404, code="model_not_found", param="model",
@@ -206,9 +206,9 @@ def _most_tokens(body: dict[str, Any], *, chat: bool) -> int | None:
 
 def _stops(body: dict[str, Any]) -> list[str]:
     stop = body.get("stop")
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops):
-        raise ApiError("stop is neither a string nor a list of strings.", param="stop")
+        raise ApiError("stop is neither a string nor a list of strings, none of them empty.", param="stop")
     if len(stops) > MOST_STOPS:
         raise ApiError(f"stop has {len(stops)} strings, expected at most {MOST_STOPS}.", param="stop")
     return stops

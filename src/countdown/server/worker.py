@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from countdown.engine.engine import Answer, Engine, Piece, Request
-from countdown.errors import AccidentError
+from countdown.errors import AccidentError, told
 
 
 class QueueFullError(AccidentError):
@@ -135,17 +135,33 @@ class Worker:
         with self._change:
             self._stopped = True
             self._change.notify()
-        self._thread.join()
-        self.engine.close()
+        # A long prompt is not waited for: the thread ends with the process.
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            self.engine.close()
 
     def _run(self) -> None:
-        while self._wait():
-            self._drop_cancelled()
-            self._start_waiting()
-            for answer, piece in self.engine.step():
-                self._hand_on(self._running[id(answer)], piece)
-            for job in [job for job in self._running.values() if job.answer and job.answer.error]:
-                self._fail(job, job.answer.error)  # type: ignore[union-attr, arg-type]
+        try:
+            while self._wait():
+                self._turn()
+        except BaseException as error:  # whatever it is, nobody waits for ever
+            with self._change:
+                self._draining = True
+                left = [*self._running.values(), *self._waiting]
+                self._running, self._waiting = {}, deque()
+            failure = AccidentError(f"the engine has stopped: {told(error)}.")
+            for job in left:
+                job.put(failure)
+            raise
+
+    def _turn(self) -> None:
+        """Add a token to each answer that is being written, after those that were cancelled and those that wait."""
+        self._drop_cancelled()
+        self._start_waiting()
+        for answer, piece in self.engine.step():
+            self._hand_on(self._running[id(answer)], piece)
+        for job in [job for job in self._running.values() if job.answer and job.answer.error]:
+            self._fail(job, job.answer.error)  # type: ignore[union-attr, arg-type]
 
     def _wait(self) -> bool:
         """Return once there is something to do; False when nothing will be."""
