@@ -377,7 +377,15 @@ def serving(name: str, soak: str) -> str:
         rows.append([about, value, f"{beside:.2f} × {record['of']}" if beside else ""])
     first = document["records"][0]
     note = f"\n{first['model']}, {first['profile']}; medians over rounds in turn; the client runs on the same cores.\n"
-    return table(["", "", ""], rows, left=3) + note + _source(name, document) + _source(soak, long)
+    return table(["", "", ""], rows, left=3) + note + _measured(name, document) + _measured(soak, long)
+
+
+def _measured(name: str, document: dict[str, Any]) -> str:
+    meta = document["meta"]
+    return (
+        f"\n{meta['hardware']['cpu']}, {meta['hardware']['threads']} threads, torch {meta['versions']['torch']}, commit "
+        f"{meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+    )
 
 
 def cases() -> str:
