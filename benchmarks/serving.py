@@ -51,7 +51,7 @@ def main() -> None:
         sparsify_(model, Profile.load(arguments.profile))
     ids = tokenizer(" ".join(str(n) for n in range(1000)))["input_ids"]
     header = meta(
-        shlex.join(["python", "benchmarks/serving.py", *said(sys.argv[1:], arguments.model)]),
+        shlex.join(["python", "benchmarks/serving.py", source.label, *said(sys.argv[1:], arguments.model)]),
         commit=arguments.commit or commit(),
     )
     about = {"model": source.label, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}

@@ -382,8 +382,9 @@ def serving(name: str, soak: str) -> str:
 
 def _measured(name: str, document: dict[str, Any]) -> str:
     meta = document["meta"]
+    hardware = meta["hardware"]
     return (
-        f"\n{meta['hardware']['cpu']}, {meta['hardware']['threads']} threads, torch {meta['versions']['torch']}, commit "
+        f"\n{hardware['cpu']}, {hardware['threads']} threads, torch {meta['versions']['torch']}, commit "
         f"{meta['commit'][:8]}, {meta['date'][:10]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
     )
 
