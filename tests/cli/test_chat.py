@@ -231,3 +231,29 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(chat_folder, tmp_path, monkeypa
     assert result.returncode == 0
     assert "(stopped)" in result.stderr
     assert result.stderr.count("(6 tokens") == 1
+
+
+def test_generate_draws_where_it_is_told_to(model_folder, tmp_path):
+    def text(*options: str) -> str:
+        result = run("generate", model_folder, "hi", "--raw", "--max-new-tokens", "12", "-q", *options, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return str(result.stdout)
+
+    drawn = [text("--temperature", "3", "--top-k", "200", "--seed", seed) for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert text("--temperature", "0") == text() != drawn[0]
+    assert text("--repetition-penalty", "5") != text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-p", "0.5"], "--top-p is for tokens that are drawn: give a --temperature above 0, too"),
+        (["--temperature", "-2"], "temperature is -2.0, expected 0"),
+        (["--temperature", "1", "--top-k", "-3"], "top_k is -3, expected 0"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_draw_from(options, message, model_folder, tmp_path):
+    result = run("generate", model_folder, "hi", "--raw", *options, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr

@@ -216,6 +216,11 @@ def generate(
     alpha: o.Alpha = None,
     compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="Draw tokens: divide logits by this. [greedy]")] = None,
+    top_k: o.TopK = None,
+    top_p: o.TopP = None,
+    min_p: o.MinP = None,
+    repetition_penalty: o.RepetitionPenalty = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     apply_to: Annotated[str, typer.Option(help="decode: the prompt is dense. all: every token sparse.")] = "decode",
     tokens: o.Tokens = CALIBRATION_TOKENS,
@@ -229,7 +234,7 @@ def generate(
     verbose: o.Verbose = False,
     debug: o.Debug = False,
 ) -> None:
-    """Generate greedily, streaming; without a profile or method the model stays dense."""
+    """Generate, streaming, greedily unless told otherwise; without a profile or method the model stays dense."""
     from countdown.config import check_choice
     from countdown.engine.engine import check_fits
     from countdown.evaluation.generation import encode_prompt
@@ -240,6 +245,7 @@ def generate(
     from countdown.sparsify import sparsify_
 
     check_choice("--apply-to", apply_to, APPLY_TO)
+    sampling = inputs.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     chosen = inputs.chosen(
         profile, method_name, inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha), source
@@ -264,6 +270,7 @@ def generate(
             ids,
             max_new_tokens=max_new_tokens,
             write=lambda piece: typer.echo(piece, nl=False, err=json == "-"),
+            sampling=sampling,
         )
         typer.echo(err=json == "-")
     printing.print_speeds(runs, loaded)

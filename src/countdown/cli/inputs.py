@@ -15,6 +15,7 @@ from countdown.files import streams, unwritable_file
 if TYPE_CHECKING:
     from torch import nn
 
+    from countdown.engine.sampling import Sampling
     from countdown.loading import Source
     from countdown.profiles.profile import Profile
     from countdown.profiles.recipe import Recipe
@@ -50,6 +51,29 @@ def given_settings(
     settings = {"sparsity": sparsity, "decision": decision, "weighting": weighting, "allocation": allocation}
     settings |= {"bits": bits, "alpha": alpha}
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def sampling(
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int,
+) -> Sampling | None:
+    """Return how tokens are drawn; None where nothing was said of it."""
+    from countdown.engine.sampling import Sampling
+
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    wanted = next((name for name, value in given.items() if value is not None), None)
+    if wanted and not temperature:
+        raise ConfigError(
+            f"--{wanted.replace('_', '-')} is for tokens that are drawn: give a --temperature above 0, too."
+        )
+    if temperature is None and repetition_penalty is None:
+        return None
+    given |= {"temperature": temperature, "repetition_penalty": repetition_penalty, "seed": seed}
+    return Sampling().with_(**given)
 
 
 def recipe_of(name: str, settings: dict[str, Any]) -> Recipe:

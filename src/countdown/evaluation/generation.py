@@ -62,8 +62,9 @@ def generate(
     *,
     max_new_tokens: int,
     write: Callable[[str], None] = lambda _: None,
+    sampling: Sampling | None = None,
 ) -> Generation:
-    """Generate greedily: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
+    """Generate: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
 
     Threads that call it wait for each other: while the loop is prepared the model is not as others expect it. What on a
     CPU does not fit is logged, as a warning: transformers takes longer.
@@ -74,6 +75,7 @@ def generate(
         prompt: Token ids `[1, n]`.
         max_new_tokens: At most so many.
         write: Called with each piece of text as it comes.
+        sampling: How tokens are chosen; greedily when omitted.
 
     Raises:
         ConfigError: See `check_fits`.
@@ -81,7 +83,8 @@ def generate(
     """
     tokens = prompt[0].tolist()
     check_fits(model, tokens, max_new_tokens)
-    sampling = Sampling.of(model.generation_config).with_(temperature=0.0)
+    if sampling is None:
+        sampling = Sampling.of(model.generation_config).with_(temperature=0.0)
     # On a GPU the loop is compiled first, which takes longer than most answers.
     loop = next(model.parameters()).device.type == "cpu"
     request = Request(prompt=tokens, max_new_tokens=max_new_tokens, sampling=sampling, include_stop=True)
