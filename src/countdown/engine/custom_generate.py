@@ -100,7 +100,8 @@ def _refusal(model: Any, ids: Tensor, config: Any, synced: bool, given: dict[str
     """Return why the loop does not do what is asked for, None if it does."""
     mask, cache = given.get("attention_mask"), next((c for c in map(given.get, NAMES) if c is not None), None)
     positions = given.get("position_ids")
-    counted = positions is None or torch.equal(positions, torch.arange(ids.shape[1], device=ids.device)[None])
+    own = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)[None]
+    counted = positions is None or torch.equal(positions, own)
     others = [name for name, value in given.items() if name not in _KNOWN and value is not None]
     others += [] if counted else ["position_ids"]
     if len(ids) != 1 or ids.shape[1] == 0:
