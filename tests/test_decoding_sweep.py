@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,10 +15,10 @@ from calls import made_sparse
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
 from countdown.sites.decoder import decoder_of
+from scripts import BENCHMARKS, script
 
 pytestmark = pytest.mark.slow
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RECORDS = json.loads((BENCHMARKS / "results" / "census.json").read_text())["records"]
 ACCEPTED = [record["class"] for record in RECORDS if record["outcome"] == "accepted"]
 CAUSAL = [record["class"] for record in RECORDS if record["outcome"] == "accepted" and "causal" in record["mapping"]]
@@ -45,13 +43,12 @@ PROMPT = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(1
 
 
 @pytest.fixture(scope="module")
-def census() -> Any:
+def census() -> Iterator[Any]:
     """The script that makes a small model of every class."""
-    spec = importlib.util.spec_from_file_location("census", BENCHMARKS / "census.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.SIZES["sliding_window"] = SWITCH
-    return module
+    module = script("census")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module.SIZES, "sliding_window", SWITCH)
+        yield module
 
 
 @pytest.fixture(autouse=True)

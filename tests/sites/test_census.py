@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +15,8 @@ import countdown
 from countdown.errors import UnsupportedModelError
 from countdown.methods import method
 from countdown.sparsify import status
+from scripts import BENCHMARKS, script
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RECORDS = json.loads((BENCHMARKS / "results" / "census.json").read_text(encoding="utf-8"))["records"]
 VERIFIED = [one for one in RECORDS if one["outcome"] == "accepted" and one["verified"] == "end to end"]
 # Larger ones differ from these in their towers, which are left alone.
@@ -31,21 +28,12 @@ NO_DECODE_PROTOCOL = ["xLSTMForCausalLM"]
 TOKENS = 12
 
 
-def _census() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("census", BENCHMARKS / "census.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     cls = getattr(transformers, name, None)
     if cls is None:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    model = _census().build(cls)
+    model = script("census").build(cls)
     with torch.no_grad():
         for parameter in (one for one in model.parameters() if one.dim() > 1):
             parameter.normal_(std=parameter.shape[-1] ** -0.5)  # some classes begin as all zeros
@@ -53,7 +41,7 @@ def built(name: str) -> nn.Module:
 
 
 def batch(model: Any) -> dict[str, torch.Tensor]:
-    special = set(_census()._flat(model.config.to_dict()))
+    special = set(script("census")._flat(model.config.to_dict()))
     usual = torch.tensor([token for token in range(3, 250) if token not in special])
     ids = usual[torch.randint(len(usual), (2, TOKENS), generator=torch.Generator().manual_seed(0))]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
