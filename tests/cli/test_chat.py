@@ -81,6 +81,7 @@ def test_a_chat_draws_the_same_with_a_seed(chat_folder, tmp_path, monkeypatch):
         (["--top-p", "0"], "top_p is 0.0, expected above 0"),
         (["--context", "100000"], "context is 100000, expected 2 to the model's 2048"),
         (["--sparsity", "0.5"], "--sparsity needs --profile"),
+        (["--top-p", "0.5"], "--top-p is for tokens that are drawn: give a --temperature above 0, too"),
     ],
 )
 def test_a_chat_that_cannot_be_is_refused(arguments, message, chat_folder, tmp_path, monkeypatch):

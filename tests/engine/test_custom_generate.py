@@ -200,7 +200,10 @@ def test_whatever_changes_in_a_model_is_seen(change):
     model = gemma3()
     model._there = [model.model.layers[0].register_forward_hook(lambda _, __, output: -output)]
     assert torch.equal(*both(model))
+    kept = vars(model)[module._KEPT]
+    assert kept.serves(model, 20)
     CHANGES[change](model)
+    assert not kept.serves(model, 20)
     assert torch.equal(*both(model))
 
 

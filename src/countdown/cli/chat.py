@@ -65,6 +65,7 @@ def chat(
     if chosen is not None:
         sparsify_(loaded, chosen)
     sampling = Sampling.of(loaded.generation_config).with_(**given)
+    inputs.check_drawn(given, sampling.temperature)
     about = {"sampling": sampling, "system": system, "max_new_tokens": max_new_tokens}
     _Chat(loaded, tokenizer, chosen, context, about).run()
 

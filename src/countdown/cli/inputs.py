@@ -65,15 +65,19 @@ def sampling(
     from countdown.engine.sampling import Sampling
 
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-    wanted = next((name for name, value in given.items() if value is not None), None)
-    if wanted and not temperature:
-        raise ConfigError(
-            f"--{wanted.replace('_', '-')} is for tokens that are drawn: give a --temperature above 0, too."
-        )
+    check_drawn(given, temperature)
     if temperature is None and repetition_penalty is None:
         return None
     given |= {"temperature": temperature, "repetition_penalty": repetition_penalty, "seed": seed}
     return Sampling().with_(**given)
+
+
+def check_drawn(given: dict[str, Any], temperature: float | None) -> None:
+    """Refuse settings of which tokens may be drawn where none is."""
+    for name in ("top_k", "top_p", "min_p"):
+        if given[name] is not None and not temperature:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is for tokens that are drawn: give a --temperature above 0, too.")
 
 
 def recipe_of(name: str, settings: dict[str, Any]) -> Recipe:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.decoding import DecodeLoop
-from countdown.engine.engine import SHORTEST, TURNS
+from countdown.engine.engine import TURNS, room_for
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.loading import context_of
 from countdown.sequences import NAMES
@@ -136,7 +136,7 @@ def _loop(model: Any, ids: Tensor, new_tokens: int) -> DecodeLoop:
             kept.loop.restart(ids, new_tokens=new_tokens)
             object.__setattr__(model, _KEPT, _Kept(model, kept.loop))
             return kept.loop
-    room = max(SHORTEST, 1 << (total - 1).bit_length())
+    room = room_for(total)
     room = max(total, min(room, context_of(model.config) or room))
     loop = DecodeLoop(model, ids, new_tokens=new_tokens, room=room)
     object.__setattr__(model, _KEPT, _Kept(model, loop))

@@ -309,7 +309,7 @@ class _Place:
             answer.reused = kept
         else:
             self.loop = None  # its memory first
-            room = min(_room(needed), self._engine.context)
+            room = min(room_for(needed), self._engine.context)
             self.loop = DecodeLoop(self._engine.model, prompt, new_tokens=min(limit, room - length), room=room)
         self._held = prompt[0].tolist()
 
@@ -421,8 +421,8 @@ def ends(model: Any) -> set[int]:
     return set(found if isinstance(found, list) else [] if found is None else [found])
 
 
-def _room(tokens: int) -> int:
-    """Return the length of a cache for so many tokens."""
+def room_for(tokens: int) -> int:
+    """Return how many tokens a cache has room for that holds at least so many."""
     return max(SHORTEST, 1 << (tokens - 1).bit_length())
 
 
