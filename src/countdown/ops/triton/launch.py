@@ -77,17 +77,22 @@ class Launch:
         grid: Programs.
         constants: Its `tl.constexpr` arguments.
         warps: Warps of a program.
+        fused: Whether a product and the sum that it goes into may be rounded once. Not where a sum across threads
+            begins with products: each of two threads would round its own once and the other's twice, and which of the
+            two results is stored is left to chance.
     """
 
     grid: tuple[int, ...]
     constants: dict[str, Any]
     warps: int
+    fused: bool = True
 
     def options(self, found: Hardware) -> dict[str, Any]:
         """Return the keyword arguments of the launch."""
         # Not given unless used: Triton for other vendors does not know it.
         dependent = {"launch_pdl": True} if found.dependent_launch else {}
-        return {**self.constants, "PDL": found.dependent_launch, "num_warps": self.warps, **dependent}
+        apart = {} if self.fused else {"enable_fp_fusion": False}
+        return {**self.constants, "PDL": found.dependent_launch, "num_warps": self.warps, **dependent, **apart}
 
 
 def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -295,7 +300,8 @@ def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens:
     block = _clamp(_power(d), 16, 16 * _KB)
     constants = {"P": _power(form.splits), "COLUMNS": 32, "LOW_P": parts, "RANK": rank, "BLOCK": block}
     constants["COUNTING"] = len(heights) if counting else 0
-    return Launch((constants["COUNTING"] + sum(_ceil(height, 32) for height in heights), tokens), constants, 4)
+    grid = (constants["COUNTING"] + sum(_ceil(height, 32) for height in heights), tokens)
+    return Launch(grid, constants, 4, fused=not ranks)
 
 
 def reduction(d: int, programs: int, tokens: int) -> Launch:
