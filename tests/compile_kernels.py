@@ -134,19 +134,36 @@ def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels
 
 def _dense(d: int, h: int, x: str, found: launch.Hardware) -> Kernels:
     """Yield the kernels of the rest of a step."""
-    pointers = dict.fromkeys(("x", "w0", "w1", "w2", "b0", "b1", "b2", "y", "q", "keys", "values"), f"*{x}")
+    pointers = dict.fromkeys(
+        ("x", "w0", "w1", "w2", "b0", "b1", "b2", "y", "q", "keys", "values", "gate", "up", "gate_bias", "up_bias",
+         "weight", "sums", "out", "logits"), f"*{x}",
+    )  # fmt: skip
     config = launch.projection(h, [d, d], ITEMSIZE[x], found)
-    heights = dict.fromkeys(("h0", "h1", "h2"), INT)
+    heights = dict.fromkeys(("h0", "h1", "h2", "h"), INT)
     yield "project", dense_kernels.project_one, config, pointers | heights | {"BIAS": True, "d": h}
+    gated = launch.projection(d, [h], ITEMSIZE[x], found, together=2)
+    yield "gated", dense_kernels.gated_one, gated, pointers | heights | {"ACT": "silu", "d": d}
+    for y in (f"*{x}", None):
+        yield f"norm {y}", dense_kernels.normalise, launch.normalisation(1, d), pointers | {
+            "y": y, "x_stride": SIZE, "y_stride": SIZE, "d": SIZE, "eps": "fp32", "ROUNDED": True, "OVERLAP": True,
+        }  # fmt: skip
     attention = launch.attention(700, 4, d // 32)
     blocks = {"largest": "*fp32", "total": "*fp32", "partial": "*fp32"}
     strides = ("query_stride", "key_stride", "key_step", "value_stride", "value_step")
-    yield "attend", dense_kernels.attend_block, attention, pointers | blocks | dict.fromkeys(strides, SIZE) | {
-        "mask": "*i1", "scale": "fp32", "length": INT, "size": INT, "QUERIES": 4, "MASK": True,
-    }  # fmt: skip
+    new = (f"*{x}", f"*{x}", SIZE, SIZE, "*i64", "*i64")
+    for name, more in (("attend", {"new": None, "rotation": None}), ("attend next", {"new": new, "rotation": new[:2]})):
+        yield name, dense_kernels.attend_block, attention, pointers | blocks | dict.fromkeys(strides, SIZE) | {
+            "mask": "*i1", "scale": "fp32", "length": INT, "half": d // 64, "QUERIES": 4, **more,
+        }  # fmt: skip
     yield "combine", dense_kernels.attend_all, launch.combination(11, attention), pointers | blocks | {
-        "blocks": INT, "size": INT, "QUERIES": 4,
+        "blocks": INT, "size": d // 32, "QUERIES": 4, "OVERLAP": False,
     }  # fmt: skip
+    places = {"ranks": "*i32", "places": "*i32", "n": INT, "blocks": INT, "y": "*i64"}
+    yield "angles", dense_kernels.angles_one, launch.angles(d // 64), {
+        "position": "*i64", "frequencies": "*fp32", "cos": f"*{x}", "sin": f"*{x}", "n": INT, "scale": "fp32",
+    }  # fmt: skip
+    yield "largest of block", dense_kernels.largest_of_block, launch.largest(49152), pointers | places
+    yield "largest of all", dense_kernels.largest_of_all, launch.largest_of_all(48), places
 
 
 def _compiled(kernel: triton.JITFunction, config: launch.Launch, arguments: dict[str, Any], target: GPUTarget) -> int:

@@ -18,7 +18,7 @@ ROWS = [
     ["sequences"],
     ["allocation", "compensation", "selectors", "phase"],
     ["methods", "ops", "sites"],
-    ["modules", "replay", "static_cache"],
+    ["fusing", "modules", "replay", "static_cache"],
     ["cost", "decoding", "one_token"],
     ["profiles"],
     ["sparsify", "calibration"],

@@ -15,6 +15,7 @@ from calls import made_sparse
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
 from countdown.sites.decoder import decoder_of
+from fused_loop import FusedLoop
 from scripts import BENCHMARKS, script
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ def built(census: Any, name: str, change: Callable[[Any, nn.Module], None] | Non
 
 
 def check(model: nn.Module, refused: str | None, *, near: float = 0.0) -> None:
-    """The loop writes what `generate` writes; or it says why not, and leaves the model as it was.
+    """The loop, and the one of GPUs, writes what `generate` writes; or it says why not, and leaves the model as it was.
 
     Args:
         model: The model.
@@ -101,13 +102,15 @@ def check(model: nn.Module, refused: str | None, *, near: float = 0.0) -> None:
             DecodeLoop(model, PROMPT, new_tokens=NEW_TOKENS)
         assert torch.equal(own_text(model)[0], own)
         return
-    started = DecodeLoop(model, PROMPT, new_tokens=NEW_TOKENS)
-    texts = {"at first": started.run(NEW_TOKENS)}
-    # As the engine does: another prompt in what was traced, then this one again.
-    started.restart(PROMPT.flip(1)[:, :5], new_tokens=3)
-    started.run(3)
-    started.restart(PROMPT, new_tokens=NEW_TOKENS)
-    texts["again"] = started.run(NEW_TOKENS)
+    texts = {}
+    for loop in (DecodeLoop, FusedLoop):
+        started = loop(model, PROMPT, new_tokens=NEW_TOKENS)
+        texts[f"{loop.__name__}, at first"] = started.run(NEW_TOKENS)
+        # As the engine does: another prompt in what was traced, then this one again.
+        started.restart(PROMPT.flip(1)[:, :5], new_tokens=3)
+        started.run(3)
+        started.restart(PROMPT, new_tokens=NEW_TOKENS)
+        texts[f"{loop.__name__}, again"] = started.run(NEW_TOKENS)
     for when, written in texts.items():
         if not torch.equal(written, own):
             at = int((written != own).nonzero()[0])

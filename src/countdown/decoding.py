@@ -2,8 +2,10 @@
 
 Hugging Face's `generate` spends part of every token in Python. This loop keeps the cache and the token on the device,
 and computes the linears and the attention of a single token in kernels of ours. It takes any model that runs with a
-static cache, dense or sparsified, for one sequence, greedily. On a CUDA device the step is compiled and captured in a
-graph; on a CPU its operations are recorded (`replay`), which takes a tenth of a second where compiling takes a minute.
+static cache, dense or sparsified, for one sequence, greedily. The operations of a step are recorded, which takes a
+second where compiling takes a minute. On a CPU they are done again in the same memory (`replay`); for a CUDA device
+those that belong together are put together (`fusing`) and all are captured in a graph. Quantised models alone, whose
+kernels torch makes, are compiled.
 
 A replay does what was traced, and nothing that the model would decide in Python later on. So before the first token
 a model is refused whose steps are not all alike, and the first replay must give the logits of the model's own step.
@@ -23,6 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
+from countdown.fusing import fused
 from countdown.loading import cache_argument, check_context
 from countdown.memory import ran_out
 from countdown.modules import sparse_modules
@@ -62,9 +65,8 @@ class DecodeLoop:
 
     Raises:
         ConfigError: On another device, several sequences, or more tokens than the model's context.
-        UnsupportedModelError: The model's step does not compile as one graph, cannot be recorded, or would not go on
-            as the model does: what it keeps between steps, or prepares for them, is not carried; or autocast is on. The
-            model is left as it was.
+        UnsupportedModelError: The model's step cannot be recorded, or would not go on as the model does: what it keeps
+            between steps, or prepares for them, is not carried; or autocast is on. The model is left as it was.
     """
 
     def __init__(self, model: nn.Module, prompt: Tensor, *, new_tokens: int, room: int | None = None) -> None:
@@ -297,24 +299,33 @@ class DecodeLoop:
         return argmax(logits), logits
 
     def _trace(self) -> Callable[[], object]:
-        following: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]] = self._next
-
-        def step() -> None:
-            token, self._logits = following(self.token, self._positions)
-            self.token.copy_(token)
-            for positions in self._positions:
-                positions.add_(1)
-
         with one_token(self.model, self.linears):
-            try:
-                if not self.token.is_cuda:
-                    return recorded(step)
-                following = torch.compile(self._next, fullgraph=True, dynamic=False, options=compiler_options())
-                return record(step).replay
-            except torch._dynamo.exc.TorchDynamoException as error:
-                raise UnsupportedModelError(
-                    f"{_name(self.model)} does not compile as one graph: {str(error).splitlines()[0]}"
-                ) from error
+            if not self.token.is_cuda:
+                return recorded(self._step)
+            if any(type(parameter) is not nn.Parameter for parameter in self.model.parameters()):
+                return self._compiled()
+            # It has what a graph reads and no step makes, which must stay as long as the graph.
+            self._fused = fused(self._step, lambda: [self._logits])
+        return record(self._fused_step).replay
+
+    def _compiled(self) -> Callable[[], object]:
+        """Return the step of a model whose weights are of classes of their own: quantised, they wait to be compiled."""
+        following = torch.compile(self._next, fullgraph=True, dynamic=False, options=compiler_options())
+        try:
+            return record(lambda: self._step(following)).replay
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UnsupportedModelError(
+                f"{_name(self.model)} does not compile as one graph: {str(error).splitlines()[0]}"
+            ) from error
+
+    def _step(self, following: Callable[[Tensor, list[Tensor]], tuple[Tensor, Tensor]] | None = None) -> None:
+        token, self._logits = (following or self._next)(self.token, self._positions)
+        self.token.copy_(token)
+        for positions in self._positions:
+            positions.add_(1)
+
+    def _fused_step(self) -> None:
+        (self._logits,) = self._fused()
 
 
 class _Prepared:
@@ -446,11 +457,10 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Return `step` as a graph, after two runs that compile it."""
+    """Return `step` as a graph, after a run that compiles its kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # for what the step reads
     with torch.cuda.stream(stream):
-        step()
         step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -460,7 +470,11 @@ def record(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Return the place of the largest logit `[1, 1]` of `[1, vocabulary]`, in two stages: one is slow on a GPU."""
+    """Return the place of the largest logit `[1, 1]` of `[1, vocabulary]`."""
+    if logits.is_cuda:
+        largest: Tensor = torch.ops.countdown.largest_one(logits)
+        return largest
+    # In two stages, of which the first is one of the small operations that the CPU's library knows.
     missing = -logits.shape[1] % TILE
     tiles = (F.pad(logits, (0, missing), value=float("-inf")) if missing else logits).view(-1, TILE)
     tile = tiles.amax(dim=-1).argmax(dim=0, keepdim=True)

@@ -44,24 +44,38 @@ def recorded(step: Callable[[], object], *, everything: bool = False) -> Callabl
     Raises:
         UnsupportedModelError: What it does depends on the values of tensors, or differs from one run to the next.
     """
+    return partial(_replay, list(_calls(_changing(operations(step), everything))))
+
+
+def operations(step: Callable[[], object]) -> list[Done]:
+    """Return the operations of a step, after two runs: those of the second.
+
+    Raises:
+        UnsupportedModelError: What it does depends on the values of tensors, or differs from one run to the next.
+    """
     first, second = _record(step), _record(step)
     if [done.description for done in first] != [done.description for done in second]:
         raise UnsupportedModelError("the model's step does something else each time: it counts in Python.")
-    made = {_storage(tensor) for done in first for tensor in done.new}
+    made = {storage(tensor) for done in first for tensor in done.new}
     if any(made & done.read for done in second):
         raise UnsupportedModelError("the model's step reads what the one before made: it keeps tensors in Python.")
-    return partial(_replay, list(_calls(_changing(second, everything))))
+    return second
 
 
-@dataclass(frozen=True)
-class _Done:
-    """An operation that was done, and what it made."""
+@dataclass(frozen=True, eq=False)
+class Done:
+    """An operation that was done, and what it made; on a CPU also what it ran of our library."""
 
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     made: Any
     ran: list[Ran]
+
+    @property
+    def name(self) -> str:
+        """The operation's, such as `aten::mul`."""
+        return str(self.op._schema.name)
 
     @property
     def description(self) -> str:
@@ -71,7 +85,7 @@ class _Done:
     @cached_property
     def read(self) -> set[int]:
         """The storages it was given."""
-        return {_storage(tensor) for tensor in _tensors((self.args, self.kwargs))}
+        return {storage(tensor) for tensor in tensors_in((self.args, self.kwargs))}
 
     @cached_property
     def written(self) -> set[int]:
@@ -79,25 +93,25 @@ class _Done:
         names = [argument.name for argument in self.op._schema.arguments]
         given = dict(zip(names, self.args, strict=False)) | self.kwargs
         changed = [given.get(argument.name) for argument in self.op._schema.arguments if argument.is_write]
-        return {_storage(tensor) for tensor in _tensors(changed)}
+        return {storage(tensor) for tensor in tensors_in(changed)}
 
     @cached_property
     def new(self) -> list[Tensor]:
         """The tensors it made that are no part of what it was given."""
-        return [tensor for tensor in _tensors(self.made) if _storage(tensor) not in self.read]
+        return [tensor for tensor in tensors_in(self.made) if storage(tensor) not in self.read]
 
     @property
     def is_parallel(self) -> bool:
         """Whether torch may do it on several threads."""
-        read = () if self.op.overloadpacket in _PICKING else _tensors((self.args, self.kwargs))
-        return any(tensor.numel() >= _GRAIN for tensor in (*read, *_tensors(self.made)))
+        read = () if self.op.overloadpacket in _PICKING else tensors_in((self.args, self.kwargs))
+        return any(tensor.numel() >= _GRAIN for tensor in (*read, *tensors_in(self.made)))
 
     @property
     def calls(self) -> list[Ran]:
         """What it is as calls of our library, none where that does not know it."""
-        known = self.read | {_storage(tensor) for tensor in self.new}
+        known = self.read | {storage(tensor) for tensor in self.new}
         # One call of the kernels, on nothing but what was given and made; the last tensor is what that worked in.
-        if len(self.ran) == 1 and {_storage(tensor) for tensor in self.ran[0].tensors[:-1]} <= known:
+        if len(self.ran) == 1 and {storage(tensor) for tensor in self.ran[0].tensors[:-1]} <= known:
             return self.ran
         return [] if missing() else small_calls(self.op._schema.name, self.args, self.kwargs, self.made)
 
@@ -120,44 +134,50 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.done: list[_Done] = []
+        self.done: list[Done] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.overloadpacket in _READING:
             raise UnsupportedModelError(f"the model's step reads the value of a tensor in Python ({op.name()}).")
         with _kernels_watched() as ran:
             made = op(*args, **(kwargs or {}))
-        self.done.append(_Done(op, args, kwargs or {}, made, ran))
+        self.done.append(Done(op, args, kwargs or {}, made, ran))
         return made
 
 
-def _record(step: Callable[[], object]) -> list[_Done]:
+def _record(step: Callable[[], object]) -> list[Done]:
     with _Recording() as recording:
         step()
-    done: list[_Done] = recording.done
+    done: list[Done] = recording.done
     return done
 
 
-def _changing(done: Sequence[_Done], everything: bool) -> list[_Done]:
-    """Return what must be done again: all that changes what it was given, or makes what differs between steps."""
+def _changing(done: Sequence[Done], everything: bool) -> list[Done]:
+    """Return what must be done again in the same memory, so no views."""
+    changing = changed(done, everything=everything)
+    return [one for one in done if one.written or any(storage(tensor) in changing for tensor in one.new)]
+
+
+def changed(done: Sequence[Done], *, everything: bool = False) -> set[int]:
+    """Return the storages that differ from one step to the next, or all that a step makes."""
     changing = set().union(*(one.written for one in done))
     if everything:
-        changing.update(_storage(tensor) for one in done for tensor in one.new)
+        changing.update(storage(tensor) for one in done for tensor in one.new)
     size = -1
     # Until nothing is added: what is written late is read early in the next step.
     while size != len(changing):
         size = len(changing)
         for one in done:
             if changing & one.read:
-                changing |= {_storage(tensor) for tensor in one.new}
-    return [one for one in done if one.written or any(_storage(tensor) in changing for tensor in one.new)]
+                changing |= {storage(tensor) for tensor in one.new}
+    return changing
 
 
 def _kernels_watched() -> AbstractContextManager[list[Ran]]:
     return nullcontext([]) if missing() else library().watched()
 
 
-def _calls(done: Sequence[_Done]) -> Iterator[Callable[[], object]]:
+def _calls(done: Sequence[Done]) -> Iterator[Callable[[], object]]:
     """Yield what must be called: for what our library does in a row one call of that."""
     known = [(one, one.calls) for one in done]
     apart = not any(one.is_parallel for one, calls in known if not calls)
@@ -174,7 +194,7 @@ def _replay(calls: Sequence[Callable[[], object]]) -> None:
 
 
 def _copy(to: Sequence[Tensor], call: Callable[[], Any]) -> None:
-    for tensor, made in zip(to, _tensors(call()), strict=True):
+    for tensor, made in zip(to, tensors_in(call()), strict=True):
         tensor.copy_(made)
 
 
@@ -189,9 +209,11 @@ def _into(op: Any) -> Iterator[Callable[..., object]]:
             yield from (f for f in [getattr(torch, op._schema.name.removeprefix("aten::"), None), other] if f)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return the tensors among arguments or results."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage(tensor: Tensor) -> int:
+    """Return which memory a tensor is in."""
     return int(tensor.untyped_storage()._cdata)

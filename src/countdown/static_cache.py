@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from countdown.errors import UnsupportedModelError
 
-# Tokens that are computed before the first that counts: one to look at the linears, two to compile, one to capture.
+# Tokens that are computed before the first that counts: one to look at the linears, two to record, one to compile.
 WARM_UP = 4
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, in_turn, timed, wait
-from countdown.decoding import DecodeLoop, argmax, compiler_options, on_device
+from countdown.decoding import DecodeLoop, argmax, on_device
 from countdown.modules import sparse_modules
 from countdown.phase import continuing
 from countdown.replay import recorded
@@ -295,14 +295,13 @@ def _parts(model: nn.Module, loop: DecodeLoop, ids: Tensor) -> Iterable[tuple[st
     dense = [[group for group in groups if group[0] in set(site.module.modules())] for site in sites]
     taken = {id(group[0]) for groups_ in dense for group in groups_} | {id(head)}
     attention = [group for group in groups if id(group[0]) not in taken]
-    gated = torch.compile(_product, dynamic=False, options=compiler_options()) if ids.is_cuda else _product
 
     def run_ffns() -> None:
         with continuing(model, loop.cache):
             for module in sparse.values():
                 module.sparse(inputs[id(module)][None])
         for site, (first, last) in zip(sites, dense, strict=True):
-            gated(_project(first, inputs), site.sum.activation)
+            _gated(first, inputs, site.sum.activation)
             _project(last, inputs)
 
     def run_linears() -> None:
@@ -329,8 +328,13 @@ def _last_inputs(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) ->
     return inputs
 
 
-def _product(both: Tensor, activation: str) -> Tensor:
-    g, u = both.chunk(2, dim=-1)
+def _gated(group: list[nn.Linear], inputs: dict[int, Tensor], activation: str) -> Tensor:
+    """The activated projections of an FFN, as the loop computes them: on a GPU with what is activated."""
+    if len(group) == 2 and inputs[id(group[0])].is_cuda:
+        gate, up = group
+        weights, biases = [gate.weight, up.weight], [gate.bias, up.bias]
+        return torch.ops.countdown.gated_one(inputs[id(gate)], weights, biases, activation)  # type: ignore[no-any-return]
+    g, u = _project(group, inputs).chunk(2, dim=-1)
     return ACTIVATIONS[activation](g) * u
 
 

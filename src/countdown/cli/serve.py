@@ -90,7 +90,7 @@ def _run(model: nn.Module, tokenizer: Any, listener: socket.socket, how: dict[st
     from countdown.server.app import Settings, make_app
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # On a GPU each place would compile a step of its own.
+    # In turn they are no faster than one after the other, and each takes memory of its own.
     how["sequences"] = how["sequences"] or (MOST_SEQUENCES if on_cpu else 1)
     own = Sampling.of(model.generation_config)
     # As OpenAI's, where the checkpoint says nothing.

@@ -56,11 +56,10 @@ def decode_loop(
 ) -> Any:
     """Generate in the decode loop, as a decoding method for transformers' `generate`; greedy or sampled.
 
-    The step is traced at the first call, on a GPU for up to a minute, and kept with the model for further ones, until
-    the model is changed (sparsified, restored, adapted, hooked). What the loop does not run (batches, other outputs
-    than tokens, inputs besides text, models that it refuses) is generated as transformers does, and that is said.
-    transformers hands no streamer to a method of others: `functools.partial(countdown.decode_loop, streamer=streamer)`
-    does.
+    The step is traced at the first call and kept with the model for further ones, until the model is changed
+    (sparsified, restored, adapted, hooked). What the loop does not run (batches, other outputs than tokens, inputs
+    besides text, models that it refuses) is generated as transformers does, and that is said. transformers hands no
+    streamer to a method of others: `functools.partial(countdown.decode_loop, streamer=streamer)` does.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:

@@ -118,8 +118,7 @@ class Engine:
         reuse: Begin a prompt with what the cache of the last one in the same place holds of it. Tokens that a sparse
             model generated are read anew, as the prompt that they are now. Sums are then made in another order than
             for a whole prompt, so that a token may differ where two are as likely.
-        loop: Whether to use the decode loop; otherwise transformers computes every step. On a GPU a loop is compiled
-            first, for up to a minute.
+        loop: Whether to use the decode loop; otherwise transformers computes every step.
 
     Raises:
         ConfigError: A value out of its range.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from countdown.decoding import DEVICES
 from countdown.engine.conversation import encode_chat
 from countdown.engine.engine import TURNS, Engine, Request, check_fits
 from countdown.engine.sampling import Sampling
@@ -64,10 +65,10 @@ def generate(
     write: Callable[[str], None] = lambda _: None,
     sampling: Sampling | None = None,
 ) -> Generation:
-    """Generate: on a CPU in the decode loop, elsewhere and where that does not fit by `model.generate()`.
+    """Generate: in the decode loop, on other devices than it knows and where it does not fit as transformers does.
 
-    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it. What on a
-    CPU does not fit is logged, as a warning: transformers takes longer.
+    Threads that call it wait for each other: while the loop is prepared the model is not as others expect it. What does
+    not fit is logged, as a warning: transformers takes longer.
 
     Args:
         model: Dense or sparsified.
@@ -85,8 +86,7 @@ def generate(
     check_fits(model, tokens, max_new_tokens)
     if sampling is None:
         sampling = Sampling.of(model.generation_config).with_(temperature=0.0)
-    # On a GPU the loop is compiled first, which takes longer than most answers.
-    loop = next(model.parameters()).device.type == "cpu"
+    loop = next(model.parameters()).device.type in DEVICES
     request = Request(prompt=tokens, max_new_tokens=max_new_tokens, sampling=sampling, include_stop=True)
     text, times = [], []
     with TURNS, Engine(model, tokenizer, loop=loop) as engine:

@@ -56,7 +56,7 @@ class Backend(ABC):
         """Return weights and parts as calls should have them; the very same objects where nothing changes."""
         return sum_.weights, [part.in_rows() for part in parts]
 
-    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+    def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """Return implementations of the ops of decode loops, those of `ops.dense` and `ops.together`, by name."""
         return {}
 

@@ -38,7 +38,7 @@ class CPU(Gathering):
         """See `Backend.missing`."""
         return library.missing()
 
-    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+    def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """See `Backend.step_ops`."""
         return {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
 

@@ -45,12 +45,11 @@ class Triton(Gathering):
         reason = super().refuses(sum_, selector, parts, rule, **how)
         return reason or (other and f"it has no kernel for a copy in format '{other}'")
 
-    def step_ops(self) -> Mapping[str, Callable[..., Tensor]]:
+    def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """See `Backend.step_ops`."""
         from countdown.ops.triton import dense_ops
 
-        own = {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
-        return own | {"sparse_together": self._together}
+        return {**dense_ops.OPS, "sparse_together": self._together}
 
     def _together(self, x: Tensor, *args: Any, **names: Any) -> Tensor:
         from countdown.ops.triton import linear

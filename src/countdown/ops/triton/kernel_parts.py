@@ -14,12 +14,42 @@ PROMPT = tl.constexpr(phases_of.PROMPT)
 PADDING = tl.constexpr(phases_of.PADDING)
 
 
+# Programmatic dependent launch (Hopper and later): a kernel may start while the one before it runs, once all of its
+# programs have let it.
+
+
 @triton.jit
-def begin(PDL: tl.constexpr):
-    # Programmatic dependent launch (Hopper and later): start while the kernel before ends, and wait for its results.
+def let_next_start(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):
+    """Wait for what kernels before this one write. Before it only what no kernel of a step writes may be read."""
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
+
+
+@triton.jit
+def start_small(OVERLAP: tl.constexpr, PDL: tl.constexpr):
+    """For small kernels: what comes next may come before this one waits, if it is OVERLAP.
+
+    Many short programs fetch what they can meanwhile, wherever there is room. Programs that live as long as their
+    kernel must not: where some multiprocessors are still taken, the others would get more than their share.
+    """
+    if OVERLAP:
+        let_next_start(PDL)
+    wait_for_last(PDL)
+    if not OVERLAP:
+        let_next_start(PDL)
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """For kernels that have nothing to fetch before they wait: what comes next would wait in their place."""
+    wait_for_last(PDL)
+    let_next_start(PDL)
 
 
 @triton.jit

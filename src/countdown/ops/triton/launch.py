@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from countdown.weights.symmetric import group_of, padded
+
+T = TypeVar("T")
 
 # Rows up to this width are summed for two tokens at once in registers, with a proxy, in float32 or where the active set
 # is given; two tokens otherwise, and more, go through matrix instructions.
@@ -95,11 +97,11 @@ class Launch:
         return {**self.constants, "PDL": found.dependent_launch, "num_warps": self.warps, **dependent, **apart}
 
 
-def on_its_device(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def on_its_device(op: Callable[..., T]) -> Callable[..., T]:
     """Decorator: launch where the first argument is; Triton launches on the current device."""
 
     @wraps(op)
-    def on_device(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def on_device(x: Tensor, *args: Any, **kwargs: Any) -> T:
         if not x.is_cuda:
             return op(x, *args, **kwargs)
         with torch.cuda.device(x.device):
@@ -188,27 +190,50 @@ def _shared_out(h: int, rows: int, found: Hardware) -> tuple[int, int]:
     return programs, _ceil(_ceil(h, rows), programs) * rows
 
 
-def projection(d: int, heights: list[int], itemsize: int, found: Hardware) -> Launch:
-    """Return the launch of `project_one`, of matrices with so many rows."""
+def projection(d: int, heights: list[int], itemsize: int, found: Hardware, *, together: int = 1) -> Launch:
+    """Return the launch of `project_one`, of matrices with so many rows; or of `gated_one`, of two `together`."""
     block = _clamp(_power(d), 16, (8 if d % (8 * _KB // itemsize) == 0 else 4) * _KB // itemsize)
-    rows = _clamp(32 * _KB // (block * itemsize), 1, 16)
+    rows = _clamp(16 * _KB // (together * block * itemsize), 1, 16)
     constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1}
     if d > block:
-        constants["STAGES"] = _stages(rows * block * itemsize, 3, found.shared // 2)
+        constants["STAGES"] = _stages(together * rows * block * itemsize, 3, found.shared // 2)
     return Launch((sum(_ceil(h, rows) for h in heights),), constants, 4)
+
+
+def normalisation(rows: int, d: int) -> Launch:
+    """Return the launch of `normalise`."""
+    width = max(_power(d), 16)
+    return Launch((rows,), {"N": width}, _clamp(width // 512, 1, 16))
 
 
 def attention(length: int, queries: int, size: int) -> Launch:
     """Return the launch of `attend_block` without its groups: `queries` of `size` share a group's keys."""
-    width = max(_power(size), 16)
-    constants = {"R": max(_power(queries), TILE_TOKENS), "N": width, "BLOCK": _clamp(8192 // width, 16, 64)}
+    half = max(_power(_ceil(size, 2)), 16)
+    constants = {"R": max(_power(queries), TILE_TOKENS), "H": half, "BLOCK": _clamp(4096 // half, 16, 64)}
     return Launch((_ceil(length, constants["BLOCK"]),), constants, 4)
 
 
 def combination(blocks: int, block: Launch) -> Launch:
     """Return the launch of `attend_all` after so many programs of `attend_block`."""
-    constants = {"R": block.constants["R"], "N": block.constants["N"], "S": _clamp(_power(blocks), 1, 32)}
+    some = _clamp(_power(blocks), 1, 32)
+    constants = {"R": block.constants["R"], "N": 2 * block.constants["H"], "S": some, "MORE": blocks > some}
     return Launch((1,), constants, 4)
+
+
+def angles(n: int) -> Launch:
+    """Return the launch of `angles_one`."""
+    return Launch((1,), {"N": _power(n)}, 1)
+
+
+def largest(n: int) -> Launch:
+    """Return the launch of `largest_of_block`."""
+    block = _clamp(_power(n), 16, 1024)
+    return Launch((_ceil(n, block),), {"BLOCK": block}, 4)
+
+
+def largest_of_all(blocks: int) -> Launch:
+    """Return the launch of `largest_of_all` after so many programs of `largest_of_block`."""
+    return Launch((1,), {"BLOCKS": _power(blocks)}, 4)
 
 
 def tiled(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = False) -> Launch:
