@@ -119,7 +119,7 @@ class Group:
     def dense(self, copy: int) -> object:
         if self.x.is_cuda:
             return [F.linear(self.x, weight) for weight in self.rows[copy]]
-        return torch.ops.countdown.project_one(self.x, self.rows[copy], [None] * len(self.heights))
+        return torch.ops.countdown.project(self.x, self.rows[copy], [None] * len(self.heights))
 
     def fused(self, copy: int) -> Tensor:
         return F.linear(self.x, self.whole[copy])

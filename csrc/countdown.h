@@ -19,7 +19,10 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 9
+#define COUNTDOWN_ABI 10
+
+/* Tokens of a call, which may lie anywhere. */
+#define COUNTDOWN_MOST_TOKENS 8
 
 /* Integers are for small operations alone. */
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
@@ -75,24 +78,24 @@ typedef struct {
  * linear, whose one matrix is `down`. */
 typedef struct {
     int64_t dtype, tokens, d, h, outputs, activation; /* dtype: of x and y */
-    const void *x;                                    /* [T, d] */
+    const void *x[COUNTDOWN_MOST_TOKENS];             /* of each token, [d] */
     countdown_weight gate, up, down;                  /* h rows of d, of d, and of outputs */
     countdown_decision decision;
     countdown_compensation added; /* of a linear */
     uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
     int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */
-    void *y;           /* [T, outputs] */
-    void *workspace;   /* countdown_workspace bytes */
+    void *y[COUNTDOWN_MOST_TOKENS]; /* of each token, [outputs] */
+    void *workspace;                /* countdown_workspace bytes */
 } countdown_sum_call;
 
-/* One token through one to three linears, side by side. */
+/* One to 8 tokens through one to three linears, side by side. */
 typedef struct {
-    int64_t dtype, d, count;
-    const void *x; /* [d] */
+    int64_t dtype, tokens, d, count;
+    const void *x[COUNTDOWN_MOST_TOKENS]; /* of each token, [d] */
     const void *weights[3];
     int64_t rows[3], strides[3];
     const void *biases[3];
-    void *y; /* [sum of rows] */
+    void *y[COUNTDOWN_MOST_TOKENS]; /* of each token, [sum of rows] */
     void *workspace;
 } countdown_project_call;
 

@@ -1,4 +1,4 @@
-// The dense parts of one token's step: linears side by side, and attention.
+// The dense parts of a step: linears side by side, and attention.
 #pragma once
 
 #include <math.h>
@@ -11,31 +11,33 @@ namespace countdown::VARIANT {
 
 template <class W>
 struct ProjectSpace {
-    Operand<W> *tokens;  // [parts, width]
+    Operand<W> *tokens;  // [parts, T, width]
     int64_t width, bytes;
 
     ProjectSpace(const countdown_project_call &call, int parts) : width(ceil_to(call.d, PADDING)) {
         Workspace space(call.workspace);
-        tokens = space.take<Operand<W>>(parts * width);
+        tokens = space.take<Operand<W>>(parts * call.tokens * width);
         bytes = space.bytes();
     }
 };
 
-// Each part computes a range of the outputs of all linears, taken together.
+// Each part computes a range of the outputs of all linears, taken together, for every token. A token's outputs are the
+// same whatever other tokens there are.
 template <class W>
 class Projection {
   public:
     Projection(const countdown_project_call &call, const ProjectSpace<W> &space, const Part &part)
-        : call_(call), space_(space), part_(part), loops_(plain_loops<W>(1)), token_(space.tokens + part.index * space.width) {}
+        : call_(call), space_(space), part_(part), loops_(plain_loops<W>(call.tokens)),
+          tokens_(space.tokens + part.index * call.tokens * space.width) {}
 
     void run(int) {
-        copy_token(static_cast<const W *>(call_.x), call_.d, space_.width, token_);
+        for (int64_t t = 0; t < call_.tokens; ++t)
+            copy_token(static_cast<const W *>(call_.x[t]), call_.d, space_.width, tokens_ + t * space_.width);
         int64_t total = 0;
         for (int64_t w = 0; w < call_.count; ++w) total += call_.rows[w];
         int64_t first = total * part_.index / part_.count, stop = total * (part_.index + 1) / part_.count;
         for (int64_t w = 0, before = 0; w < call_.count; before += call_.rows[w++])
-            project(w, first > before ? first - before : 0, least(stop - before, call_.rows[w]),
-                    static_cast<W *>(call_.y) + before);
+            project(w, first > before ? first - before : 0, least(stop - before, call_.rows[w]), before);
     }
 
   private:
@@ -43,21 +45,27 @@ class Projection {
     const ProjectSpace<W> &space_;
     const Part &part_;
     const RowLoops loops_;
-    Operand<W> *const token_;
+    Operand<W> *const tokens_;
 
-    // Rows from first to stop of linear w.
-    void project(int64_t w, int64_t first, int64_t stop, W *y) {
+    // Rows from first to stop of linear w, whose outputs begin at a place.
+    void project(int64_t w, int64_t first, int64_t stop, int64_t place) {
         const W *weight = static_cast<const W *>(call_.weights[w]), *bias = static_cast<const W *>(call_.biases[w]);
         int64_t stride = call_.strides[w];
         for (int64_t i = first; i < stop; i += Vec::width) {
             int64_t count = least(Vec::width, stop - i);
-            float out[Vec::width] = {};
+            float out[Vec::width * MOST_TOKENS] = {};
             const char *row = reinterpret_cast<const char *>(weight + i * stride);
-            loops_.products(row, stride * int64_t(sizeof(W)), count, token_, space_.width, call_.d, out);
-            if (bias)
-                for (int64_t k = 0; k < count; ++k) out[k] += widened(bias + i + k);
-            store(y + i, load(out), count);
+            loops_.products(row, stride * int64_t(sizeof(W)), count, tokens_, space_.width, call_.d, out);
+            for (int64_t t = 0; t < call_.tokens; ++t)
+                write(static_cast<W *>(call_.y[t]) + place + i, out + t, bias ? bias + i : nullptr, count);
         }
+    }
+
+    // A token's outputs, of which the next one is T entries further.
+    void write(W *y, const float *out, const W *bias, int64_t count) const {
+        float own[Vec::width] = {};
+        for (int64_t k = 0; k < count; ++k) own[k] = out[k * call_.tokens] + (bias ? widened(bias + k) : 0);
+        store(y, load(own), count);
     }
 };
 

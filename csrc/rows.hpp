@@ -9,7 +9,7 @@
 
 namespace countdown::VARIANT {
 
-constexpr int MOST_TOKENS = 8;
+constexpr int MOST_TOKENS = COUNTDOWN_MOST_TOKENS;
 // Rows that are read side by side, as many as there are registers for their sums.
 constexpr int BLOCK = Vec::width < 16 ? 4 : 8;
 // Tokens are copied with zeros up to a multiple of this many entries, so that they are loaded whole.

@@ -204,7 +204,7 @@ class Sum {
         if (terms_.down.bias.data) total = total + terms_.down.bias.vector(c, count);
         if (low_rank_.is_there()) total = total + of_token(added);
         as_type(call_.dtype, [&](auto like) {
-            store(static_cast<decltype(like) *>(call_.y) + t * call_.outputs + c, total, count);
+            store(static_cast<decltype(like) *>(call_.y[t]) + c, total, count);
         });
     }
 

@@ -185,7 +185,7 @@ class Terms {
     template <class To>
     bool copy(int64_t t, int64_t width, To *to) const {
         return as_type(call.dtype, [&](auto like) {
-            return copy_token(static_cast<const decltype(like) *>(call.x) + t * call.d, call.d, width, to);
+            return copy_token(static_cast<const decltype(like) *>(call.x[t]), call.d, width, to);
         });
     }
 

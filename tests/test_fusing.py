@@ -74,7 +74,7 @@ def test_a_layer_of_llama_is_seven_operations(dtype):
     own.run(12)
     assert oracle.relative_error(loop._logits, own._logits.double()) <= 1e-2
     layers = model.config.num_hidden_layers
-    a_layer = {"project_one": 3 * layers + 1, "attend_next": layers, "gated_one": layers}
+    a_layer = {"project": 3 * layers + 1, "attend_next": layers, "gated_one": layers}
     norms = {"normalise": 1, "add_and_normalise": 2 * layers}
     assert dict(loop.operations) == ONCE | a_layer | norms
 
@@ -190,7 +190,7 @@ def test_what_changes_in_between_is_not_read_late():
 
 
 def project(x: Tensor, weights: list[Tensor]) -> Tensor:
-    return torch.ops.countdown.project_one(x, weights, [None] * len(weights))
+    return torch.ops.countdown.project(x, weights, [None] * len(weights))
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.gelu, lambda g: F.gelu(g, approximate="tanh"), F.relu])

@@ -16,7 +16,7 @@ What was traced serves prompt after prompt in the same memory (`restart`); only 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,7 +32,7 @@ from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.phase import continuing, phases
-from countdown.replay import recorded
+from countdown.replay import Recorded, recorded, together
 from countdown.static_cache import (
     check_filled,
     empty,
@@ -45,6 +45,8 @@ from countdown.static_cache import (
 )
 
 TILE = 512
+# Groups of loops that are kept joined.
+MOST_JOINED = 16
 DEVICES = ("cuda", "cpu")
 # How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖; what shares
 # nothing is 1.4 off. Of a model in float32 that is rounding, and now and then a neuron that flips at its threshold. In
@@ -245,17 +247,19 @@ class DecodeLoop:
         Raises:
             ConfigError: More steps than `new_tokens` in all.
         """
+        if self._begins_step():
+            with on_device(self.token.device):
+                self._replay()
+        return self.current
+
+    def _begins_step(self) -> bool:
+        """Count a step; return whether anything is to be computed for it: the first came with the prompt."""
         self._check_whole()
         self._check_left(1)
         self.left -= 1
-        # The first came with the prompt.
-        if self._first:
-            self._first = False
-            first: Tensor = self.logits
-            return first
-        with on_device(self.token.device):
-            self._replay()
-        return self._logits
+        first, self._first = self._first, False
+        self.current: Tensor = self.logits if first else self._logits
+        return not first
 
     def _check_whole(self) -> None:
         if self._broken:
@@ -326,6 +330,48 @@ class DecodeLoop:
 
     def _fused_step(self) -> None:
         (self._logits,) = self._fused()
+
+
+class Joint:
+    """Steps of several loops of one model at once, so that weights are read once for all; on a CPU.
+
+    What was joined is kept, so that the same loops are quickly joined again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], tuple[list[Recorded], Callable[[], None] | None]] = {}
+
+    @torch.no_grad()
+    def advance(self, loops: Sequence[DecodeLoop]) -> None:
+        """Advance each loop by a step, as `DecodeLoop.advance` does; its logits are `current` then.
+
+        Raises:
+            ConfigError: More steps than one of them has left.
+        """
+        for loop in loops:
+            loop._check_left(1)
+        steps = [loop._replay for loop in loops if loop._begins_step()]
+        run = self._joined(steps) if len(steps) > 1 else None
+        with on_device(loops[0].token.device):
+            for step in [run] if run else steps:
+                step()
+
+    def _joined(self, steps: Sequence[Callable[[], object]]) -> Callable[[], None] | None:
+        recordings = [step for step in steps if isinstance(step, Recorded)]
+        if len(recordings) < len(steps):
+            return None
+        key = tuple(map(id, recordings))
+        if key not in self._known:
+            if len(self._known) == MOST_JOINED:
+                self._known.pop(next(iter(self._known)))  # the oldest
+            # Kept alive, so that no other gets the same id.
+            self._known[key] = (recordings, together(recordings))
+        return self._known[key][1]
+
+    def forget(self, loops: Sequence[DecodeLoop]) -> None:
+        """Let go of what is joined with others than these loops."""
+        kept = {id(loop._replay) for loop in loops}
+        self._known = {key: known for key, known in self._known.items() if kept.issuperset(key)}
 
 
 class _Prepared:

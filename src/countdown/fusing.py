@@ -294,7 +294,7 @@ def _gated(graph: _Graph, last: Done) -> Iterator[_Found]:
             continue
         gate = activation.args[0]
         both = graph.origin(gate)
-        product = graph.maker(both, "countdown::project_one")
+        product = graph.maker(both, "countdown::project")
         if product is None or graph.origin(up) is not both or graph.leaves(both, (activation, last)):
             continue
         projections = [_projection(product, both, one) for one in (gate, up)]

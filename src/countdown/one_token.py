@@ -135,7 +135,7 @@ def _projections(linears: list[Projection]) -> list[Callable[[Tensor], Tensor]]:
 
 def _dense(x: Tensor, linears: list[Any]) -> Tensor:
     weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return torch.ops.countdown.project_one(x, weights, biases)  # type: ignore[no-any-return]
+    return torch.ops.countdown.project(x, weights, biases)  # type: ignore[no-any-return]
 
 
 def _sparse(x: Tensor, sites: list[Any]) -> Tensor:

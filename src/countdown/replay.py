@@ -32,7 +32,7 @@ _GRAIN = 32768
 _COPYING = (_aten._to_copy, _aten.clone)
 
 
-def recorded(step: Callable[[], object], *, everything: bool = False) -> Callable[[], None]:
+def recorded(step: Callable[[], object], *, everything: bool = False) -> Recorded:
     """Return `step` as the operations it does, on the very tensors it works on, after two runs.
 
     What no step changes is taken to stay as it is: what follows from it is not computed again.
@@ -44,7 +44,7 @@ def recorded(step: Callable[[], object], *, everything: bool = False) -> Callabl
     Raises:
         UnsupportedModelError: What it does depends on the values of tensors, or differs from one run to the next.
     """
-    return partial(_replay, list(_calls(_changing(operations(step), everything))))
+    return Recorded(_changing(operations(step), everything))
 
 
 def operations(step: Callable[[], object]) -> list[Done]:
@@ -99,6 +99,11 @@ class Done:
     def new(self) -> list[Tensor]:
         """The tensors it made that are no part of what it was given."""
         return [tensor for tensor in tensors_in(self.made) if storage(tensor) not in self.read]
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a sparse sum, which writes nothing but counters."""
+        return self.name in ("countdown::sparse", "countdown::given")
 
     @property
     def is_parallel(self) -> bool:
@@ -177,18 +182,87 @@ def _kernels_watched() -> AbstractContextManager[list[Ran]]:
     return nullcontext([]) if missing() else library().watched()
 
 
-def _calls(done: Sequence[Done]) -> Iterator[Callable[[], object]]:
-    """Yield what must be called: for what our library does in a row one call of that."""
-    known = [(one, one.calls) for one in done]
-    apart = not any(one.is_parallel for one, calls in known if not calls)
-    for ours, row in groupby(known, key=lambda pair: bool(pair[1])):
+Calls = list[Ran | Callable[[], object]]
+
+
+class Recorded:
+    """Operations that are done again when it is called.
+
+    Args:
+        done: The operations.
+    """
+
+    def __init__(self, done: Sequence[Done]) -> None:
+        self._done = done
+        # Of each operation calls of the library, or one that does it in torch.
+        self._calls: list[Calls] = [list(one.calls) or [one.again()] for one in done]
+        self._run = _in_rows([call for calls in self._calls for call in calls], apart=self._apart)
+
+    def __call__(self) -> None:
+        """Do them again."""
+        for call in self._run:
+            call()
+
+    @property
+    def _apart(self) -> bool:
+        """Whether torch computes nothing of it in parallel."""
+        in_torch = (one for one, calls in zip(self._done, self._calls, strict=True) if not isinstance(calls[0], Ran))
+        return not any(one.is_parallel for one in in_torch)
+
+
+def together(steps: Sequence[Recorded]) -> Callable[[], None] | None:
+    """Return a call that does several steps at once, so that weights are read once; None if they cannot be mixed.
+
+    That they can is of steps of one model with memory of their own. Each does what it does alone; see `Ran.with_others`
+    for what is not to the same bits.
+    """
+    names = [[one.name for one in step._done] for step in steps]
+    if any(of_step != names[0] for of_step in names[1:]) or _share_memory(steps):
+        return None
+    return partial(_run_all, _in_rows(_joint_calls(steps), apart=all(step._apart for step in steps)))
+
+
+def _joint_calls(steps: Sequence[Recorded]) -> Calls:
+    """Return the calls of several steps, operation by operation, those that can be one as one."""
+    calls: Calls = []
+    joint: list[Ran] = []
+    for of_steps in zip(*(step._calls for step in steps), strict=True):
+        one = _joint(of_steps)
+        joint += [one] if one else []
+        calls += [one] if one else [call for of_step in of_steps for call in of_step]
+    placed = iter(library().in_one_workspace(joint)) if joint else iter(())
+    known = {id(one) for one in joint}
+    return [next(placed) if id(call) in known else call for call in calls]
+
+
+def _joint(of_steps: Sequence[Calls]) -> Ran | None:
+    """Return one call for those of several steps, if they can be one."""
+    calls = [of_step[0] for of_step in of_steps if len(of_step) == 1]
+    if len(calls) < len(of_steps) or not all(isinstance(call, Ran) for call in calls):
+        return None
+    return calls[0].with_others(calls[1:])  # type: ignore[union-attr, arg-type]
+
+
+def _share_memory(steps: Sequence[Recorded]) -> bool:
+    """Return whether a step writes what another one reads or writes, but for counters of active sets."""
+    written = [set().union(*(one.written for one in step._done if not one.counts)) for step in steps]
+    made = [{storage(tensor) for one in step._done for tensor in one.new} for step in steps]
+    used = [set().union(*(one.read for one in step._done)) | of_step for step, of_step in zip(steps, made, strict=True)]
+    return any((written[a] | made[a]) & used[b] for a in range(len(steps)) for b in range(len(steps)) if a != b)
+
+
+def _in_rows(calls: Calls, *, apart: bool) -> list[Callable[[], object]]:
+    """Return what must be called: for what our library does in a row one call of that."""
+    found: list[Callable[[], object]] = []
+    for ours, row in groupby(calls, key=lambda call: isinstance(call, Ran)):
         if ours:
-            yield library().again([ran for _, calls in row for ran in calls], apart=apart)
+            found.append(library().again(list(row), apart=apart))  # type: ignore[arg-type]
         else:
-            yield from (one.again() for one, _ in row)
+            found.extend(row)  # type: ignore[arg-type]
+    return found
 
 
-def _replay(calls: Sequence[Callable[[], object]]) -> None:
+def _run_all(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()
 

@@ -106,6 +106,56 @@ def test_the_beginning_of_a_prompt_is_not_read_again(name, tokenizer, sparse):
     assert again.reused == len(turn) - 1
 
 
+def test_caches_double_while_answers_share_steps(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "SHORTEST", 16)
+    monkeypatch.setattr(module, "AT_FIRST", 4)
+    model = llama()
+    expected = [own(model, prompt, 20 + place) for place, prompt in enumerate(PROMPTS[:3])]
+    engine = Engine(model, tokenizer, sequences=3)
+    answers = [engine.start(Request(prompt=p, max_new_tokens=20 + n)) for n, p in enumerate(PROMPTS[:3])]
+    while engine.answers:
+        engine.step()
+    assert [answer.tokens for answer in answers] == expected
+    assert {answer.by for answer in answers} == {"decode loop"}
+
+
+def test_answers_that_sample_share_steps(tokenizer):
+    sampling = [Sampling(temperature=0.8, seed=seed, logprobs=1) for seed in range(3)]
+    requests = [Request(prompt=p, max_new_tokens=6, sampling=s) for p, s in zip(PROMPTS, sampling, strict=False)]
+    engine = Engine(llama(), tokenizer, sequences=3)
+    alone = [written(engine, prompt=r.prompt, max_new_tokens=6, sampling=r.sampling) for r in requests]
+    answers = [engine.start(request) for request in requests]
+    while engine.answers:
+        engine.step()
+    assert [answer.tokens for answer in answers] == alone
+
+
+def test_an_answer_that_ends_leaves_the_others_in_step(tokenizer):
+    model = llama()
+    engine = Engine(model, tokenizer, sequences=3)
+    answers = [engine.start(Request(prompt=prompt, max_new_tokens=9)) for prompt in PROMPTS[:3]]
+    for _ in range(4):
+        engine.step()
+    engine.cancel(answers[1])
+    again = engine.start(Request(prompt=PROMPTS[3], max_new_tokens=9))
+    while engine.answers:
+        engine.step()
+    expected = [own(model, PROMPTS[n], 9) for n in (0, 2, 3)]
+    assert [answer.tokens for answer in (answers[0], answers[2], again)] == expected
+    assert answers[1].tokens == own(model, PROMPTS[1], 9)[:4]
+
+
+def test_a_step_for_all_that_fails_ends_all_and_frees_their_places(tokenizer, monkeypatch):
+    engine = Engine(llama(), tokenizer, sequences=2)
+    answers = [engine.start(Request(prompt=prompt, max_new_tokens=4)) for prompt in PROMPTS[:2]]
+    monkeypatch.setattr(engine._joint, "advance", lambda loops: 1 / 0)
+    assert engine.step() == []
+    assert [(answer.finish, type(answer.error)) for answer in answers] == [("error", ZeroDivisionError)] * 2
+    assert engine.free == 2
+    monkeypatch.undo()
+    assert written(engine, prompt=PROMPTS[0], max_new_tokens=4) == own(engine.model, PROMPTS[0], 4)
+
+
 def test_without_reuse_nothing_is_kept(tokenizer):
     engine = Engine(llama(), tokenizer)
     written(engine, prompt=PROMPTS[0], max_new_tokens=3)
@@ -251,7 +301,7 @@ def test_settings_of_a_checkpoint_that_nothing_heeds_go_to_transformers(tokenize
 def test_one_answer_that_fails_leaves_the_others_alone(tokenizer):
     engine = Engine(llama(), tokenizer, sequences=2)
     answers = [engine.start(Request(prompt=prompt, max_new_tokens=4)) for prompt in PROMPTS[:2]]
-    engine._places[0].loop.advance = lambda: 1 / 0
+    engine._places[0]._stream.add = lambda _: 1 / 0
     while engine.answers:
         engine.step()
     assert (answers[0].finish, type(answers[0].error)) == ("error", ZeroDivisionError)

@@ -25,7 +25,7 @@ def main() -> None:
                 cases.check_linear(tokens, d, h, dtype, "cuda", share=0.5, bias=True, phases=[0, 2, 1, 0, 0][:tokens])
                 cases.check_phases([0, 2, 1, 0, 0][:tokens], d, h, dtype, "cuda", by="proxy-4")
         weights, biases = cases.ffn(d, h, torch.float16, "cuda", bias=True)
-        dense_ops.project_one(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])
+        dense_ops.project(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])
     cases.check_linear(2, 300, 515, torch.bfloat16, "cuda", share=0.5, bias=True, phases=[0, 2], rank=21)
     cases.check_together(1, 300, [515, 37, 1], torch.bfloat16, "cuda", torch.ops.countdown.sparse_together, [21, 1, 1])
     cases.check_together(1, 300, [515, 37, 1], torch.bfloat16, "cuda", torch.ops.countdown.sparse_together)

@@ -129,9 +129,9 @@ def check_dense(draw: random.Random, seed: int) -> None:
     biases = [draw.choice([None, cases.inputs(1, rows, dtype, "cpu", seed)[0]]) for rows in heights]
     x = cases.inputs(1, d, dtype, "cpu", seed)
     exact = [[t if t is None else t.double() for t in some] for some in ([x], weights, biases)]
-    expected = dense.project_one(exact[0][0], exact[1], exact[2])
+    expected = dense.project(exact[0][0], exact[1], exact[2])
     allowed = cases.TOLERANCE[dtype] * (float(expected.norm()) + d**0.5)
-    assert float((dense_ops.project_one(x, weights, biases).double() - expected).norm()) <= allowed
+    assert float((dense_ops.project(x, weights, biases).double() - expected).norm()) <= allowed
     groups, each, length, size = draw.randint(1, 3), draw.randint(1, 9), draw.randint(1, 90), draw.randint(1, 80)
     q = cases.inputs(groups * each, size, dtype, "cpu", seed).view(1, groups * each, 1, size)
     keys, values = (

@@ -446,7 +446,7 @@ def test_calls_in_a_row_on_any_threads_are_those_calls_alone(order, apart):
             for threads in order:  # each reads what the one before it wrote
                 torch.set_num_threads(threads)
                 y = CPU.sparse_ffn(x, weights, biases, thresholds, counted(), **HOW)
-                z = dense_ops.project_one(y, [square], [None])
+                z = dense_ops.project(y, [square], [None])
                 a = dense_ops.attend_one(z.view(1, 9, 1, 64), keys, values, None, 0.3)
                 x = (a * 2).view(1, d)
                 row.extend(small_calls("aten::mul", (a, 2), {}, x.view_as(a)))
@@ -474,7 +474,7 @@ def row_of_threads():
     def one(seed: int):
         x, weight = cases.inputs(1, 640, torch.float32, "cpu", seed), cases.inputs(600, 640, torch.float32, "cpu", 1)
         with library.library().watched() as row:
-            y = dense_ops.project_one(x, [weight], [None])
+            y = dense_ops.project(x, [weight], [None])
         assert row[0].parts == 3
         return y, y.clone(), library.library().again(row)
 

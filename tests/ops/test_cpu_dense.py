@@ -23,12 +23,28 @@ def test_project_one(d, heights, bias, dtype, threads):
     biases = [cases.inputs(1, h, dtype, "cpu", 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
     x = cases.inputs(1, d, dtype, "cpu", 0)
     with cases.poisoned():
-        y = dense_ops.project_one(x, weights, biases)
+        y = dense_ops.project(x, weights, biases)
     expected = [
         weight.double() @ x[0].double() + (0 if some is None else some.double())
         for weight, some in zip(weights, biases, strict=True)
     ]
     assert oracle.relative_error(y[0], torch.cat(expected)) <= cases.TOLERANCE[dtype]
+
+
+@crossed(
+    tokens=[2, 3, 5, 8],
+    d=[1, 37, 2048],
+    heights=[(1,), (64, 16), (37, 5, 41)],
+    bias=[(), (0, 2)],
+    dtype=cases.TOLERANCE,
+)
+def test_tokens_of_a_product_are_each_as_alone(tokens, d, heights, bias, dtype, threads):
+    weights = [cases.inputs(h, d, dtype, "cpu", h) for h in heights]
+    biases = [cases.inputs(1, h, dtype, "cpu", 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
+    x = cases.inputs(tokens, d, dtype, "cpu", 0)
+    with cases.poisoned():
+        y = dense_ops.project(x, weights, biases)
+    assert torch.equal(y, torch.cat([dense_ops.project(one[None], weights, biases) for one in x]))
 
 
 @crossed(

@@ -27,7 +27,7 @@ def test_project_one(d, heights, bias, dtype):
     biases = [cases.inputs(1, h, dtype, DEVICE, 7 + h)[0] if place in bias else None for place, h in enumerate(heights)]
     x = cases.inputs(1, d, dtype, DEVICE, 0)
     with cases.poisoned():
-        y = dense_ops.project_one(x, weights, biases)
+        y = dense_ops.project(x, weights, biases)
     expected = [
         weight.double() @ x[0].double() + (0 if some is None else some.double())
         for weight, some in zip(weights, biases, strict=True)
@@ -153,7 +153,7 @@ def test_largest_one(n, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.ones(2, 8)}, "expected one token"),
+        ({"x": torch.ones(9, 8)}, "1 to 8 tokens"),
         ({"weights": [torch.ones(4, 8)] * 4, "biases": [None] * 4}, "expected 1 to 3"),
         ({"biases": []}, "biases has 0 entries, expected 1"),
         ({"weights": [torch.ones(4, 9)]}, "to fit W"),
@@ -161,7 +161,7 @@ def test_largest_one(n, dtype):
 )
 def test_products_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        dense.project_one(**{"x": torch.ones(1, 8), "weights": [torch.ones(4, 8)], "biases": [None]} | change)
+        dense.project(**{"x": torch.ones(1, 8), "weights": [torch.ones(4, 8)], "biases": [None]} | change)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,7 @@ def test_a_new_key_that_does_not_fit(change, message):
     ("call", "message"),
     [
         (lambda: dense.gated_one(torch.ones(1, 8), [torch.ones(4, 8)], [None], "silu"), "expected gate and up alike"),
+        (lambda: dense.gated_one(torch.ones(2, 8), [torch.ones(4, 8)] * 2, [None] * 2, "silu"), "expected one token"),
         (lambda: dense.gated_one(torch.ones(1, 8), [torch.ones(4, 8)] * 2, [None] * 2, "sulu"), "expected one of silu"),
         (lambda: dense.normalise(torch.ones(1, 8), torch.ones(7), 0.1, True), "expected .8,."),
         (lambda: dense.add_and_normalise(torch.ones(1, 8), torch.ones(8), torch.ones(8), 0.1, True), "like x"),

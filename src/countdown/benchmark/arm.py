@@ -340,4 +340,4 @@ def _gated(group: list[nn.Linear], inputs: dict[int, Tensor], activation: str) -
 
 def _project(group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tensor:
     weights, biases = [linear.weight for linear in group], [linear.bias for linear in group]
-    return torch.ops.countdown.project_one(inputs[id(group[0])], weights, biases)  # type: ignore[no-any-return]
+    return torch.ops.countdown.project(inputs[id(group[0])], weights, biases)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from countdown.decoding import DecodeLoop
+from countdown.decoding import DecodeLoop, Joint
 from countdown.engine.handed import Handed
 from countdown.engine.sampling import Chosen, Sampler, Sampling, unheeded_in_sampling
 from countdown.engine.streaming import TextStream
@@ -150,6 +150,7 @@ class Engine:
         # From so many tokens on transformers computes all.
         self._refused_from = _NEVER if loop else 0
         self._places = [_Place(self) for _ in range(sequences)]
+        self._joint = Joint()
         self._closed = False
         if loop and (refusal := _unheeded(model)):
             self._hand_on(refusal, 0)
@@ -198,6 +199,7 @@ class Engine:
         """Add a token to each answer that is being written; one that fails ends, its `error` set."""
         found = []
         with TURNS:
+            self._advance_together()
             for place in self._places:
                 answer = place.answer
                 if answer is None:
@@ -207,6 +209,25 @@ class Engine:
                 except Exception as error:
                     answer.finish, answer.error = "error", error
         return found
+
+    def _advance_together(self) -> None:
+        """Compute the next logits of all answers that one step can serve."""
+        joined = [place for place in self._places if place.can_join]
+        if len(joined) < 2:
+            return
+        loops = [place.loop for place in joined if place.loop is not None]
+        self._joint.forget([place.loop for place in self._places if place.loop is not None])
+        try:
+            self._joint.advance(loops)
+        except Exception as error:
+            for place in joined:
+                answer = place.answer
+                place.fail()
+                if answer is not None:
+                    answer.finish, answer.error = "error", error
+            return
+        for place in joined:
+            place.is_ahead = True
 
     def cancel(self, answer: Answer) -> None:
         """End an answer where it is; what was ended already stays so."""
@@ -240,6 +261,7 @@ class Engine:
             for place in self._places:
                 place.end("cancelled")
                 place.loop = None
+            self._joint.forget([])
             self._closed = True
 
     def __enter__(self) -> Engine:
@@ -266,7 +288,14 @@ class _Place:
         self.answer: Answer | None = None
         self.loop: DecodeLoop | None = None
         self._handed: Handed | None = None
+        self.is_ahead = False  # the logits of the next token are there
         self._held: list[int] = []  # tokens in the cache, those of prompts, that another prompt may begin with
+
+    @property
+    def can_join(self) -> bool:
+        """Whether its next step may be computed together with those of others."""
+        free = self.answer is None or self._handed is not None or self.is_ahead
+        return not free and self.loop is not None and self.loop.left > 0
 
     def shared(self, prompt: Sequence[int]) -> int:
         """Return with how many tokens that the cache holds a prompt begins, and has more than those."""
@@ -328,11 +357,13 @@ class _Place:
         answer = self.answer
         assert answer is not None
         try:
-            chosen = self._choose(answer)
+            return self._step(answer)
         except BaseException:
-            self.end("cancelled")
-            self.loop = None  # it stands where nobody knows
+            self.fail()
             raise
+
+    def _step(self, answer: Answer) -> Piece:
+        chosen = self._choose(answer)
         answer.tokens.append(chosen.token)
         # The tokens that end an answer are not part of its text.
         ended = chosen.token in self._ends
@@ -348,11 +379,12 @@ class _Place:
         return Piece(chosen, text, finish)
 
     def _choose(self, answer: Answer) -> Chosen:
-        if self._handed is None and self.loop is not None and not self.loop.left:
+        if self._handed is None and self.loop is not None and not self.loop.left and not self.is_ahead:
             self._grow(self.loop, answer)
         steps = self._handed or self.loop
         assert steps is not None
-        logits = steps.advance()
+        logits = self.loop.current if self.is_ahead and self.loop is not None else steps.advance()
+        self.is_ahead = False
         if answer.request.sampling.is_plain:
             return Chosen(int(steps.token))
         chosen = self._sampler.choose(logits[0])
@@ -369,11 +401,17 @@ class _Place:
             self._engine._hand_on(str(error), loop.room)
             self._hand(answer)
 
+    def fail(self) -> None:
+        """End the answer and let go of the loop, which stands where nobody knows."""
+        self.end("cancelled")
+        self.loop = None
+
     def end(self, why: str) -> None:
         """End the answer, if there is one."""
         if self._handed is not None:
             self._handed.close()
             self._handed = None
+        self.is_ahead = False
         if self.answer is None:
             return
         answer, self.answer = self.answer, None

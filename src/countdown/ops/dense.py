@@ -1,7 +1,8 @@
-"""Dense ops of one token, for decode loops: schemas, checks, fakes, and their reference, which rounds as torch does.
+"""Dense ops of a decoding step: schemas, checks, fakes, and their reference, which rounds as torch does.
 
-- `project_one`: x [1, d] through one to three linears, weights [d_out_k, d], side by side: [1, Σ d_out_k].
-- `gated_one`: act(W_gate x + b) · (W_up x + b), [1, h]; weights [h, d] of both, `activation` by name.
+- `project`: x [T, d], one to 8 tokens, through one to three linears, weights [d_out_k, d], side by side:
+  [T, Σ d_out_k].
+- `gated_one`: of x [1, d], act(W_gate x + b) · (W_up x + b), [1, h]; weights [h, d] of both, `activation` by name.
 - `normalise`: RMS norm over the last dimension of x [..., d]; `rounded` to the dtype of x before the weight is
   multiplied in. `add_and_normalise`: (x + y, its norm).
 - `attend_one`: q [1, heads, 1, size] attends to keys and values [1, groups, length, size], heads a multiple of groups,
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from countdown.ops.base import MOST_TOKENS
 from countdown.sums.activations import ACTIVATIONS
 from countdown.sums.linear import Linear
 from countdown.weights import Plain
@@ -30,9 +32,9 @@ Biases = list[Tensor | None]
 
 
 def check_projections(x: Tensor, weights: list[Tensor], biases: Biases) -> None:
-    """Raise ValueError unless one token fits one to three linears."""
-    if x.dim() != 2 or x.shape[0] != 1:
-        raise ValueError(f"x is {tuple(x.shape)}, expected one token [1, d]")
+    """Raise ValueError unless tokens fit one to three linears."""
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MOST_TOKENS:
+        raise ValueError(f"x is {tuple(x.shape)}, expected [T, d], 1 to {MOST_TOKENS} tokens")
     if not 1 <= len(weights) <= 3:
         raise ValueError(f"weights has {len(weights)} tensors, expected 1 to 3")
     if len(biases) != len(weights):
@@ -46,6 +48,8 @@ def check_projections(x: Tensor, weights: list[Tensor], biases: Biases) -> None:
 def check_gated(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> None:
     """Raise ValueError unless one token fits a gate and an up projection."""
     check_projections(x, weights, biases)
+    if len(x) != 1:
+        raise ValueError(f"x is {tuple(x.shape)}, expected one token [1, d]")
     if len(weights) != 2 or weights[0].shape != weights[1].shape:
         raise ValueError(f"weights are {[tuple(weight.shape) for weight in weights]}, expected gate and up alike")
     if activation not in ACTIVATIONS:
@@ -104,8 +108,8 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits are {tuple(logits.shape)}, expected [1, n]")
 
 
-def project_one(x: Tensor, weights: list[Tensor], biases: Biases) -> Tensor:
-    """Return one token through several linears, `[1, Σ d_out]`."""
+def project(x: Tensor, weights: list[Tensor], biases: Biases) -> Tensor:
+    """Return tokens through several linears, `[T, Σ d_out]`."""
     check_projections(x, weights, biases)
     return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=-1)
 
@@ -179,7 +183,7 @@ def largest_one(logits: Tensor) -> Tensor:
 
 def _project_fake(x: Tensor, weights: list[Tensor], biases: Biases) -> Tensor:
     check_projections(x, weights, biases)
-    return x.new_empty((1, sum(len(weight) for weight in weights)))
+    return x.new_empty((len(x), sum(len(weight) for weight in weights)))
 
 
 def _gated_fake(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> Tensor:
@@ -225,7 +229,7 @@ def _largest_fake(logits: Tensor) -> Tensor:
 
 # Schema, fake and reference, by name.
 OPS = {
-    "project_one": ("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor", _project_fake, project_one),
+    "project": ("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor", _project_fake, project),
     "gated_one": (
         "(Tensor x, Tensor[] weights, Tensor?[] biases, str activation) -> Tensor",
         _gated_fake,

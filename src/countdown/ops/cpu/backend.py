@@ -40,7 +40,7 @@ class CPU(Gathering):
 
     def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """See `Backend.step_ops`."""
-        return {"project_one": dense_ops.project_one, "attend_one": dense_ops.attend_one}
+        return {"project": dense_ops.project, "attend_one": dense_ops.attend_one}
 
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
         """W_down by neuron, a linear by input channel, proxies in tiles."""
@@ -130,7 +130,7 @@ def _done(
 ) -> Tensor:
     """Return the result of a call of a form, of tensors as kernels read them."""
     call = SumCall.from_buffer_copy(form)
-    call.x = x.data_ptr()
+    call.x = library.of_tokens(x, call.tokens)
     decision = call.decision
     for view, weight, bias in zip(_views(call, len(biases)), weights, biases, strict=False):
         view.data = weight.data_ptr()
@@ -157,7 +157,7 @@ def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
     else:
         same = call.outputs == call.d  # `empty_like` is faster
         result = torch.empty_like(x) if same else x.new_empty((*x.shape[:-1], call.outputs))
-        call.y = result.data_ptr()
+        call.y = library.of_tokens(result, call.tokens)
     return result
 
 

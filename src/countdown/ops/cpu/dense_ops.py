@@ -1,4 +1,4 @@
-"""The dense ops of decode loops on a CPU; see `ops.dense`."""
+"""The dense ops of a decoding step on a CPU; see `ops.dense`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from torch import Tensor
 
 from countdown.ops import dense as reference
 from countdown.ops.base import contiguous
-from countdown.ops.cpu.library import DTYPES, AttendCall, ProjectCall, library
+from countdown.ops.cpu.library import DTYPES, AttendCall, ProjectCall, library, of_tokens
 from countdown.ops.dense import check_attention, check_projections
 from countdown.ops.request import requested
 
 
-def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    """Return the products of one token `[1, Σ d_out]`; see `ops.dense`."""
+def project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Return the products `[T, Σ d_out]`; see `ops.dense`. Those of a token are the same whatever others there are."""
     check_projections(x, weights, biases)
     if _is_for_reference(x) or any(weight.stride(1) != 1 and x.shape[1] > 1 for weight in weights):
-        return reference.project_one(x, weights, biases)
+        return reference.project(x, weights, biases)
     x, biases = x.contiguous(), contiguous(biases)
     heights = [len(weight) for weight in weights]
-    y = x.new_empty((1, sum(heights)))
+    y = x.new_empty((len(x), sum(heights)))
     addresses, integers = ctypes.c_void_p * 3, ctypes.c_int64 * 3
     call = ProjectCall(
-        DTYPES[x.dtype], x.shape[1], len(weights), x.data_ptr(),
+        DTYPES[x.dtype], *x.shape, len(weights), of_tokens(x, len(x)),
         addresses(*(weight.data_ptr() for weight in weights)),
         integers(*heights),
         integers(*(weight.stride(0) for weight in weights)),
         addresses(*(None if bias is None else bias.data_ptr() for bias in biases)),
-        y.data_ptr(),
+        of_tokens(y, len(x)),
     )  # fmt: skip
     library().run(call, [x, *weights, *biases, y], weights=sum(heights) * x.shape[1])
     return y

@@ -6,7 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from countdown.ops import cpu
+from countdown.ops.base import MOST_TOKENS
 
-ABI = 9
+ABI = 10
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
@@ -29,6 +30,16 @@ DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy-4": 3, "input": 4, None
 _GRAIN = 65536
 
 _Int, _Pointer = ctypes.c_int64, ctypes.c_void_p
+_Tokens = _Pointer * MOST_TOKENS
+
+
+def of_tokens(tensor: Tensor, tokens: int) -> ctypes.Array[ctypes.c_void_p]:
+    """Return where each token of a contiguous tensor `[tokens, ...]` lies."""
+    first = tensor.data_ptr()
+    if tokens == 1:
+        return _Tokens(first)
+    step = tensor.nbytes // tokens
+    return _Tokens(*(first + t * step for t in range(tokens)))
 
 
 class MatrixView(ctypes.Structure):
@@ -65,11 +76,13 @@ class SumCall(ctypes.Structure):
 
     _fields_ = (
         *((name, _Int) for name in ("dtype", "tokens", "d", "h", "outputs", "activation")),
-        ("x", _Pointer),
+        ("x", _Tokens),
         *((name, MatrixView) for name in ("gate", "up", "down")),
         ("decision", Decision),
         ("added", CompensationView),
-        *((name, _Pointer) for name in ("selected", "counters", "y", "workspace")),
+        *((name, _Pointer) for name in ("selected", "counters")),
+        ("y", _Tokens),
+        ("workspace", _Pointer),
     )
 
 
@@ -77,13 +90,14 @@ class ProjectCall(ctypes.Structure):
     """`countdown_project_call`."""
 
     _fields_ = (
-        *((name, _Int) for name in ("dtype", "d", "count")),
-        ("x", _Pointer),
+        *((name, _Int) for name in ("dtype", "tokens", "d", "count")),
+        ("x", _Tokens),
         ("weights", _Pointer * 3),
         ("rows", _Int * 3),
         ("strides", _Int * 3),
         ("biases", _Pointer * 3),
-        *((name, _Pointer) for name in ("y", "workspace")),
+        ("y", _Tokens),
+        ("workspace", _Pointer),
     )
 
 
@@ -151,10 +165,35 @@ class Ran:
         """Return what was run, keeping the memory that the tensors have now, whatever they are given later."""
         return cls(call, parts, [tensor.detach() for tensor in tensors if tensor is not None])
 
+    def with_others(self, others: Sequence[Ran]) -> Ran | None:
+        """Return one call that does this and others, which differ from it in their tokens alone; None if they do not.
+
+        A sparse sum then reads once what several tokens need, and adds in another order; a product is to the same bits.
+        """
+        alike = isinstance(self.call, ProjectCall | SumCall) and self.call.tokens == 1
+        calls = [one.call for one in (self, *others)]
+        if not alike or any(
+            one.parts != self.parts or _but_tokens(one.call) != _but_tokens(self.call) for one in others
+        ):
+            return None
+        call = type(self.call).from_buffer_copy(self.call)
+        call.tokens = len(calls)
+        call.x, call.y = (_Tokens(*(getattr(one, name)[0] for one in calls)) for name in ("x", "y"))
+        return replace(self, call=call, tensors=[tensor for one in (self, *others) for tensor in one.tensors])
+
     @property
     def step(self) -> Step:
         """What runs it again, which holds addresses alone."""
         return Step(_KINDS[type(self.call)], self.parts, ctypes.addressof(self.call))
+
+
+def _but_tokens(call: Call) -> bytes | None:
+    """Return what a call is besides where its token lies and where it works."""
+    if not isinstance(call, ProjectCall | SumCall):
+        return None
+    other = type(call).from_buffer_copy(call)
+    other.x, other.y, other.workspace = _Tokens(), _Tokens(), None
+    return bytes(other)
 
 
 class _Scratch(threading.local):
@@ -250,6 +289,14 @@ class Library:
             run(steps, len(row))  # the steps hold addresses alone, the row what lies there
 
         return call
+
+    def in_one_workspace(self, row: Sequence[Ran]) -> list[Ran]:
+        """Return calls that are run one after the other with one workspace for all of them."""
+        sizes = [self._workspace(ctypes.byref(ran.step)) for ran in row]
+        memory = torch.empty(max(sizes, default=0), dtype=torch.uint8, device="cpu")
+        for ran in row:
+            ran.call.workspace = memory.data_ptr()
+        return [replace(ran, tensors=[*ran.tensors, memory]) for ran in row]
 
     @contextmanager
     def watched(self) -> Iterator[list[Ran]]:

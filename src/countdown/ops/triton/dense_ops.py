@@ -21,11 +21,11 @@ WIDEST_ROW = 32768
 
 
 @launch.on_its_device
-def project_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
-    """Return the products of one token `[1, Σ d_out]`; see `ops.dense`. At the bandwidth limit."""
+def project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
+    """Return the products `[T, Σ d_out]`; see `ops.dense`. Of one token at the bandwidth limit, of others torch's."""
     reference.check_projections(x, weights, biases)
-    if x.stride(1) != 1 or not all(w.is_contiguous() for w in weights) or _is_for_reference(x):
-        return reference.project_one(x, weights, biases)
+    if len(x) > 1 or x.stride(1) != 1 or not all(w.is_contiguous() for w in weights) or _is_for_reference(x):
+        return reference.project(x, weights, biases)
     d, heights = x.shape[1], [len(weight) for weight in weights]
     found = launch.hardware(x.device)
     config = launch.projection(d, heights, x.element_size(), found)
@@ -185,7 +185,7 @@ def largest_one(logits: Tensor) -> Tensor:
 # By name, for the backend.
 OPS = {
     op.__name__: op
-    for op in (project_one, gated_one, normalise, add_and_normalise, attend_one, attend_next, angles_one, largest_one)
+    for op in (project, gated_one, normalise, add_and_normalise, attend_one, attend_next, angles_one, largest_one)
 }
 
 
