@@ -135,6 +135,17 @@ static void products_of(const Rows &rows, const void *x, int64_t x_stride, int64
     sum_each<R * T>(totals, out);
 }
 
+// The same for R rows, P at a time: registers hold no more sums than that.
+template <class W, int R, int P, int T>
+static void products_in_blocks(const Rows &rows, const void *x, int64_t x_stride, int64_t d, float *out,
+                               const Rows *ahead) {
+    for (int k = 0; k < R; k += P) {
+        Rows some, later;
+        for (int i = 0; i < P; ++i) some.row[i] = rows.row[k + i], later.row[i] = ahead->row[k + i];
+        products_of<W, P, T, true>(some, x, x_stride, d, out + k * T, &later);
+    }
+}
+
 // The same for N rows one after the other, `stride` bytes apart, while what lies a page further on is fetched.
 template <class W, int N, int T>
 static void products_in_turn(const char *row, int64_t stride, const void *x, int64_t x_stride, int64_t d, float *out) {
@@ -227,16 +238,18 @@ struct RowLoops {
     }
 };
 
-// The loops above for T tokens and R rows of plain entries.
-template <class W, int R, int T>
+// The loops above for T tokens of plain entries: products of P rows at a time, sums of BLOCK, which are read and written
+// once for all of them.
+template <class W, int P, int T>
 static RowLoops loops_for() {
+    constexpr int R = BLOCK;
     return {.tokens = T,
             .rows_at_once = R,
             .rows_in_turn = 8 / T,
             .in_turn = products_in_turn<W, 8 / T, T>,
             .one_in_turn = products_in_turn<W, 1, T>,
             .row_products = products_of<W, 1, T, false>,
-            .block_products = products_of<W, R, T, true>,
+            .block_products = products_in_blocks<W, R, P, T>,
             .row_add = add_rows<W, 1, T, false>,
             .block_add = {add_rows<W, R, T, false>, add_rows<W, R, T, true>}};
 }

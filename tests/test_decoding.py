@@ -511,7 +511,7 @@ def test_weights_are_read_once_for_all():
     alone = sum(isinstance(call, library.Ran) and isinstance(call.call, library.ProjectCall) for call in calls)
     assert alone == 4 * model.config.num_hidden_layers + 1
     ((recordings, _),) = joint._known.values()
-    together = replay._joint_calls(recordings)
+    together = replay._joint_calls(recordings, 8)
     products = [call.call for call in together if isinstance(call, library.Ran) and hasattr(call.call, "biases")]
     assert [call.tokens for call in products] == [3] * alone
 
@@ -550,3 +550,23 @@ def test_what_is_joined_is_kept_for_few_groups_and_forgotten():
     assert len(joint._known) <= 1
     joint.forget([])
     assert not joint._known
+
+
+@pytest.mark.parametrize("name", ["m-countdown", "d-proxy", "teal"])
+def test_more_loops_than_sparse_ones_are_dense(name, tokenizer, text):
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method(name, sparsity=0.6), tokens=512, progress=False)
+    expected = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]]
+    texts = [loop.run(5).tolist() for loop in expected]
+    countdown.sparsify_(model, profile)
+    countdown.reset_counters(model)
+    loops, joint = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]], Joint(sparse_up_to=2)
+    written: list[list[int]] = [[], [], []]
+    for _ in range(5):
+        joint.advance(loops)
+        for loop, text_ in zip(loops, written, strict=True):
+            text_.append(int(loop.token))
+    assert written == texts
+    for loop, dense in zip(loops, expected, strict=True):
+        torch.testing.assert_close(loop.current, dense.current)
+    assert {site.tokens for site in countdown.status(model)} == {0}

@@ -31,6 +31,7 @@ from countdown.memory import ran_out
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
+from countdown.ops.base import MOST_TOKENS
 from countdown.phase import continuing, phases
 from countdown.replay import Recorded, recorded, together
 from countdown.static_cache import (
@@ -336,9 +337,13 @@ class Joint:
     """Steps of several loops of one model at once, so that weights are read once for all; on a CPU.
 
     What was joined is kept, so that the same loops are quickly joined again.
+
+    Args:
+        sparse_up_to: In steps of more loops sparse sums are dense.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sparse_up_to: int = MOST_TOKENS) -> None:
+        self._sparse_up_to = sparse_up_to
         self._known: dict[tuple[int, ...], tuple[list[Recorded], Callable[[], None] | None]] = {}
 
     @torch.no_grad()
@@ -365,7 +370,7 @@ class Joint:
             if len(self._known) == MOST_JOINED:
                 self._known.pop(next(iter(self._known)))  # the oldest
             # Kept alive, so that no other gets the same id.
-            self._known[key] = (recordings, together(recordings))
+            self._known[key] = (recordings, together(recordings, sparse_up_to=self._sparse_up_to))
         return self._known[key][1]
 
     def forget(self, loops: Sequence[DecodeLoop]) -> None:

@@ -210,24 +210,29 @@ class Recorded:
         return not any(one.is_parallel for one in in_torch)
 
 
-def together(steps: Sequence[Recorded]) -> Callable[[], None] | None:
+def together(steps: Sequence[Recorded], *, sparse_up_to: int) -> Callable[[], None] | None:
     """Return a call that does several steps at once, so that weights are read once; None if they cannot be mixed.
 
-    That they can is of steps of one model with memory of their own. Each does what it does alone; see `Ran.with_others`
-    for what is not to the same bits.
+    Steps of one model can, each in memory of its own. Each does what it does alone; see `Ran.with_others` for what is
+    not to the same bits.
+
+    Args:
+        steps: At most 8.
+        sparse_up_to: Of more steps sparse sums are dense: their tokens share too few terms. See `Ran.with_others`.
     """
     names = [[one.name for one in step._done] for step in steps]
     if any(of_step != names[0] for of_step in names[1:]) or _share_memory(steps):
         return None
-    return partial(_run_all, _in_rows(_joint_calls(steps), apart=all(step._apart for step in steps)))
+    calls = _joint_calls(steps, sparse_up_to)
+    return partial(_run_all, _in_rows(calls, apart=all(step._apart for step in steps)))
 
 
-def _joint_calls(steps: Sequence[Recorded]) -> Calls:
+def _joint_calls(steps: Sequence[Recorded], sparse_up_to: int) -> Calls:
     """Return the calls of several steps, operation by operation, those that can be one as one."""
     calls: Calls = []
     joint: list[Ran] = []
     for of_steps in zip(*(step._calls for step in steps), strict=True):
-        one = _joint(of_steps)
+        one = _joint(of_steps, sparse_up_to)
         joint += [one] if one else []
         calls += [one] if one else [call for of_step in of_steps for call in of_step]
     placed = iter(library().in_one_workspace(joint)) if joint else iter(())
@@ -235,12 +240,12 @@ def _joint_calls(steps: Sequence[Recorded]) -> Calls:
     return [next(placed) if id(call) in known else call for call in calls]
 
 
-def _joint(of_steps: Sequence[Calls]) -> Ran | None:
+def _joint(of_steps: Sequence[Calls], sparse_up_to: int) -> Ran | None:
     """Return one call for those of several steps, if they can be one."""
     calls = [of_step[0] for of_step in of_steps if len(of_step) == 1]
     if len(calls) < len(of_steps) or not all(isinstance(call, Ran) for call in calls):
         return None
-    return calls[0].with_others(calls[1:])  # type: ignore[union-attr, arg-type]
+    return calls[0].with_others(calls[1:], sparse_up_to=sparse_up_to)  # type: ignore[union-attr, arg-type]
 
 
 def _share_memory(steps: Sequence[Recorded]) -> bool:

@@ -119,6 +119,15 @@ def test_caches_double_while_answers_share_steps(tokenizer, monkeypatch):
     assert {answer.by for answer in answers} == {"decode loop"}
 
 
+def test_with_a_copy_in_few_bits_few_answers_at_a_time_are_sparse(sparse, tokenizer, text):
+    assert Engine(sparse, tokenizer).sparse_up_to == 8
+    model = llama()
+    profile = countdown.calibrate(model, tokenizer, text, method("d-proxy"), tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    assert Engine(model, tokenizer).sparse_up_to == 4
+    assert Engine(model, tokenizer, sparse_up_to=6).sparse_up_to == 6
+
+
 def test_answers_that_sample_share_steps(tokenizer):
     sampling = [Sampling(temperature=0.8, seed=seed, logprobs=1) for seed in range(3)]
     requests = [Request(prompt=p, max_new_tokens=6, sampling=s) for p, s in zip(PROMPTS, sampling, strict=False)]
@@ -331,6 +340,7 @@ def test_requests_that_cannot_be_answered_are_refused(request_, message, tokeniz
     ("settings", "message"),
     [
         ({"sequences": 9}, "sequences is 9, expected 1 to 8"),
+        ({"sparse_up_to": 9}, "sparse_up_to is 9, expected 0 to 8"),
         ({"context": 1}, "context is 1, expected 2 to"),
         ({"context": 10**9}, "context is 1000000000, expected 2 to the model's"),
     ],

@@ -42,6 +42,10 @@ def serve(
     sequences: Annotated[
         int | None, typer.Option(min=1, max=8, help="Answers at a time. [8 on a CPU, 1 on a GPU]")
     ] = None,
+    sparse_up_to: Annotated[
+        int | None,
+        typer.Option(min=0, max=8, help="More answers at a time are dense, on a CPU. [4 with d-proxy, 8 with others]"),
+    ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer. [the model's]")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a place.")] = 64,
     reuse: Annotated[bool, typer.Option("--reuse", help="Do not read again how a prompt begins, if it is known.")] = (
@@ -77,7 +81,7 @@ def serve(
         else:
             again = shlex.join(["countdown", "serve", model, "--max-loss", "2%"])
             printing.say(f"dense: no profile; to make it sparse (calibrates once): {again}")
-        how = {"sequences": sequences, "context": context, "reuse": reuse}
+        how = {"sequences": sequences, "context": context, "reuse": reuse, "sparse_up_to": sparse_up_to}
         about = {"model": name or source.label, "api_key": api_key, "most_waiting": max_waiting}
         _run(loaded, tokenizer, listener, how, about)
 
@@ -87,6 +91,7 @@ def _run(model: nn.Module, tokenizer: Any, listener: socket.socket, how: dict[st
 
     from countdown.engine.engine import MOST_SEQUENCES, Engine
     from countdown.engine.sampling import Sampling
+    from countdown.modules import sparse_modules
     from countdown.server.app import Settings, make_app
 
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -95,7 +100,10 @@ def _run(model: nn.Module, tokenizer: Any, listener: socket.socket, how: dict[st
     own = Sampling.of(model.generation_config)
     # As OpenAI's, where the checkpoint says nothing.
     sampling = own if own.temperature else own.with_(temperature=1.0)
-    app = make_app(Engine(model, tokenizer, **how), Settings(sampling=sampling, **about))
+    engine = Engine(model, tokenizer, **how)
+    if on_cpu and sparse_modules(model) and engine.sparse_up_to < how["sequences"]:
+        printing.say(f"more than {engine.sparse_up_to} answers at a time are dense (--sparse-up-to)")
+    app = make_app(engine, Settings(sampling=sampling, **about))
     address, port = listener.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     printing.say(f"{about['model']}: http://{shown}:{port}/v1 (Ctrl-C stops)")

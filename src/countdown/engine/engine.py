@@ -25,6 +25,8 @@ from countdown.modules import sparse_modules
 from countdown.sparsify import say_once
 
 MOST_SEQUENCES = 8
+# Of more tokens at a time, what a copy in few bits decides takes longer than computing every neuron.
+COPIES_UP_TO = 4
 # Tokens of the shortest cache, and how many new ones a cache has room for at first.
 SHORTEST, AT_FIRST = 1024, 512
 # Settings of a checkpoint that change nothing of what is written here, or that `Sampling` heeds.
@@ -119,6 +121,8 @@ class Engine:
             model generated are read anew, as the prompt that they are now. Sums are then made in another order than
             for a whole prompt, so that a token may differ where two are as likely.
         loop: Whether to use the decode loop; otherwise transformers computes every step.
+        sparse_up_to: Answers that share a step, on a CPU, are sparse up to so many of them, and dense beyond; None for
+            4 where a copy in few bits decides (`d-proxy`), which for more takes longer than computing all, 8 elsewhere.
 
     Raises:
         ConfigError: A value out of its range.
@@ -138,9 +142,12 @@ class Engine:
         context: int | None = None,
         reuse: bool = False,
         loop: bool = True,
+        sparse_up_to: int | None = None,
     ) -> None:
         if not 1 <= sequences <= MOST_SEQUENCES:
             raise ConfigError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}.")
+        if sparse_up_to is not None and not 0 <= sparse_up_to <= MOST_SEQUENCES:
+            raise ConfigError(f"sparse_up_to is {sparse_up_to}, expected 0 to {MOST_SEQUENCES}.")
         longest = context_of(model.config)
         if context is not None and not 2 <= context <= (longest or context):
             raise ConfigError(f"context is {context}, expected 2 to the model's {longest}.")
@@ -150,7 +157,9 @@ class Engine:
         # From so many tokens on transformers computes all.
         self._refused_from = _NEVER if loop else 0
         self._places = [_Place(self) for _ in range(sequences)]
-        self._joint = Joint()
+        copies = any(site.parts for site in sparse_modules(model).values())
+        self.sparse_up_to = (COPIES_UP_TO if copies else MOST_SEQUENCES) if sparse_up_to is None else sparse_up_to
+        self._joint = Joint(sparse_up_to=self.sparse_up_to)
         self._closed = False
         if loop and (refusal := _unheeded(model)):
             self._hand_on(refusal, 0)

@@ -165,10 +165,11 @@ class Ran:
         """Return what was run, keeping the memory that the tensors have now, whatever they are given later."""
         return cls(call, parts, [tensor.detach() for tensor in tensors if tensor is not None])
 
-    def with_others(self, others: Sequence[Ran]) -> Ran | None:
+    def with_others(self, others: Sequence[Ran], *, sparse_up_to: int) -> Ran | None:
         """Return one call that does this and others, which differ from it in their tokens alone; None if they do not.
 
-        A sparse sum then reads once what several tokens need, and adds in another order; a product is to the same bits.
+        A product is to the same bits. A sparse sum reads once what several tokens need, and adds in another order; of
+        more tokens than `sparse_up_to` it is dense, and counts nothing.
         """
         alike = isinstance(self.call, ProjectCall | SumCall) and self.call.tokens == 1
         calls = [one.call for one in (self, *others)]
@@ -179,12 +180,24 @@ class Ran:
         call = type(self.call).from_buffer_copy(self.call)
         call.tokens = len(calls)
         call.x, call.y = (_Tokens(*(getattr(one, name)[0] for one in calls)) for name in ("x", "y"))
-        return replace(self, call=call, tensors=[tensor for one in (self, *others) for tensor in one.tensors])
+        tensors = [tensor for one in (self, *others) for tensor in one.tensors]
+        if isinstance(call, SumCall) and len(calls) > sparse_up_to:
+            tensors.append(_all_active(call))
+        return replace(self, call=call, tensors=tensors)
 
     @property
     def step(self) -> Step:
         """What runs it again, which holds addresses alone."""
         return Step(_KINDS[type(self.call)], self.parts, ctypes.addressof(self.call))
+
+
+def _all_active(call: SumCall) -> Tensor:
+    """Let all terms of a call be active; return the sets, which the call has the address of."""
+    every = torch.ones(call.tokens * call.h, dtype=torch.uint8, device="cpu")
+    call.decision.active, call.counters = every.data_ptr(), None
+    if call.gate.data:  # of an input channel its input is the coefficient all the same
+        call.decision.by = DECIDERS[None]
+    return every
 
 
 def _but_tokens(call: Call) -> bytes | None:
