@@ -1,10 +1,11 @@
 """The engine against the bare loop, and the server against the engine.
 
-    python benchmarks/serving.py MODEL [--profile DIR] --output benchmarks/results/serving-NAME.json
+    python benchmarks/serving.py MODEL [--profile DIR] [--versus llama.cpp] --output benchmarks/results/serving-X.json
 
 In turn, round by round: the decode loop, the engine greedy and sampled, transformers' prefill and the engine's first
 token. Then `countdown serve` in a process of its own: one client, eight, and for --minutes so many as --clients, each
-of whose greedy answers must be what it is alone; resident memory is noted each minute.
+of whose greedy answers must be what it is alone; resident memory is noted each minute. --versus llama.cpp, for a GGUF
+file: the server of llama-cpp-python with the same weights in 16 bits, on as many threads, in turn with ours.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import argparse
 import json
 import re
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +42,7 @@ from countdown.sparsify import sparsify_
 from documents import commit, said
 
 PROMPT, LONG, NEW, ROUNDS = 64, 512, 64, 12
+OURS = "server, one client"
 SAMPLED = Sampling(temperature=0.7, top_p=0.9, top_k=0, seed=0)
 
 
@@ -127,8 +131,16 @@ def served(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what a server does."""
     with _serving(arguments) as (url, process):
         _ask(url, 0, NEW)
-        rates = [_ask(url, 0, NEW)[1] for _ in range(ROUNDS)]
-        yield {"arm": "server, one client", "new_tokens": NEW, "tokens_per_s": statistics.median(rates)}
+        with _others(arguments) as others:
+            rates: dict[str, list[float]] = {OURS: [], **{name: [] for name in others}}
+            for _ in range(ROUNDS):
+                rates[OURS].append(_ask(url, 0, NEW)[1])
+                for name, other in others.items():
+                    rates[name].append(_ask_other(other, NEW))
+        for name, found in rates.items():
+            share = statistics.median(ours / one for ours, one in zip(rates[OURS], found, strict=True))
+            of = {} if name == OURS else {"ours_to_it": share}
+            yield {"arm": name, "new_tokens": NEW, "tokens_per_s": statistics.median(found), **of}
         with ThreadPoolExecutor(8) as pool:
             started = time.perf_counter()
             counts = [tokens for tokens, *_ in pool.map(lambda n: _ask(url, n, NEW), range(24))]
@@ -186,6 +198,85 @@ def _ask(url: str, number: int, tokens: int) -> tuple[int, float, str]:
     return count, (count - 1) / (lines[-2][0] - lines[0][0]), text
 
 
+def _ask_other(url: str, tokens: int) -> float:
+    """Return the tokens/s of llama.cpp's answer to the same prompt: a chunk a token."""
+    body = {"prompt": "0: once upon a time", "max_tokens": tokens, "temperature": 0, "stream": True}
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=600)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    times = [time.perf_counter() for line in connection.getresponse() if line.startswith(b"data: {")]
+    connection.close()
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+@contextmanager
+def _others(arguments: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Yield the addresses of other servers, by name, until the context is left."""
+    if not arguments.versus:
+        yield {}
+        return
+    from countdown.benchmark.llama_cpp import NAME
+
+    found, processes = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("BF16", "F16"):
+            path, port = Path(folder, f"{kind}.gguf"), _free_port()
+            in_16_bits(Path(arguments.model), path, kind)
+            threads = str(torch.get_num_threads())
+            command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
+            command += ["--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads, "--verbose", "False"]
+            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            found[f"{NAME}'s, {kind}"] = f"http://127.0.0.1:{port}"
+        for url in found.values():
+            _wait_for(url)
+        try:
+            yield found
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+
+
+def in_16_bits(path: Path, to: Path, kind: str) -> None:
+    """Write a GGUF file again with its matrices in 16 bits: BF16 or F16."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    architecture = fields.pop("general.architecture").contents()
+    writer = gguf.GGUFWriter(to, architecture)
+    for name, field in fields.items():
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        writer.add_tensor(tensor.name, gguf.quants.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def _wait_for(url: str) -> None:
+    """Wait until a server answers."""
+    for _ in range(600):
+        try:
+            connection = HTTPConnection(url.removeprefix("http://"), timeout=10)
+            connection.request("GET", "/v1/models")
+            connection.getresponse().read()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise SystemExit(f"{url} did not start")
+
+
 @contextmanager
 def _serving(arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     more = ["--profile", str(arguments.profile)] if arguments.profile else []
@@ -214,6 +305,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--profile", type=Path)
+    parser.add_argument("--versus", choices=["llama.cpp"])
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--output", type=Path, required=True)

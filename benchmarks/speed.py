@@ -374,7 +374,10 @@ def serving(name: str, soak: str) -> str:
             about = f"{record['clients']} clients, {record['minutes']:g} minutes"
         else:
             about = record["arm"] + (f", {record['prompt']} tokens of prompt" if "prompt" in record else "")
-        rows.append([about, value, f"{beside:.2f} × {record['of']}" if beside else ""])
+        compared = f"{beside:.2f} × {record['of']}" if beside else ""
+        if "ours_to_it" in record:
+            compared = f"ours is {record['ours_to_it']:.2f} times as fast"
+        rows.append([about, value, compared])
     first = document["records"][0]
     note = f"\n{first['model']}, {first['profile']}; medians over rounds in turn; the client runs on the same cores.\n"
     return table(["", "", ""], rows, left=3) + note + _measured(name, document) + _measured(soak, long)

@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 from countdown.ops.triton import deciders, dense_kernels, kernels, launch, linear_kernels, loaders
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
+# From here on kernels may start before the one before them has ended.
+HOPPER = 90
 # An argument is described by its type, a tuple by those of its parts; what is no type is a constant. A size is an int
 # that 16 divides, and so is every pointer.
 SIZE, INT = "size", "i32"
@@ -26,11 +28,12 @@ Kernels = Iterator[tuple[str, triton.JITFunction, launch.Launch, dict[str, Any]]
 def main() -> None:
     """Print `{kernel, dtypes and shape: bytes}`."""
     backend, _, arch = sys.argv[1].partition(":")
+    hopper = backend == "cuda" and int(arch) >= HOPPER
     target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
     found = launch.Hardware(
         multiprocessors=100,
         shared=int(sys.argv[2]),
-        dependent_launch=False,
+        dependent_launch=hopper,
         dot4=backend == "cuda",
         tf32=backend == "cuda",
     )
@@ -41,7 +44,7 @@ def main() -> None:
             if x == w:
                 described += _dense(d, h, x, found)
             for name, kernel, config, arguments in described:
-                shared[f"{name} {x} {w} {d}"] = _compiled(kernel, config, arguments, target)
+                shared[f"{name} {x} {w} {d}"] = _compiled(kernel, config, arguments | {"PDL": hopper}, target)
     print(json.dumps(shared))
 
 
@@ -180,7 +183,7 @@ def _compiled(kernel: triton.JITFunction, config: launch.Launch, arguments: dict
             aligned[path] = [["tt.divisibility", 16]]
         return INT if value == SIZE else value
 
-    given = {**arguments, **config.constants, "PDL": False}
+    given = {**arguments, **config.constants}
     for place, name in enumerate(kernel.arg_names):
         signature[name] = described(given[name], (place,))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
