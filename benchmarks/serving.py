@@ -219,17 +219,18 @@ def _others(arguments: argparse.Namespace) -> Iterator[dict[str, str]]:
 
     found, processes = {}, []
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("BF16", "F16"):
-            path, port = Path(folder, f"{kind}.gguf"), _free_port()
-            in_16_bits(Path(arguments.model), path, kind)
-            threads = str(torch.get_num_threads())
-            command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
-            command += ["--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads, "--verbose", "False"]
-            processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-            found[f"{NAME}'s, {kind}"] = f"http://127.0.0.1:{port}"
-        for url in found.values():
-            _wait_for(url)
         try:
+            for kind in ("BF16", "F16"):
+                path, port = Path(folder, f"{kind}.gguf"), _free_port()
+                in_16_bits(Path(arguments.model), path, kind)
+                threads = str(torch.get_num_threads())
+                command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port)]
+                command += ["--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads]
+                command += ["--verbose", "False"]
+                processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+                found[f"{NAME}'s, {kind}"] = f"http://127.0.0.1:{port}"
+            for url in found.values():
+                _wait_for(url)
             yield found
         finally:
             for process in processes:

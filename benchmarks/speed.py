@@ -409,6 +409,7 @@ def cases() -> str:
         ["two CPU cores, a model of 1.5 billion weights", f"{rates(at[1])} (`benchmark decode`)"],
         ["two CPU cores, SmolLM2-135M, one person", f"{client:.0f} tokens/s from `serve`, dense; first token after "
          f"{own['first token, nothing traced']['seconds']:.1f} s with nothing prepared"],
+        ["the same, eight people at a time", f"{own['server, 8 clients']['tokens_per_s']:.0f} tokens/s in all"],
     ]  # fmt: skip
     files = ("gpu-decode-h200", "cpu-decode-1.5b", "serving-smollm2")
     return table(["your case", "what you get"], rows, left=2) + f"\n{', '.join(f'`{name}.json`' for name in files)}.\n"

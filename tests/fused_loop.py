@@ -21,5 +21,5 @@ class FusedLoop(DecodeLoop):
     @property
     def operations(self) -> Counter[str]:
         """How often a step does what, views left out."""
-        names = (one.name.split("::")[1] for one in self._fused.done if one.new or one.written)
+        names = (one.name.split("::")[1] for one in self._fused.operations if one.computes)
         return Counter(names)

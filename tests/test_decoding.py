@@ -569,4 +569,5 @@ def test_more_loops_than_sparse_ones_are_dense(name, tokenizer, text):
     assert written == texts
     for loop, dense in zip(loops, expected, strict=True):
         torch.testing.assert_close(loop.current, dense.current)
-    assert {site.tokens for site in countdown.status(model)} == {0}
+    # Counted as what they are: dense.
+    assert {(site.tokens, site.realised_sparsity) for site in countdown.status(model)} == {(3 * 4, 0.0)}

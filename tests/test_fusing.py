@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 import oracle
 from calls import made_sparse
 from countdown.decoding import DecodeLoop
-from countdown.fusing import fused
+from countdown.fusing import Fused, fused
+from countdown.replay import tensors_in
 from fused_loop import FusedLoop
 from test_decoding import HYBRIDS, IDS, causal_lm, own_text
 from tiny import gemma3, llama
@@ -24,8 +26,8 @@ ONCE = {
 }  # fmt: skip
 
 
-def names_of(again: Callable[[], list[Tensor]]) -> list[str]:
-    return [one.name.split("::")[1] for one in again.done if one.new or one.written]
+def names_of(again: Fused) -> list[str]:
+    return [one.name.split("::")[1] for one in again.operations if one.computes]
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -119,11 +121,11 @@ def test_before_sparse_sums_nothing_starts_early():
     model = llama()
     made_sparse(model, per_term=0.3)
     loop = FusedLoop(model, IDS, new_tokens=4)
-    sparse = {one.args[0].data_ptr() for one in loop._fused.done if one.name == "countdown::sparse"}
+    sparse = [one.args[0] for one in loop._fused.operations if one.name == "countdown::sparse"]
     assert len(sparse) == model.config.num_hidden_layers
-    for one in loop._fused.done:
+    for one in loop._fused.operations:
         if one.name == "countdown::add_and_normalise":
-            assert (one.args[5:] == (False,)) == (one.made[1].data_ptr() in sparse)
+            assert (one.args[5:] == (False,)) == (one.makes[1][0] in sparse)
 
 
 @pytest.mark.parametrize("rounded", [True, False])
@@ -187,6 +189,47 @@ def test_what_changes_in_between_is_not_read_late():
         return weight * scaled
 
     assert "normalise" not in is_done_again(step, [x])
+
+
+def test_what_is_changed_on_the_way_to_a_norm_is_no_norm():
+    x, weight = random(1, 1, 64), random(64, seed=2)
+
+    def step() -> Tensor:
+        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+        scaled[..., :8].mul_(2)
+        return weight * scaled
+
+    assert "normalise" not in is_done_again(step, [x])
+
+
+def test_nothing_that_a_step_makes_is_held_longer_than_it_is_read():
+    x, out = torch.ones(4), torch.zeros(4)
+
+    def step() -> None:
+        y = x
+        for _ in range(5):
+            y = y * 2
+        out.copy_(y)
+        x.add_(1)
+
+    again = fused(step, list)
+    before = [weakref.ref(leaf) for one in again.operations for leaf in tensors_in(one.args)]
+    assert {id(ref()) for ref in before} <= {id(x), id(out)}
+    alive: list[int] = []
+    for one in again.operations:
+        if one.name == "aten::mul":
+            one.op = (lambda op: lambda *args: alive.append(len(made_alive())) or kept(op(*args)))(one.op)
+    made: list[weakref.ref[Tensor]] = []
+
+    def kept(tensor: Tensor) -> Tensor:
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def made_alive() -> list[Tensor]:
+        return [tensor for ref in made if (tensor := ref()) is not None]
+
+    again()
+    assert max(alive) <= 1
 
 
 def project(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -323,6 +366,44 @@ def test_caches_that_others_write_or_read_meanwhile_stay():
 
     for step in (written_twice, read_between, at_two_places):
         assert "attend_next" not in is_done_again(step, *given.given, exactly=False)
+
+
+def test_a_counter_that_is_read_late_is_not_read_in_advance():
+    given, counter, seen = Attending(), torch.tensor([3]), torch.tensor([0])
+
+    def step() -> Tensor:
+        at = given.zero + counter
+        counter.add_(1)
+        given.put(given.keys, given.key, at)
+        given.put(given.values, given.value, at)
+        y = given.attend(given.q)
+        seen.copy_(counter)
+        return y
+
+    made = []
+    again = fused(lambda: made.append(step()), lambda: [made[-1]])
+    before, keys = counter.clone(), given.keys.clone()
+    (found,) = again()
+    assert seen.tolist() == (before + 1).tolist()
+    kept = given.keys.clone()
+    counter.copy_(before)
+    given.keys.copy_(keys)
+    torch.testing.assert_close(found, step())
+    assert torch.equal(kept, given.keys)
+
+
+def test_a_counter_that_counts_twice_counts_twice():
+    counter = torch.tensor([0])
+
+    def step() -> None:
+        counter.add_(1)
+        counter.add_(1)
+
+    again = fused(step, list)
+    before = int(counter)
+    again()
+    assert int(counter) == before + 2
+    assert all(len(one.args[0]) == 1 for one in again.operations if one.name == "aten::_foreach_add_")
 
 
 def test_counters_are_counted_up_together_unless_somebody_reads_them_after():

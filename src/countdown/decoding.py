@@ -355,23 +355,25 @@ class Joint:
         """
         for loop in loops:
             loop._check_left(1)
+        # Made before any step is counted: where it cannot be, each loop goes on alone.
+        run = self._joined([loop._replay for loop in loops if not loop._first])
         steps = [loop._replay for loop in loops if loop._begins_step()]
-        run = self._joined(steps) if len(steps) > 1 else None
         with on_device(loops[0].token.device):
             for step in [run] if run else steps:
                 step()
 
     def _joined(self, steps: Sequence[Callable[[], object]]) -> Callable[[], None] | None:
         recordings = [step for step in steps if isinstance(step, Recorded)]
-        if len(recordings) < len(steps):
+        if len(recordings) < max(2, len(steps)):
             return None
         key = tuple(map(id, recordings))
-        if key not in self._known:
+        if (known := self._known.pop(key, None)) is None:
             if len(self._known) == MOST_JOINED:
-                self._known.pop(next(iter(self._known)))  # the oldest
+                self._known.pop(next(iter(self._known)))  # the one that was used longest ago
             # Kept alive, so that no other gets the same id.
-            self._known[key] = (recordings, together(recordings, sparse_up_to=self._sparse_up_to))
-        return self._known[key][1]
+            known = (recordings, together(recordings, sparse_up_to=self._sparse_up_to))
+        self._known[key] = known
+        return known[1]
 
     def forget(self, loops: Sequence[DecodeLoop]) -> None:
         """Let go of what is joined with others than these loops."""

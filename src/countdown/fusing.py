@@ -8,12 +8,12 @@ what it reads and the cache that it writes; and counters are counted up together
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.replay import Done, changed, operations, storage, tensors_in
@@ -25,7 +25,7 @@ _SPARSE = {"countdown::sparse", "countdown::sparse_together", "countdown::given"
 _LENGTH = 2
 
 
-def fused(step: Callable[[], object], results: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+def fused(step: Callable[[], object], results: Callable[[], list[Tensor]]) -> Fused:
     """Return a step as the operations it does, with what belongs together put together, after two runs.
 
     What no step changes is taken to stay as it is: what follows from it is not computed again.
@@ -46,27 +46,86 @@ def fused(step: Callable[[], object], results: Callable[[], list[Tensor]]) -> Ca
     done = _counted_last(done)
     for find in (_gated, _attention, _norm, _angles):
         done = _put_together(find, done, wanted)
-    return _Again(_apart_from_sparse(_needed(done, wanted), wanted), wanted)
+    return Fused(_apart_from_sparse(_needed(done, wanted), wanted), wanted)
 
 
-class _Again:
-    """Operations, done again with what is there now."""
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor that an operation makes."""
+
+    number: int
+
+
+@dataclass
+class Operation:
+    """An operation of a step, which holds none of the tensors that a step makes.
+
+    Args:
+        name: Its name, such as `aten::mul`.
+        op, args, kwargs: What to call, slots in place of what is made.
+        makes: For each tensor that it returns the slot and shape; None for one that it was given and has changed.
+        computes: It makes or changes something; else it returns views.
+        drops: The slots that nobody reads any more.
+    """
+
+    name: str
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    makes: list[tuple[_Slot, torch.Size] | None]
+    computes: bool
+    drops: list[_Slot] = field(default_factory=list)
+
+
+class Fused:
+    """Operations that are done again, with what is there now, when it is called; it returns the results.
+
+    Args:
+        done: As they were recorded and put together.
+        results: Tensors that they made.
+    """
 
     def __init__(self, done: Sequence[Done], results: Sequence[Tensor]) -> None:
-        self.done, self._results = done, results
+        slots: dict[int, _Slot] = {}
+
+        def named(tensor: Tensor) -> Tensor | _Slot:
+            return slots.get(id(tensor), tensor)
+
+        self.operations = []
+        for one in done:
+            args, kwargs = tree_map_only(Tensor, named, (one.args, one.kwargs))
+            given = {id(tensor) for tensor in tensors_in((one.args, one.kwargs))}
+            makes: list[tuple[_Slot, torch.Size] | None] = []
+            for tensor in tensors_in(one.made):
+                if id(tensor) in given:
+                    makes.append(None)
+                    continue
+                slots[id(tensor)] = _Slot(len(slots))
+                makes.append((slots[id(tensor)], tensor.shape))
+            self.operations.append(
+                Operation(one.name, one.op, args, kwargs, makes, computes=bool(one.new or one.written))
+            )
+        self._results = [named(tensor) for tensor in results]
+        self._drop_early()
+
+    def _drop_early(self) -> None:
+        later = {slot for slot in self._results if isinstance(slot, _Slot)}
+        for one in reversed(self.operations):
+            used = {leaf for leaf in tree_leaves((one.args, one.kwargs)) if isinstance(leaf, _Slot)}
+            used |= {where[0] for where in one.makes if where}
+            one.drops = sorted(used - later, key=lambda slot: slot.number)
+            later |= used
 
     def __call__(self) -> list[Tensor]:
-        now: dict[int, Tensor] = {}
-
-        def current(tensor: Tensor) -> Tensor:
-            return now.get(id(tensor), tensor)
-
-        for one in self.done:
-            args, kwargs = tree_map_only(Tensor, current, (one.args, one.kwargs))
-            made = tensors_in(one.op(*args, **kwargs))
-            for before, after in zip(tensors_in(one.made), made, strict=True):
-                now[id(before)] = after.view(before.shape)
-        return [current(tensor) for tensor in self._results]
+        now: dict[_Slot, Tensor] = {}
+        for one in self.operations:
+            args, kwargs = tree_map_only(_Slot, now.__getitem__, (one.args, one.kwargs))
+            for where, made in zip(one.makes, tensors_in(one.op(*args, **kwargs)), strict=True):
+                if where is not None:
+                    now[where[0]] = made.view(where[1])
+            for slot in one.drops:
+                del now[slot]
+        return [now[one] if isinstance(one, _Slot) else one for one in self._results]
 
 
 @dataclass(frozen=True)
@@ -78,7 +137,7 @@ class _Found:
         args: Its arguments.
         made: What it makes, of what they made.
         parts: All of them, the last first.
-        replaced: Those that need not be done any more, whoever else reads what others made.
+        replaced: Those whose results `made` has; the others stay where somebody else reads theirs.
     """
 
     op: Any
@@ -137,7 +196,8 @@ class _Graph:
         first = min(self.place[id(one)] for one in found.parts)
         between = [one for one in self.done[first:last] if one not in found.parts]
         written = {place for one in found.replaced for place in one.written}
-        touched = {storage(tensor) for tensor in tensors_in(found.args)}
+        between_them = [tensor for one in found.parts for tensor in tensors_in(one.made)]
+        touched = {storage(tensor) for tensor in (*tensors_in(found.args), *between_them)}
         # What is read stays as it is meanwhile, and what is written nobody looks at.
         if any(one.written & touched or one.read & written for one in between if one.new or one.written):
             return False
@@ -193,6 +253,7 @@ def _counted_last(done: Sequence[Done]) -> list[Done]:
     for one in reversed(done):
         if _counts(one) and not one.written & later:
             counting.setdefault(one.args[1], []).append(one)
+            later |= one.written  # once is enough
         elif one.new or one.written:
             later |= one.read
     gone = {id(one) for some in counting.values() for one in some}
@@ -219,6 +280,9 @@ def _norm(graph: _Graph, last: Done) -> Iterator[_Found]:
     for weight, inner in (product.args, product.args[::-1]):
         found = _normalised(graph, inner, rounded=rounded and inner.dtype != torch.float32)
         fits = found is not None and weight.shape == found.x.shape[-1:] and graph.stays(weight)
+        fits = (
+            fits and weight.is_contiguous()
+        )  # a copy would be made in the step, and is fetched before it is waited for
         if found is None or not fits or last.made.dtype != found.x.dtype:
             continue
         parts = tuple(dict.fromkeys((last, product, *found.parts)))
@@ -295,7 +359,12 @@ def _gated(graph: _Graph, last: Done) -> Iterator[_Found]:
         gate = activation.args[0]
         both = graph.origin(gate)
         product = graph.maker(both, "countdown::project")
-        if product is None or graph.origin(up) is not both or graph.leaves(both, (activation, last)):
+        if (
+            product is None
+            or gate.shape != up.shape
+            or graph.origin(up) is not both
+            or graph.leaves(both, (activation, last))
+        ):
             continue
         projections = [_projection(product, both, one) for one in (gate, up)]
         if graph.leaves(activated, (last,)) or any(one is None for one in projections):
@@ -339,8 +408,12 @@ def _attention(graph: _Graph, last: Done) -> Iterator[_Found]:
     if rotated[0] and rotated[1] and all(a is b for a, b in zip(rotated[0].by, rotated[1].by, strict=True)):
         q, key, rotation = rotated[0].x, rotated[1].x, list(rotated[0].by)
         parts += [*rotated[0].parts, *rotated[1].parts]
-    args = (q, key, value, rotation, keys, values, _places(graph, at), mask, scale)
     replaced = tuple(parts[:3])
+    places = [at]
+    if (total := _sum_of_places(graph, at)) is not None:
+        # What it adds up is read later than it was.
+        places, parts = list(total.args), [*parts, total]
+    args = (q, key, value, rotation, keys, values, places, mask, scale)
     yield _Found(_ours.attend_next.default, args, (last.made,), tuple(parts), replaced)
 
 
@@ -355,12 +428,12 @@ def _put(graph: _Graph, cache: Tensor, reader: Done) -> Done | None:
     return one if same else None
 
 
-def _places(graph: _Graph, at: Tensor) -> list[Tensor]:
-    """Return integers whose sum is a place."""
+def _sum_of_places(graph: _Graph, at: Tensor) -> Done | None:
+    """Return the sum that a place is of two integers, if it is."""
     one = graph.maker(at, "aten::add")
-    if one is None or one.kwargs or not all(isinstance(part, Tensor) and part.numel() == 1 for part in one.args):
-        return [at]
-    return list(one.args)
+    if one is None or one.kwargs or len(tensors_in(one.args)) != 2:
+        return None
+    return one if all(part.numel() == 1 and part.dtype == torch.int64 for part in one.args) else None
 
 
 @dataclass(frozen=True)
@@ -454,7 +527,8 @@ def _waves(graph: _Graph, last: Done) -> _Waves | None:
         number = graph.maker(position, "aten::_to_copy")
         if number is None or not graph.stays(frequencies) or not _is_list(frequencies, parts[0]):
             continue
-        if number.args[0].dtype == torch.int64 and number.args[0].numel() == 1:
+        whole = number.args[0].dtype == torch.int64 and number.made.dtype == torch.float32
+        if whole and number.args[0].numel() == 1:
             own = (last, scaled, wave, twice, product, number)
             return _Waves(wave.name, wave.args[0], number.args[0], frequencies.view(-1), scaled.args[1], own)
     return None

@@ -1,4 +1,4 @@
-"""What llama.cpp is given to read; it is not installed here."""
+"""What llama.cpp is given to read; it need not be installed."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def test_what_is_written_is_the_model(tmp_path, kind, tolerance, tied):
 
 
 def test_what_it_cannot_compare_is_refused(monkeypatch):
+    monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install llama-cpp-python"):
         llama_cpp.check()
     monkeypatch.setattr(llama_cpp.importlib.util, "find_spec", lambda name: name)

@@ -165,6 +165,35 @@ def test_a_step_for_all_that_fails_ends_all_and_frees_their_places(tokenizer, mo
     assert written(engine, prompt=PROMPTS[0], max_new_tokens=4) == own(engine.model, PROMPTS[0], 4)
 
 
+def test_an_interrupted_step_leaves_no_place_half_way(tokenizer, monkeypatch):
+    engine = Engine(llama(), tokenizer, sequences=2)
+    answers = [engine.start(Request(prompt=prompt, max_new_tokens=4)) for prompt in PROMPTS[:2]]
+
+    def interrupted(loops: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._joint, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert [answer.finish for answer in answers] == ["error"] * 2
+    assert engine.free == 2
+    monkeypatch.undo()
+    assert written(engine, prompt=PROMPTS[1], max_new_tokens=4) == own(engine.model, PROMPTS[1], 4)
+
+
+def test_a_loop_that_is_let_go_of_is_not_kept_by_those_it_shared_steps_with(tokenizer):
+    engine = Engine(llama(), tokenizer, sequences=2)
+    for prompt in PROMPTS[:2]:
+        engine.start(Request(prompt=prompt, max_new_tokens=6))
+    engine.step()
+    engine.step()
+    cache = weakref.ref(engine._places[0].loop.cache.layers[0].keys)
+    assert engine._joint._known
+    engine._places[0].fail()
+    gc.collect()
+    assert cache() is None
+
+
 def test_without_reuse_nothing_is_kept(tokenizer):
     engine = Engine(llama(), tokenizer)
     written(engine, prompt=PROMPTS[0], max_new_tokens=3)
@@ -340,7 +369,8 @@ def test_requests_that_cannot_be_answered_are_refused(request_, message, tokeniz
     ("settings", "message"),
     [
         ({"sequences": 9}, "sequences is 9, expected 1 to 8"),
-        ({"sparse_up_to": 9}, "sparse_up_to is 9, expected 0 to 8"),
+        ({"sparse_up_to": 9}, "sparse_up_to is 9, expected 1 to 8"),
+        ({"sparse_up_to": 0}, "sparse_up_to is 0, expected 1 to 8"),
         ({"context": 1}, "context is 1, expected 2 to"),
         ({"context": 10**9}, "context is 1000000000, expected 2 to the model's"),
     ],

@@ -301,7 +301,7 @@ def _parts(model: nn.Module, loop: DecodeLoop, ids: Tensor) -> Iterable[tuple[st
             for module in sparse.values():
                 module.sparse(inputs[id(module)][None])
         for site, (first, last) in zip(sites, dense, strict=True):
-            _gated(first, inputs, site.sum.activation)
+            _gated(site.sum, first, inputs)
             _project(last, inputs)
 
     def run_linears() -> None:
@@ -328,14 +328,14 @@ def _last_inputs(model: nn.Module, ids: Tensor, modules: Sequence[nn.Module]) ->
     return inputs
 
 
-def _gated(group: list[nn.Linear], inputs: dict[int, Tensor], activation: str) -> Tensor:
+def _gated(ffn: Any, group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tensor:
     """The activated projections of an FFN, as the loop computes them: on a GPU with what is activated."""
-    if len(group) == 2 and inputs[id(group[0])].is_cuda:
-        gate, up = group
-        weights, biases = [gate.weight, up.weight], [gate.bias, up.bias]
-        return torch.ops.countdown.gated_one(inputs[id(gate)], weights, biases, activation)  # type: ignore[no-any-return]
+    x = inputs[id(group[0])]
+    if x.is_cuda:
+        weights = [weight.parts[0] for weight in ffn.weights[:2]]
+        return torch.ops.countdown.gated_one(x, weights, ffn.biases[:2], ffn.activation)  # type: ignore[no-any-return]
     g, u = _project(group, inputs).chunk(2, dim=-1)
-    return ACTIVATIONS[activation](g) * u
+    return ACTIVATIONS[ffn.activation](g) * u
 
 
 def _project(group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tensor:

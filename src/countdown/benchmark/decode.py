@@ -73,7 +73,7 @@ def random_model(shape: str, device: torch.device, *, dtype: str = "bfloat16", l
     check_choice("--shape", shape, SHAPES)
     check_choice("dtype", dtype, DTYPES)
     sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
-    config = LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=False, dtype=DTYPES[dtype])
+    config = LlamaConfig(**sizes, max_position_embeddings=131072, tie_word_embeddings=False, dtype=DTYPES[dtype])
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:

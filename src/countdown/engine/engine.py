@@ -123,6 +123,7 @@ class Engine:
         loop: Whether to use the decode loop; otherwise transformers computes every step.
         sparse_up_to: Answers that share a step, on a CPU, are sparse up to so many of them, and dense beyond; None for
             4 where a copy in few bits decides (`d-proxy`), which for more takes longer than computing all, 8 elsewhere.
+            What the reference computes, or a prompt has decided (`griffin`), no answers share; it stays as it is.
 
     Raises:
         ConfigError: A value out of its range.
@@ -146,8 +147,8 @@ class Engine:
     ) -> None:
         if not 1 <= sequences <= MOST_SEQUENCES:
             raise ConfigError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}.")
-        if sparse_up_to is not None and not 0 <= sparse_up_to <= MOST_SEQUENCES:
-            raise ConfigError(f"sparse_up_to is {sparse_up_to}, expected 0 to {MOST_SEQUENCES}.")
+        if sparse_up_to is not None and not 1 <= sparse_up_to <= MOST_SEQUENCES:
+            raise ConfigError(f"sparse_up_to is {sparse_up_to}, expected 1 to {MOST_SEQUENCES}.")
         longest = context_of(model.config)
         if context is not None and not 2 <= context <= (longest or context):
             raise ConfigError(f"context is {context}, expected 2 to the model's {longest}.")
@@ -205,7 +206,10 @@ class Engine:
             return answer
 
     def step(self) -> list[tuple[Answer, Piece]]:
-        """Add a token to each answer that is being written; one that fails ends, its `error` set."""
+        """Add a token to each answer that is being written; one that fails ends, its `error` set.
+
+        On a CPU they share one step. Where that fails, all that share it end.
+        """
         found = []
         with TURNS:
             self._advance_together()
@@ -224,19 +228,23 @@ class Engine:
         joined = [place for place in self._places if place.can_join]
         if len(joined) < 2:
             return
-        loops = [place.loop for place in joined if place.loop is not None]
-        self._joint.forget([place.loop for place in self._places if place.loop is not None])
         try:
-            self._joint.advance(loops)
-        except Exception as error:
+            self._joint.advance([place.loop for place in joined if place.loop is not None])
+        except BaseException as error:
             for place in joined:
                 answer = place.answer
                 place.fail()
                 if answer is not None:
-                    answer.finish, answer.error = "error", error
+                    answer.finish, answer.error = "error", error if isinstance(error, Exception) else None
+            if not isinstance(error, Exception):
+                raise
             return
         for place in joined:
             place.is_ahead = True
+
+    def _forget(self) -> None:
+        """Let go of steps that are joined with loops that no place has any more."""
+        self._joint.forget([place.loop for place in self._places if place.loop is not None])
 
     def cancel(self, answer: Answer) -> None:
         """End an answer where it is; what was ended already stays so."""
@@ -268,9 +276,7 @@ class Engine:
         """End all answers and let go of the memory; the model stays as it is."""
         with TURNS:
             for place in self._places:
-                place.end("cancelled")
-                place.loop = None
-            self._joint.forget([])
+                place.fail()
             self._closed = True
 
     def __enter__(self) -> Engine:
@@ -324,7 +330,7 @@ class _Place:
             except UnsupportedModelError as error:
                 engine._hand_on(str(error), needed)
             except BaseException:
-                self.loop = None  # it stands where nobody knows
+                self.let_go()  # it stands where nobody knows
                 raise
         if needed >= engine._refused_from:
             self._hand(answer)
@@ -345,14 +351,15 @@ class _Place:
             self.loop.restart(prompt, new_tokens=min(limit, self.loop.room - length), kept=kept)
             answer.reused = kept
         else:
-            self.loop = None  # its memory first
+            self.let_go()  # its memory first
             room = min(room_for(needed), self._engine.context)
             self.loop = DecodeLoop(self._engine.model, prompt, new_tokens=min(limit, room - length), room=room)
         self._held = prompt[0].tolist()
 
     def _hand(self, answer: Answer) -> None:
         """Let transformers write the answer, from its beginning."""
-        self.loop, answer.by = None, "transformers"
+        self.let_go()
+        answer.by = "transformers"
         device = next(self._engine.model.parameters()).device
         prompt = torch.tensor([list(answer.request.prompt)], dtype=torch.int64, device=device)
         ends = not answer.request.ignore_eos
@@ -411,9 +418,14 @@ class _Place:
             self._hand(answer)
 
     def fail(self) -> None:
-        """End the answer and let go of the loop, which stands where nobody knows."""
+        """End the answer, if there is one, and let go of the loop, which stands where nobody knows."""
         self.end("cancelled")
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Give the memory of the loop back."""
         self.loop = None
+        self._engine._forget()
 
     def end(self, why: str) -> None:
         """End the answer, if there is one."""

@@ -65,7 +65,7 @@ def generate(
     write: Callable[[str], None] = lambda _: None,
     sampling: Sampling | None = None,
 ) -> Generation:
-    """Generate: in the decode loop, on other devices than it knows and where it does not fit as transformers does.
+    """Generate: in the decode loop; where that does not run or does not fit, by transformers.
 
     Threads that call it wait for each other: while the loop is prepared the model is not as others expect it. What does
     not fit is logged, as a warning: transformers takes longer.

@@ -51,7 +51,7 @@ class Job:
 
 
 class Worker:
-    """Runs requests in an engine, first come, first served; those that run take turns token by token.
+    """Runs requests in an engine, first come, first served; those that run get a token each in turn.
 
     Args:
         engine: Used by nobody else; closed with the worker.

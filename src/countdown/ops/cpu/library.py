@@ -169,7 +169,7 @@ class Ran:
         """Return one call that does this and others, which differ from it in their tokens alone; None if they do not.
 
         A product is to the same bits. A sparse sum reads once what several tokens need, and adds in another order; of
-        more tokens than `sparse_up_to` it is dense, and counts nothing.
+        more tokens than `sparse_up_to` it is dense: all terms are active, and counted as that.
         """
         alike = isinstance(self.call, ProjectCall | SumCall) and self.call.tokens == 1
         calls = [one.call for one in (self, *others)]
@@ -194,9 +194,9 @@ class Ran:
 def _all_active(call: SumCall) -> Tensor:
     """Let all terms of a call be active; return the sets, which the call has the address of."""
     every = torch.ones(call.tokens * call.h, dtype=torch.uint8, device="cpu")
-    call.decision.active, call.counters = every.data_ptr(), None
+    call.decision.active = every.data_ptr()
     if call.gate.data:  # of an input channel its input is the coefficient all the same
-        call.decision.by = DECIDERS[None]
+        call.decision.by, call.decision.words = DECIDERS[None], 0
     return every
 
 
