@@ -412,8 +412,8 @@ class Session:
     def _timed(self, configuration: Configuration, applied: Applied, yardstick: Yardstick) -> dict[str, Any]:
         """Return what the loop measures of a configuration, and against the dense model.
 
-        On a CPU the two take turns, as what else runs on the machine comes and goes. On a GPU, where compiling takes
-        long and nobody else runs, the dense model is timed once.
+        On a CPU the two take turns, as what else runs on the machine comes and goes. On a GPU, where nobody else runs,
+        the dense model is timed once.
         """
         arm = self._arm(applied.model, split=not applied.saved)
         beside = {"dense": yardstick.beside} if yardstick.beside else {}
