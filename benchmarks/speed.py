@@ -226,6 +226,19 @@ def decode(name: str) -> str:
     return table(head, [cells[: len(head)] for cells in rows]) + note + _source(name, document)
 
 
+def contexts(names: Sequence[str]) -> str:
+    """Return tokens/s, attention's share and the cache's size, by context."""
+    rows, sources = [], ""
+    for name in names:
+        document = load(name)
+        for r in document["records"]:
+            label = f"{r['model']}, {r['method']}" + (f" at {r['sparsity']:.0%}" if "sparsity" in r else "")
+            size = f"{r['cache_bytes'] / 2**20:,.0f} MiB"
+            rows.append([label, f"{r['context']:,}", f"{r['tokens_per_s']:.1f}", f"{r['attention_share']:.0%}", size])
+        sources += _measured(name, document)
+    return table(["", "context", "tokens/s", "attention", "cache"], rows) + sources
+
+
 def random_rows(name: str) -> str:
     """Return GB/s of rows, by their length and which of them are read, unaided and fetched ahead."""
     document = load(name)
