@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from countdown.benchmark.arm import free, token_run
-from countdown.benchmark.decode import SHAPES, random_model
+from countdown.benchmark.decode import SHAPES, calibrated, random_model
 from countdown.benchmark.timing import timed
-from countdown.calibration.calibrate import calibrate
 from countdown.decoding import DecodeLoop
 from countdown.loading import resolve_device
 from countdown.methods import method
@@ -86,7 +85,6 @@ def measured(model: Any, context: int, device: torch.device) -> dict[str, Any]:
         "tokens_per_s": 1e6 / token,
         "token_us": token,
         "attention_us": alone,
-        "attention_share": alone / token,
         "cache_bytes": cache,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
     }
@@ -108,9 +106,7 @@ def _attention(model: Any, loop: DecodeLoop, context: int, device: torch.device)
 
 def _sparsify(model: nn.Module, arguments: argparse.Namespace, device: torch.device) -> None:
     ids = torch.randint(0, model.config.vocab_size, (2, 512), device=device)  # type: ignore[union-attr, arg-type]
-    config = method(arguments.method, sparsity=arguments.sparsity)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    sparsify_(model, calibrate(model, None, batch, config, progress=False))
+    sparsify_(model, calibrated(model, method(arguments.method, sparsity=arguments.sparsity), ids))
 
 
 if __name__ == "__main__":

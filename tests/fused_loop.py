@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from countdown.decoding import DecodeLoop
-from countdown.fusing import fused
+from countdown.fusing.fused import fused
 from countdown.one_token import one_token
 
 

@@ -19,7 +19,7 @@ ROWS = [
     ["allocation", "compensation", "selectors", "phase"],
     ["methods", "ops", "sites"],
     ["fusing", "modules", "replay", "static_cache"],
-    ["cost", "decoding", "one_token"],
+    ["cost", "decoding", "joint", "one_token"],
     ["profiles"],
     ["sparsify", "calibration"],
     ["engine"],

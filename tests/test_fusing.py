@@ -13,7 +13,7 @@ from torch import Tensor
 import oracle
 from calls import made_sparse
 from countdown.decoding import DecodeLoop
-from countdown.fusing import Fused, fused
+from countdown.fusing.fused import Fused, fused
 from countdown.replay import tensors_in
 from fused_loop import FusedLoop
 from test_decoding import HYBRIDS, IDS, causal_lm, own_text

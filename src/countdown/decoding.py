@@ -16,7 +16,7 @@ What was traced serves prompt after prompt in the same memory (`restart`); only 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,15 +25,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
-from countdown.fusing import fused
+from countdown.fusing.fused import fused
 from countdown.loading import cache_argument, check_context
 from countdown.memory import ran_out
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
-from countdown.ops.base import MOST_TOKENS
 from countdown.phase import continuing, phases
-from countdown.replay import Recorded, recorded, together
+from countdown.replay import recorded
 from countdown.static_cache import (
     check_filled,
     empty,
@@ -46,8 +45,6 @@ from countdown.static_cache import (
 )
 
 TILE = 512
-# Groups of loops that are kept joined.
-MOST_JOINED = 16
 DEVICES = ("cuda", "cpu")
 # How far the logits of the first replay may be from those of the model's own step: ‖difference‖ / ‖logits‖; what shares
 # nothing is 1.4 off. Of a model in float32 that is rounding, and now and then a neuron that flips at its threshold. In
@@ -331,54 +328,6 @@ class DecodeLoop:
 
     def _fused_step(self) -> None:
         (self._logits,) = self._fused()
-
-
-class Joint:
-    """Steps of several loops of one model at once, so that weights are read once for all; on a CPU.
-
-    What was joined is kept, so that the same loops are quickly joined again.
-
-    Args:
-        sparse_up_to: In steps of more loops sparse sums are dense.
-    """
-
-    def __init__(self, *, sparse_up_to: int = MOST_TOKENS) -> None:
-        self._sparse_up_to = sparse_up_to
-        self._known: dict[tuple[int, ...], tuple[list[Recorded], Callable[[], None] | None]] = {}
-
-    @torch.no_grad()
-    def advance(self, loops: Sequence[DecodeLoop]) -> None:
-        """Advance each loop by a step, as `DecodeLoop.advance` does; its logits are `current` then.
-
-        Raises:
-            ConfigError: More steps than one of them has left.
-        """
-        for loop in loops:
-            loop._check_left(1)
-        # Made before any step is counted: where it cannot be, each loop goes on alone.
-        run = self._joined([loop._replay for loop in loops if not loop._first])
-        steps = [loop._replay for loop in loops if loop._begins_step()]
-        with on_device(loops[0].token.device):
-            for step in [run] if run else steps:
-                step()
-
-    def _joined(self, steps: Sequence[Callable[[], object]]) -> Callable[[], None] | None:
-        recordings = [step for step in steps if isinstance(step, Recorded)]
-        if len(recordings) < max(2, len(steps)):
-            return None
-        key = tuple(map(id, recordings))
-        if (known := self._known.pop(key, None)) is None:
-            if len(self._known) == MOST_JOINED:
-                self._known.pop(next(iter(self._known)))  # the one that was used longest ago
-            # Kept alive, so that no other gets the same id.
-            known = (recordings, together(recordings, sparse_up_to=self._sparse_up_to))
-        self._known[key] = known
-        return known[1]
-
-    def forget(self, loops: Sequence[DecodeLoop]) -> None:
-        """Let go of what is joined with others than these loops."""
-        kept = {id(loop._replay) for loop in loops}
-        self._known = {key: known for key, known in self._known.items() if kept.issuperset(key)}
 
 
 class _Prepared:

@@ -101,9 +101,9 @@ class Done:
         return [tensor for tensor in tensors_in(self.made) if storage(tensor) not in self.read]
 
     @property
-    def counts(self) -> bool:
-        """Whether it is a sparse sum, which writes nothing but counters."""
-        return self.name in ("countdown::sparse", "countdown::given")
+    def is_sparse_sum(self) -> bool:
+        """Whether it is one, or several; they write nothing but counters."""
+        return self.name in ("countdown::sparse", "countdown::given", "countdown::sparse_together")
 
     @property
     def is_parallel(self) -> bool:
@@ -200,8 +200,7 @@ class Recorded:
 
     def __call__(self) -> None:
         """Do them again."""
-        for call in self._run:
-            call()
+        _run_all(self._run)
 
     @property
     def _apart(self) -> bool:
@@ -250,7 +249,7 @@ def _joint(of_steps: Sequence[Calls], sparse_up_to: int) -> Ran | None:
 
 def _share_memory(steps: Sequence[Recorded]) -> bool:
     """Return whether a step writes what another one reads or writes, but for counters of active sets."""
-    written = [set().union(*(one.written for one in step._done if not one.counts)) for step in steps]
+    written = [set().union(*(one.written for one in step._done if not one.is_sparse_sum)) for step in steps]
     made = [{storage(tensor) for one in step._done for tensor in one.new} for step in steps]
     used = [set().union(*(one.read for one in step._done)) | of_step for step, of_step in zip(steps, made, strict=True)]
     return any((written[a] | made[a]) & used[b] for a in range(len(steps)) for b in range(len(steps)) if a != b)

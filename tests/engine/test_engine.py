@@ -189,7 +189,7 @@ def test_a_loop_that_is_let_go_of_is_not_kept_by_those_it_shared_steps_with(toke
     engine.step()
     cache = weakref.ref(engine._places[0].loop.cache.layers[0].keys)
     assert engine._joint._known
-    engine._places[0].fail()
+    engine._places[0].abandon()
     gc.collect()
     assert cache() is None
 

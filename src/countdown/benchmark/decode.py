@@ -134,7 +134,7 @@ def run(
     ids = (ids if benchmark.prompt is None else benchmark.prompt).to(device)
     some = torch.randint(0, vocabulary, CALIBRATION, generator=generator, dtype=torch.int64, device="cpu")
     common = _common(model, benchmark) | {"vocab": vocabulary}
-    profiles = [one if isinstance(one, Profile) else _calibrated(model, one, some) for one in arms]
+    profiles = [one if isinstance(one, Profile) else calibrated(model, one, some) for one in arms]
     by_name = {str(profile.recipe): profile for profile in profiles}
     dense: Times = {}
     rate = bandwidth(device).floor if device.type == "cuda" else None
@@ -217,7 +217,8 @@ def _doubted(record: dict[str, Any]) -> dict[str, Any]:
     return {} if doubt is None else {"unreliable": doubt}
 
 
-def _calibrated(model: nn.Module, config: Method | Recipe, tokens: Tensor) -> Profile:
+def calibrated(model: nn.Module, config: Method | Recipe, tokens: Tensor) -> Profile:
+    """Return a profile made of tokens `[n, length]`, as good as any where only speed counts."""
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return calibrate(model, None, batch, config, progress=False)
 

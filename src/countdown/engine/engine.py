@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from countdown.decoding import DecodeLoop, Joint
+from countdown.decoding import DecodeLoop
 from countdown.engine.handed import Handed
 from countdown.engine.sampling import Chosen, Sampler, Sampling, unheeded_in_sampling
 from countdown.engine.streaming import TextStream
 from countdown.errors import ConfigError, UnsupportedModelError
+from countdown.joint import Joint
 from countdown.loading import check_known, context_of
 from countdown.modules import sparse_modules
 from countdown.sparsify import say_once
@@ -233,7 +234,7 @@ class Engine:
         except BaseException as error:
             for place in joined:
                 answer = place.answer
-                place.fail()
+                place.abandon()
                 if answer is not None:
                     answer.finish, answer.error = "error", error if isinstance(error, Exception) else None
             if not isinstance(error, Exception):
@@ -276,7 +277,7 @@ class Engine:
         """End all answers and let go of the memory; the model stays as it is."""
         with TURNS:
             for place in self._places:
-                place.fail()
+                place.abandon()
             self._closed = True
 
     def __enter__(self) -> Engine:
@@ -375,7 +376,7 @@ class _Place:
         try:
             return self._step(answer)
         except BaseException:
-            self.fail()
+            self.abandon()
             raise
 
     def _step(self, answer: Answer) -> Piece:
@@ -417,8 +418,8 @@ class _Place:
             self._engine._hand_on(str(error), loop.room)
             self._hand(answer)
 
-    def fail(self) -> None:
-        """End the answer, if there is one, and let go of the loop, which stands where nobody knows."""
+    def abandon(self) -> None:
+        """End the answer, if there is one, and let go of the loop, wherever it stands."""
         self.end("cancelled")
         self.let_go()
 

@@ -134,7 +134,8 @@ def add_and_normalise(
 ) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMS norm."""
     check_norm(x, y, weight)
-    return x + y, normalise(x + y, weight, eps, rounded)
+    total = x + y
+    return total, normalise(total, weight, eps, rounded)
 
 
 def attend_one(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -59,7 +59,7 @@ def gated_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], act
 def normalise(x: Tensor, weight: Tensor, eps: float, rounded: bool, overlap: bool = True) -> Tensor:
     """Return the RMS norm of x; see `ops.dense`."""
     reference.check_norm(x, None, weight)
-    if _is_for_reference(x) or not 0 < x.shape[-1] <= WIDEST_ROW:
+    if not _normalises(x, weight):
         return reference.normalise(x, weight, eps, rounded)
     return _normalised(x, None, None, weight, eps, rounded, overlap)
 
@@ -70,10 +70,15 @@ def add_and_normalise(
 ) -> tuple[Tensor, Tensor]:
     """Return x + y and its RMS norm; see `ops.dense`."""
     reference.check_norm(x, y, weight)
-    if _is_for_reference(x) or not 0 < x.shape[-1] <= WIDEST_ROW:
+    if not _normalises(x, weight):
         return reference.add_and_normalise(x, y, weight, eps, rounded)
     sums = x.new_empty(x.shape)
     return sums, _normalised(x, y, sums, weight, eps, rounded, overlap)
+
+
+def _normalises(x: Tensor, weight: Tensor) -> bool:
+    """Return whether there is a kernel: it fetches the weight before it waits for what could have copied it."""
+    return 0 < x.shape[-1] <= WIDEST_ROW and weight.is_contiguous() and not _is_for_reference(x)
 
 
 def _normalised(
@@ -85,7 +90,7 @@ def _normalised(
     config = launch.normalisation(out.numel() // d, d)
     strides = [0 if one is None else one.stride(0) for one in some]
     dense_kernels.normalise[config.grid](
-        some[0], strides[0], some[1], strides[1], weight.contiguous(), sums, out, d, eps,
+        some[0], strides[0], some[1], strides[1], weight, sums, out, d, eps,
         ROUNDED=rounded, OVERLAP=overlap, **config.options(launch.hardware(x.device)),
     )  # fmt: skip
     return out
