@@ -226,6 +226,21 @@ def decode(name: str) -> str:
     return table(head, [cells[: len(head)] for cells in rows]) + note + _source(name, document)
 
 
+def together(name: str) -> str:
+    """Return tokens/s of answers at a time, and in brackets what that is to the dense model in the same rounds."""
+    document = load(name)
+    counts = sorted({r["answers"] for r in document["records"]})
+    cells: dict[str, list[str]] = {}
+    for r in document["records"]:
+        label = (
+            f"`{r['method']}` at {r['sparsity']:.0%}, sparse up to {r['sparse_up_to']}" if "sparsity" in r else "dense"
+        )
+        cells.setdefault(label, []).append(f"{r['tokens_per_s']:.0f} ({r['to_dense']:.2f})")
+    head = ["", *(f"{count} answer{'s' * (count > 1)}" for count in counts)]
+    rows = [[label, *values] for label, values in cells.items()]
+    return table(head, rows) + f"\n{document['records'][0]['model']}.\n" + _measured(name, document)
+
+
 def contexts(names: Sequence[str]) -> str:
     """Return tokens/s, attention's share and the cache's size, by context."""
     rows, sources = [], ""

@@ -315,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
+    "together": lambda: speed.together("together-smollm2"),
     "contexts": lambda: speed.contexts(["contexts-cpu-1.5b"]),
     "gpu-loop": lambda: speed.decode("gpu-loop-h200"),
     "gpu-decode-h100": lambda: speed.decode("gpu-decode-h100"),
