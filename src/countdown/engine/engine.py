@@ -26,7 +26,7 @@ from countdown.modules import sparse_modules
 from countdown.sparsify import say_once
 
 MOST_SEQUENCES = 8
-# Of more tokens at a time, what a copy in few bits decides takes longer than computing every neuron: 8 were measured to.
+# Of more tokens at a time, what a copy in few bits decides takes longer than computing every neuron (measured at 8).
 COPIES_UP_TO = 4
 # Tokens of the shortest cache, and how many new ones a cache has room for at first.
 SHORTEST, AT_FIRST = 1024, 512
