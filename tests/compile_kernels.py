@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from countdown.ops.triton import deciders, dense_kernels, kernels, launch, linear_kernels, loaders
+from countdown.ops.triton import deciders, dense_kernels, drawing_kernels, kernels, launch, linear_kernels, loaders
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # From here on kernels may start before the one before them has ended.
@@ -167,6 +167,18 @@ def _dense(d: int, h: int, x: str, found: launch.Hardware) -> Kernels:
     }  # fmt: skip
     yield "largest of block", dense_kernels.largest_of_block, launch.largest(49152), pointers | places
     yield "largest of all", dense_kernels.largest_of_all, launch.largest_of_all(48), places
+    searched = launch.drawing(128_256)
+    some = pointers | places | {
+        "sums_before": "*fp32", "sums": "*fp32", "state": "*i32", "shift": INT, "wanted": "fp32", "temperature": "fp32",
+    }  # fmt: skip
+    for first, by_mass in ((True, False), (False, True)):
+        before = {"sums_before": None} if first else {}
+        yield f"narrow {by_mass}", drawing_kernels.narrow, searched, some | before | {
+            "STARTS": first, "BY_MASS": by_mass,
+        }  # fmt: skip
+    yield "draw", drawing_kernels.draw_of_block, launch.drawn(searched), some | {
+        "seed": "i64", "floor": "fp32", "largest": "*fp32", "ranks_drawn": "*i32",
+    }  # fmt: skip
 
 
 def _compiled(kernel: triton.JITFunction, config: launch.Launch, arguments: dict[str, Any], target: GPUTarget) -> int:

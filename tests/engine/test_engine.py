@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import countdown
+from countdown.engine import choosing
 from countdown.engine import engine as module
 from countdown.engine.engine import Engine, Request
 from countdown.engine.sampling import Sampling
@@ -36,6 +37,13 @@ def written(engine: Engine, **request: Any) -> list[int]:
 def written_on(engine: Engine, answer: Any) -> None:
     while answer.finish is None:
         engine.step_of(answer)
+
+
+@pytest.fixture(autouse=True, params=["host", "device"])
+def chooses(request, monkeypatch):
+    """All of this with tokens that the host chooses, and as on a GPU, which goes on before they are read."""
+    monkeypatch.setattr(choosing, "CHOOSING", {"cpu"} if request.param == "device" else set())
+    return request.param
 
 
 @pytest.fixture

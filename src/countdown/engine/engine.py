@@ -7,6 +7,7 @@ this is said.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from countdown.decoding import DecodeLoop
+from countdown.engine.choosing import Chooser, Coming, chooser
 from countdown.engine.handed import Handed
-from countdown.engine.sampling import Chosen, Sampler, Sampling, unheeded_in_sampling
+from countdown.engine.sampling import Chosen, Sampling, unheeded_in_sampling
 from countdown.engine.streaming import TextStream
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.joint import Joint
@@ -304,14 +306,26 @@ class _Place:
         self.answer: Answer | None = None
         self.loop: DecodeLoop | None = None
         self._handed: Handed | None = None
+        self._chooser: Chooser | None = None
+        self._coming: deque[Coming] = deque()  # tokens that are chosen, and not read yet
         self.is_ahead = False  # the logits of the next token are there
         self._held: list[int] = []  # tokens in the cache, those of prompts, that another prompt may begin with
 
     @property
     def can_join(self) -> bool:
         """Whether its next step may be computed together with those of others."""
-        free = self.answer is None or self._handed is not None or self.is_ahead
-        return not free and self.loop is not None and self.loop.left > 0
+        alone = self.answer is None or self._handed is not None or self.is_ahead
+        return not alone and self._goes_on and self.loop is not None and self.loop.left > 0
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another token is to be chosen now, be it only to have a device busy while one is read."""
+        answer, coming = self.answer, len(self._coming)
+        if not coming or answer is None:
+            return answer is not None
+        runs = self._chooser is not None and self._chooser.ahead and self._handed is None
+        left = self.is_ahead or (self.loop is not None and self.loop.left > 0)
+        return runs and left and coming < 2 and len(answer.tokens) + coming < answer.limit
 
     def shared(self, prompt: Sequence[int]) -> int:
         """Return with how many tokens that the cache holds a prompt begins, and has more than those."""
@@ -336,7 +350,7 @@ class _Place:
         if needed >= engine._refused_from:
             self._hand(answer)
         self.answer = answer
-        self._sampler = Sampler(request.sampling, list(request.prompt))
+        self._chooser = chooser(request.sampling, request.prompt, next(engine.model.parameters()).device)
         # Text has no special tokens, so these stop as tokens.
         special = engine.tokenizer.get_added_vocab()
         stop = [*request.stop, *(engine.model.generation_config.stop_strings or ())]  # type: ignore[union-attr, misc]
@@ -380,7 +394,9 @@ class _Place:
             raise
 
     def _step(self, answer: Answer) -> Piece:
-        chosen = self._choose(answer)
+        while self._goes_on:
+            self._coming.append(self._choose(answer))
+        chosen = self._coming.popleft()()
         answer.tokens.append(chosen.token)
         # The tokens that end an answer are not part of its text.
         ended = chosen.token in self._ends
@@ -395,18 +411,15 @@ class _Place:
             self.end(finish)
         return Piece(chosen, text, finish)
 
-    def _choose(self, answer: Answer) -> Chosen:
+    def _choose(self, answer: Answer) -> Coming:
         if self._handed is None and self.loop is not None and not self.loop.left and not self.is_ahead:
             self._grow(self.loop, answer)
         steps = self._handed or self.loop
         assert steps is not None
+        assert self._chooser is not None
         logits = self.loop.current if self.is_ahead and self.loop is not None else steps.advance()
         self.is_ahead = False
-        if answer.request.sampling.is_plain:
-            return Chosen(int(steps.token))
-        chosen = self._sampler.choose(logits[0])
-        steps.token.fill_(chosen.token)
-        return chosen
+        return self._chooser.choose(logits, steps.token)
 
     def _grow(self, loop: DecodeLoop, answer: Answer) -> None:
         text = [*answer.request.prompt, *answer.tokens[:-1]]
@@ -434,6 +447,7 @@ class _Place:
             self._handed.close()
             self._handed = None
         self.is_ahead = False
+        self._coming.clear()
         if self.answer is None:
             return
         answer, self.answer = self.answer, None

@@ -28,6 +28,7 @@ MOST_LOGPROBS = 20
 _COLDEST = 1e-5
 # For the logarithm of a probability that is 0: JSON has no infinities.
 NEVER = -9999.0
+NO_NUMBERS = "the model's logits are not numbers (NaN), so there is no next token."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ class Sampler:
         """
         values = as_array(logits)
         if np.isnan(values.max()):
-            raise UnsupportedModelError("the model's logits are not numbers (NaN), so there is no next token.")
+            raise UnsupportedModelError(NO_NUMBERS)
         adjusted = self._penalised(values) if self.sampling.penalises else values
         token = self._drawn(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
         self._written[token] += 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from countdown.autocast import DEVICES, without_autocast
 from countdown.errors import ConfigError
-from countdown.ops import dense, reference, together
+from countdown.ops import dense, drawing, reference, together
 from countdown.ops.base import MOST_TOKENS, Backend
 from countdown.ops.call import SCHEMAS, Call
 from countdown.ops.cpu.backend import CPU
@@ -159,7 +159,7 @@ def _register_all() -> None:
         LIBRARY.impl(op, adapted(None, op), "CompositeExplicitAutograd")
         for device, key in DEVICES.items():
             LIBRARY.impl(op, partial(_under_autocast, op, device), key)
-    for name, (schema, fake, function) in (dense.OPS | together.OPS).items():
+    for name, (schema, fake, function) in (dense.OPS | drawing.OPS | together.OPS).items():
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"countdown::{name}", fake, lib=LIBRARY)  # type: ignore[arg-type]
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")

@@ -47,9 +47,9 @@ class Triton(Gathering):
 
     def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """See `Backend.step_ops`."""
-        from countdown.ops.triton import dense_ops
+        from countdown.ops.triton import dense_ops, drawing_ops
 
-        return {**dense_ops.OPS, "sparse_together": self._together}
+        return {**dense_ops.OPS, **drawing_ops.OPS, "sparse_together": self._together}
 
     def _together(self, x: Tensor, *args: Any, **names: Any) -> Tensor:
         from countdown.ops.triton import linear

@@ -289,7 +289,7 @@ def angles_one(position, frequencies, cos, sin, n, scale, N: tl.constexpr, PDL: 
 
 
 @triton.jit
-def _rank(v):
+def rank_of(v):
     """An integer for each value, the larger the larger that is: the largest of all for NaN, as in torch."""
     bits = v.to(tl.float32).to(tl.int32, bitcast=True)
     # Of negative values the larger have the smaller bits; both zeros are alike.
@@ -299,11 +299,11 @@ def _rank(v):
 
 @triton.jit
 def largest_of_block(logits, ranks, places, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Rank and place of the largest of each block, the first of several; see `_rank`."""
+    """Rank and place of the largest of each block, the first of several; see `rank_of`."""
     p = tl.program_id(0)
     i = p * BLOCK + tl.arange(0, BLOCK)
     start_small(True, PDL)
-    rank = _rank(tl.load(logits + i, mask=i < n, other=float("-inf")))
+    rank = rank_of(tl.load(logits + i, mask=i < n, other=float("-inf")))
     most = tl.max(rank, 0)
     tl.store(ranks + p, most)
     tl.store(places + p, tl.min(tl.where((rank == most) & (i < n), i, n - 1), 0))

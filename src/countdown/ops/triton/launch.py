@@ -236,6 +236,23 @@ def largest_of_all(blocks: int) -> Launch:
     return Launch((1,), {"BLOCKS": _power(blocks)}, 4)
 
 
+def drawing(n: int) -> Launch:
+    """Return the launch of `narrow`: in so many programs that one can add up what all of them leave."""
+    block = _clamp(_power(_ceil(n, 256)), 1024, 1 << 30)
+    blocks = _ceil(n, block)
+    return Launch((blocks,), {"BLOCK": block, "SOME": 128, "BLOCKS": _power(blocks)}, 4)
+
+
+def of_blocks(searched: Launch) -> Launch:
+    """Return the launch of `largest_of_block` before `narrow`, of the same blocks."""
+    return Launch(searched.grid, {"BLOCK": searched.constants["BLOCK"]}, searched.warps)
+
+
+def drawn(searched: Launch) -> Launch:
+    """Return the launch of `draw_of_block` after `narrow`, of the same blocks."""
+    return Launch(searched.grid, {name: searched.constants[name] for name in ("BLOCK", "BLOCKS")}, searched.warps)
+
+
 def tiled(d: int, h: int, itemsize: int, found: Hardware, *, mixed: bool = False) -> Launch:
     """Return the launch of `coefficients`; mixed: of weights and tokens that differ in dtype."""
     rows = 64 if h >= 64 * found.multiprocessors else 32
