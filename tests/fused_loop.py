@@ -15,11 +15,18 @@ class FusedLoop(DecodeLoop):
 
     def _trace(self) -> Callable[[], object]:
         with one_token(self.model, self.linears):
-            self._fused = fused(self._step, lambda: [self._logits])
-        return self._fused_step
+            step = self.traced = fused(self._step, lambda: [self._logits])
+        # Where they are each time, as in a graph.
+        self._logits = self._logits.clone()
+
+        def again() -> None:
+            (logits,) = step()
+            self._logits.copy_(logits)
+
+        return again
 
     @property
     def operations(self) -> Counter[str]:
         """How often a step does what, views left out."""
-        names = (one.name.split("::")[1] for one in self._fused.operations if one.computes)
+        names = (one.name.split("::")[1] for one in self.traced.operations if one.computes)
         return Counter(names)

@@ -76,7 +76,7 @@ def test_a_layer_of_llama_is_seven_operations(dtype):
     own.run(12)
     assert oracle.relative_error(loop._logits, own._logits.double()) <= 1e-2
     layers = model.config.num_hidden_layers
-    a_layer = {"project": 3 * layers + 1, "attend_next": layers, "gated_one": layers}
+    a_layer = {"project": 3 * layers + 1, "attend_next": layers, "gated": layers}
     norms = {"normalise": 1, "add_and_normalise": 2 * layers}
     assert dict(loop.operations) == ONCE | a_layer | norms
 
@@ -84,14 +84,14 @@ def test_a_layer_of_llama_is_seven_operations(dtype):
 @pytest.mark.parametrize(
     ("model_type", "left"),
     [
-        ("qwen3", {"normalise": 5, "attend_next": 2, "gated_one": 2, "add_and_normalise": 4}),
-        ("mistral", {"normalise": 1, "attend_next": 2, "gated_one": 2, "add_and_normalise": 4}),
+        ("qwen3", {"normalise": 5, "attend_next": 2, "gated": 2, "add_and_normalise": 4}),
+        ("mistral", {"normalise": 1, "attend_next": 2, "gated": 2, "add_and_normalise": 4}),
         # Gate and up in one weight; a part of each head is rotated.
-        ("phi3", {"gated_one": 2, "attend_next": 2, "add_and_normalise": 4}),
+        ("phi3", {"gated": 2, "attend_next": 2, "add_and_normalise": 4}),
         # Scores that are bent do not run in our attention.
-        ("gemma2", {"gated_one": 2, "index_copy_": 4, "attend_next": 0}),
+        ("gemma2", {"gated": 2, "index_copy_": 4, "attend_next": 0}),
         # No gate, and another norm.
-        ("starcoder2", {"gelu": 2, "gated_one": 0, "native_layer_norm": 5, "attend_next": 2}),
+        ("starcoder2", {"gelu": 2, "gated": 0, "native_layer_norm": 5, "attend_next": 2}),
     ],
 )
 def test_what_other_models_leave(model_type, left):
@@ -121,9 +121,9 @@ def test_before_sparse_sums_nothing_starts_early():
     model = llama()
     made_sparse(model, per_term=0.3)
     loop = FusedLoop(model, IDS, new_tokens=4)
-    sparse = [one.args[0] for one in loop._fused.operations if one.name == "countdown::sparse"]
+    sparse = [one.args[0] for one in loop.traced.operations if one.name == "countdown::sparse"]
     assert len(sparse) == model.config.num_hidden_layers
-    for one in loop._fused.operations:
+    for one in loop.traced.operations:
         if one.name == "countdown::add_and_normalise":
             assert (one.args[5:] == (False,)) == (one.makes[1][0] in sparse)
 
@@ -246,7 +246,7 @@ def test_gated_activations(activation, together):
         g, u = project(x, weights).split([48, 48], dim=-1)
         return u * activation(g)
 
-    assert is_done_again(step, [x], exactly=False) == ["gated_one"]
+    assert is_done_again(step, [x], exactly=False) == ["gated"]
 
 
 def test_gates_that_are_read_elsewhere_or_of_other_sizes():
@@ -266,7 +266,7 @@ def test_gates_that_are_read_elsewhere_or_of_other_sizes():
         return activated * y[:, 40:] + activated
 
     for step in (crossing, twice, kept):
-        assert "gated_one" not in is_done_again(step, [x])
+        assert "gated" not in is_done_again(step, [x])
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,16 +13,20 @@ from calls import made_sparse
 from countdown import replay
 from countdown.decoding import DecodeLoop
 from countdown.errors import ConfigError
+from countdown.fusing import together
 from countdown.joint import MOST_JOINED, Joint
 from countdown.methods import method
 from countdown.ops.cpu import library
+from fused_loop import FusedLoop
 from test_decoding import IDS, own_text
 from tiny import gemma3, llama
 
 
-def joined(model: nn.Module, prompts: list[Tensor], tokens: int) -> tuple[list[DecodeLoop], list[list[int]], Joint]:
+def joined(
+    model: nn.Module, prompts: list[Tensor], tokens: int, kind: type[DecodeLoop] = DecodeLoop
+) -> tuple[list[DecodeLoop], list[list[int]], Joint]:
     """Loops that advance together, and what they write."""
-    loops = [DecodeLoop(model, prompt, new_tokens=tokens, room=40 * (1 + n % 2)) for n, prompt in enumerate(prompts)]
+    loops = [kind(model, prompt, new_tokens=tokens, room=40 * (1 + n % 2)) for n, prompt in enumerate(prompts)]
     joint, texts = Joint(), [[] for _ in loops]
     for _ in range(tokens):
         joint.advance(loops)
@@ -43,36 +49,55 @@ def test_loops_that_advance_together_have_the_bits_they_have_alone(make, count):
         assert alone.run(6).tolist() == text
         assert torch.equal(alone.current, loop.current)
     # Of each layer three products of all, and the head.
-    ((_, run),) = joint._known.values()
-    assert run is not None
+    (group,) = joint._known.values()
+    assert group.step() is not None
 
 
-def test_sparse_loops_that_advance_together_are_alike_to_rounding():
+# As a CPU has loops, and as a GPU.
+KINDS = [DecodeLoop, FusedLoop]
+
+
+@pytest.mark.parametrize("make", [llama, gemma3])
+def test_loops_of_a_gpu_that_advance_together_are_alike_to_rounding(make):
+    model = make()
+    loops, texts, _ = joined(model, PROMPTS, 6, FusedLoop)
+    for prompt, loop, text in zip(PROMPTS, loops, texts, strict=False):
+        alone = FusedLoop(model, prompt, new_tokens=6)
+        assert alone.run(6).tolist() == text
+        torch.testing.assert_close(alone.current, loop.current)
+    # Each weight is read once.
+    steps = together.together([loop.traced for loop in loops], sparse_up_to=8)
+    rows = Counter(ones[0].name for ones, rows in steps._alike if rows)
+    assert rows["countdown::project"] == 3 * model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparse_loops_that_advance_together_are_alike_to_rounding(kind):
     model = llama()
     made_sparse(model, per_term=0.3)
-    loops, texts, _ = joined(model, PROMPTS[:4], 6)
+    loops, texts, _ = joined(model, PROMPTS[:4], 6, kind)
     counted = {site.tokens for site in countdown.status(model)}
     assert counted == {4 * 5}
     for prompt, loop, text in zip(PROMPTS, loops, texts, strict=False):
-        alone = DecodeLoop(model, prompt, new_tokens=6)
+        alone = kind(model, prompt, new_tokens=6)
         assert alone.run(6).tolist() == text
         torch.testing.assert_close(alone.current, loop.current)
 
 
 def test_weights_are_read_once_for_all():
     model = llama()
-    loops, _, joint = joined(model, PROMPTS[:3], 2)
+    loops, _, _ = joined(model, PROMPTS[:3], 2)
     calls = [call for of_operation in loops[0]._replay._calls for call in of_operation]
     alone = sum(isinstance(call, library.Ran) and isinstance(call.call, library.ProjectCall) for call in calls)
     assert alone == 4 * model.config.num_hidden_layers + 1
-    ((recordings, _),) = joint._known.values()
-    together = replay._joint_calls(recordings, 8)
-    products = [call.call for call in together if isinstance(call, library.Ran) and hasattr(call.call, "biases")]
+    of_all = replay._joint_calls([loop.traced for loop in loops], 8)
+    products = [call.call for call in of_all if isinstance(call, library.Ran) and hasattr(call.call, "biases")]
     assert [call.tokens for call in products] == [3] * alone
 
 
-def test_loops_of_two_models_are_not_mixed():
-    loops = [DecodeLoop(model, IDS, new_tokens=4) for model in (llama(), llama().bfloat16())]
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_of_two_models_are_not_mixed(kind):
+    loops = [kind(model, IDS, new_tokens=4) for model in (llama(), llama().bfloat16())]
     expected = [own_text(loop.model, 4).tolist() for loop in loops]
     joint, texts = Joint(), [[], []]
     for _ in range(4):
@@ -107,15 +132,16 @@ def test_what_is_joined_is_kept_for_few_groups_and_forgotten():
     assert not joint._known
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["m-countdown", "d-proxy", "teal"])
-def test_more_loops_than_sparse_ones_are_dense(name, tokenizer, text):
+def test_more_loops_than_sparse_ones_are_dense(name, kind, tokenizer, text):
     model = llama()
     profile = countdown.calibrate(model, tokenizer, text, method(name, sparsity=0.6), tokens=512, progress=False)
     expected = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]]
     texts = [loop.run(5).tolist() for loop in expected]
     countdown.sparsify_(model, profile)
     countdown.reset_counters(model)
-    loops, joint = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]], Joint(sparse_up_to=2)
+    loops, joint = [kind(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]], Joint(sparse_up_to=2)
     written: list[list[int]] = [[], [], []]
     for _ in range(5):
         joint.advance(loops)

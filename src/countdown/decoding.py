@@ -25,14 +25,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from countdown.errors import ConfigError, CountdownError, UnsupportedModelError
-from countdown.fusing.fused import fused
+from countdown.fusing.fused import Fused, fused
 from countdown.loading import cache_argument, check_context
 from countdown.memory import ran_out
 from countdown.modules import sparse_modules
 from countdown.one_token import one_token, siblings
 from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.phase import continuing, phases
-from countdown.replay import recorded
+from countdown.replay import Recorded, recorded
 from countdown.static_cache import (
     check_filled,
     empty,
@@ -301,14 +301,21 @@ class DecodeLoop:
         return argmax(logits), logits
 
     def _trace(self) -> Callable[[], object]:
+        # What the step is, for `joint`, None where that is compiled. It has what a graph reads and no step makes, which
+        # must stay as long as the graph.
+        self.traced: Recorded | Fused | None = None
         with one_token(self.model, self.linears):
             if not self.token.is_cuda:
-                return recorded(self._step)
+                self.traced = recorded(self._step)
+                return self.traced
             if any(type(parameter) is not nn.Parameter for parameter in self.model.parameters()):
                 return self._compiled()
-            # It has what a graph reads and no step makes, which must stay as long as the graph.
-            self._fused = fused(self._step, lambda: [self._logits])
-        return record(self._fused_step).replay
+            step = self.traced = fused(self._step, lambda: [self._logits])
+
+        def again() -> None:
+            (self._logits,) = step()
+
+        return record(again).replay
 
     def _compiled(self) -> Callable[[], object]:
         """Return the step of a model whose weights are of classes of their own: quantised, they wait to be compiled."""
@@ -325,9 +332,6 @@ class DecodeLoop:
         self.token.copy_(token)
         for positions in self._positions:
             positions.add_(1)
-
-    def _fused_step(self) -> None:
-        (self._logits,) = self._fused()
 
 
 class _Prepared:

@@ -19,6 +19,7 @@ from countdown.engine.sampling import Sampling
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import method
 from countdown.sparsify import say_once
+from fused_loop import FusedLoop
 from tiny import gemma3, llama
 
 PROMPTS = [[5, 17, 90, 3, 250, 64, 31, 8], [9, 1, 2], [200, 201, 202, 203, 5, 5, 5], [44] * 30]
@@ -39,11 +40,12 @@ def written_on(engine: Engine, answer: Any) -> None:
         engine.step_of(answer)
 
 
-@pytest.fixture(autouse=True, params=["host", "device"])
-def chooses(request, monkeypatch):
-    """All of this with tokens that the host chooses, and as on a GPU, which goes on before they are read."""
-    monkeypatch.setattr(choosing, "CHOOSING", {"cpu"} if request.param == "device" else set())
-    return request.param
+@pytest.fixture(autouse=True, params=["cpu", "gpu"])
+def as_on(request, monkeypatch):
+    """All of this as on a CPU, and as on a GPU: steps put together, and the next one begins before a token is read."""
+    if request.param == "gpu":
+        monkeypatch.setattr(choosing, "CHOOSING", {"cpu"})
+        monkeypatch.setattr(module, "DecodeLoop", FusedLoop)
 
 
 @pytest.fixture

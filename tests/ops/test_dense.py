@@ -71,14 +71,14 @@ def test_attend_one_of_a_cache_that_is_a_view():
     activation=["silu", "gelu_tanh", "relu", "linear"],
     dtype=cases.TOLERANCE,
 )
-def test_gated_one(d, h, bias, activation, dtype):
+def test_gated(d, h, bias, activation, dtype):
     weights = [cases.inputs(h, d, dtype, DEVICE, seed) / d**0.5 for seed in (1, 2)]
     biases = [cases.inputs(1, h, dtype, DEVICE, 7 + place)[0] if place in bias else None for place in range(2)]
     x = cases.inputs(1, d, dtype, DEVICE, 0)
     with cases.poisoned():
-        y = dense_ops.gated_one(x, weights, biases, activation)
+        y = dense_ops.gated(x, weights, biases, activation)
     exact = [[one if one is None else one.double() for one in some] for some in (weights, biases)]
-    expected = dense.gated_one(x.double(), *exact, activation)
+    expected = dense.gated(x.double(), *exact, activation)
     assert oracle.relative_error(y.cpu(), expected.cpu()) <= 2 * cases.tolerance(dtype)
 
 
@@ -205,9 +205,8 @@ def test_a_new_key_that_does_not_fit(change, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: dense.gated_one(torch.ones(1, 8), [torch.ones(4, 8)], [None], "silu"), "expected gate and up alike"),
-        (lambda: dense.gated_one(torch.ones(2, 8), [torch.ones(4, 8)] * 2, [None] * 2, "silu"), "expected one token"),
-        (lambda: dense.gated_one(torch.ones(1, 8), [torch.ones(4, 8)] * 2, [None] * 2, "sulu"), "expected one of silu"),
+        (lambda: dense.gated(torch.ones(1, 8), [torch.ones(4, 8)], [None], "silu"), "expected gate and up alike"),
+        (lambda: dense.gated(torch.ones(1, 8), [torch.ones(4, 8)] * 2, [None] * 2, "sulu"), "expected one of silu"),
         (lambda: dense.normalise(torch.ones(1, 8), torch.ones(7), 0.1, True), "expected .8,."),
         (lambda: dense.add_and_normalise(torch.ones(1, 8), torch.ones(8), torch.ones(8), 0.1, True), "like x"),
         (lambda: dense.largest_one(torch.ones(2, 8)), "expected .1, n."),

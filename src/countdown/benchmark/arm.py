@@ -333,7 +333,7 @@ def _gated(ffn: Any, group: list[nn.Linear], inputs: dict[int, Tensor]) -> Tenso
     x = inputs[id(group[0])]
     if x.is_cuda:
         weights = [weight.parts[0] for weight in ffn.weights[:2]]
-        return torch.ops.countdown.gated_one(x, weights, ffn.biases[:2], ffn.activation)  # type: ignore[no-any-return]
+        return torch.ops.countdown.gated(x, weights, ffn.biases[:2], ffn.activation)  # type: ignore[no-any-return]
     g, u = _project(group, inputs).chunk(2, dim=-1)
     return ACTIVATIONS[ffn.activation](g) * u
 

@@ -44,7 +44,7 @@ def fused(step: Callable[[], object], results: Callable[[], list[Tensor]]) -> Fu
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Stands for a tensor that an operation makes."""
 
     number: int
@@ -66,9 +66,22 @@ class Operation:
     op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    makes: list[tuple[_Slot, torch.Size] | None]
+    makes: list[tuple[Slot, torch.Size] | None]
     computes: bool
-    drops: list[_Slot] = field(default_factory=list)
+    drops: list[Slot] = field(default_factory=list)
+
+    def do(self, now: dict[Slot, Tensor]) -> None:
+        """Do it again, on what there is by slot."""
+        args, kwargs = tree_map_only(Slot, now.__getitem__, (self.args, self.kwargs))
+        self.keep(tensors_in(self.op(*args, **kwargs)), now)
+
+    def keep(self, made: Sequence[Tensor], now: dict[Slot, Tensor]) -> None:
+        """Put what it made into slots, and empty those that nobody reads any more."""
+        for where, tensor in zip(self.makes, made, strict=True):
+            if where is not None:
+                now[where[0]] = tensor.view(where[1])
+        for slot in self.drops:
+            del now[slot]
 
 
 class Fused:
@@ -80,21 +93,25 @@ class Fused:
     """
 
     def __init__(self, done: Sequence[Done], results: Sequence[Tensor]) -> None:
-        slots: dict[int, _Slot] = {}
+        slots: dict[int, Slot] = {}
+        made = {storage(tensor) for one in done for tensor in one.new}
+        # Of what is there before a step: the memory that it reads, and that it writes, but for counters of active sets.
+        self.read = set().union(*(one.read for one in done)) - made
+        self.written = set().union(*(one.written for one in done if not one.is_sparse_sum)) - made
 
-        def named(tensor: Tensor) -> Tensor | _Slot:
+        def named(tensor: Tensor) -> Tensor | Slot:
             return slots.get(id(tensor), tensor)
 
         self.operations = []
         for one in done:
             args, kwargs = tree_map_only(Tensor, named, (one.args, one.kwargs))
             given = {id(tensor) for tensor in tensors_in((one.args, one.kwargs))}
-            makes: list[tuple[_Slot, torch.Size] | None] = []
+            makes: list[tuple[Slot, torch.Size] | None] = []
             for tensor in tensors_in(one.made):
                 if id(tensor) in given:
                     makes.append(None)
                     continue
-                slots[id(tensor)] = _Slot(len(slots))
+                slots[id(tensor)] = Slot(len(slots))
                 makes.append((slots[id(tensor)], tensor.shape))
             self.operations.append(
                 Operation(one.name, one.op, args, kwargs, makes, computes=bool(one.new or one.written))
@@ -103,23 +120,22 @@ class Fused:
         self._drop_early()
 
     def _drop_early(self) -> None:
-        later = {slot for slot in self._results if isinstance(slot, _Slot)}
+        later = {slot for slot in self._results if isinstance(slot, Slot)}
         for one in reversed(self.operations):
-            used = {leaf for leaf in tree_leaves((one.args, one.kwargs)) if isinstance(leaf, _Slot)}
+            used = {leaf for leaf in tree_leaves((one.args, one.kwargs)) if isinstance(leaf, Slot)}
             used |= {where[0] for where in one.makes if where}
             one.drops = sorted(used - later, key=lambda slot: slot.number)
             later |= used
 
     def __call__(self) -> list[Tensor]:
-        now: dict[_Slot, Tensor] = {}
+        now: dict[Slot, Tensor] = {}
         for one in self.operations:
-            args, kwargs = tree_map_only(_Slot, now.__getitem__, (one.args, one.kwargs))
-            for where, made in zip(one.makes, tensors_in(one.op(*args, **kwargs)), strict=True):
-                if where is not None:
-                    now[where[0]] = made.view(where[1])
-            for slot in one.drops:
-                del now[slot]
-        return [now[one] if isinstance(one, _Slot) else one for one in self._results]
+            one.do(now)
+        return self.results(now)
+
+    def results(self, now: dict[Slot, Tensor]) -> list[Tensor]:
+        """Return the results, of what was made."""
+        return [now[one] if isinstance(one, Slot) else one for one in self._results]
 
 
 def _apart_from_sparse(done: Sequence[Done], results: Sequence[Tensor]) -> list[Done]:

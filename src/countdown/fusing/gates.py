@@ -36,7 +36,7 @@ def gated(graph: Graph, last: Done) -> Iterator[Found]:
             continue
         weights, biases = ([one[place] for one in projections if one] for place in (0, 1))
         args = (product.args[0], weights, biases, _activation_of(activation))
-        yield Found(torch.ops.countdown.gated_one.default, args, (last.made,), (last, activation, product), (last,))
+        yield Found(torch.ops.countdown.gated.default, args, (last.made,), (last, activation, product), (last,))
 
 
 def _activation_of(one: Done) -> str:

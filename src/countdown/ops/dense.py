@@ -2,7 +2,7 @@
 
 - `project`: x [T, d], one to 8 tokens, through one to three linears, weights [d_out_k, d], side by side:
   [T, Σ d_out_k].
-- `gated_one`: of x [1, d], act(W_gate x + b) · (W_up x + b), [1, h]; weights [h, d] of both, `activation` by name.
+- `gated`: of such x, act(W_gate x + b) · (W_up x + b), [T, h]; weights [h, d] of both, `activation` by name.
 - `normalise`: RMS norm over the last dimension of x [..., d]; `rounded` to the dtype of x before the weight is
   multiplied in. `add_and_normalise`: (x + y, its norm).
 - `attend_one`: q [1, heads, 1, size] attends to keys and values [1, groups, length, size], heads a multiple of groups,
@@ -46,10 +46,8 @@ def check_projections(x: Tensor, weights: list[Tensor], biases: Biases) -> None:
 
 
 def check_gated(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> None:
-    """Raise ValueError unless one token fits a gate and an up projection."""
+    """Raise ValueError unless tokens fit a gate and an up projection."""
     check_projections(x, weights, biases)
-    if len(x) != 1:
-        raise ValueError(f"x is {tuple(x.shape)}, expected one token [1, d]")
     if len(weights) != 2 or weights[0].shape != weights[1].shape:
         raise ValueError(f"weights are {[tuple(weight.shape) for weight in weights]}, expected gate and up alike")
     if activation not in ACTIVATIONS:
@@ -114,8 +112,8 @@ def project(x: Tensor, weights: list[Tensor], biases: Biases) -> Tensor:
     return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], dim=-1)
 
 
-def gated_one(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> Tensor:
-    """Return the product of both projections of one token, one of them activated, `[1, h]`."""
+def gated(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> Tensor:
+    """Return the product of both projections of tokens, one of them activated, `[T, h]`."""
     check_gated(x, weights, biases, activation)
     gate, up = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     return ACTIVATIONS[activation](gate) * up
@@ -189,7 +187,7 @@ def _project_fake(x: Tensor, weights: list[Tensor], biases: Biases) -> Tensor:
 
 def _gated_fake(x: Tensor, weights: list[Tensor], biases: Biases, activation: str) -> Tensor:
     check_gated(x, weights, biases, activation)
-    return x.new_empty((1, len(weights[0])))
+    return x.new_empty((len(x), len(weights[0])))
 
 
 def _norm_fake(x: Tensor, weight: Tensor, eps: float, rounded: bool, overlap: bool = True) -> Tensor:
@@ -231,10 +229,10 @@ def _largest_fake(logits: Tensor) -> Tensor:
 # Schema, fake and reference, by name.
 OPS = {
     "project": ("(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor", _project_fake, project),
-    "gated_one": (
+    "gated": (
         "(Tensor x, Tensor[] weights, Tensor?[] biases, str activation) -> Tensor",
         _gated_fake,
-        gated_one,
+        gated,
     ),
     "normalise": (
         "(Tensor x, Tensor weight, float eps, bool rounded, bool overlap=True) -> Tensor",

@@ -39,12 +39,12 @@ def project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Te
 
 
 @launch.on_its_device
-def gated_one(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str) -> Tensor:
-    """Return the product of both projections of one token, one of them activated; see `ops.dense`."""
+def gated(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str) -> Tensor:
+    """Return the product of both projections, one of them activated; see `ops.dense`. Of several tokens torch's."""
     reference.check_gated(x, weights, biases, activation)
-    fits = x.stride(1) == 1 and all(w.is_contiguous() for w in weights) and activation in ACTIVATIONS
+    fits = len(x) == 1 and x.stride(1) == 1 and all(w.is_contiguous() for w in weights) and activation in ACTIVATIONS
     if not fits or _is_for_reference(x):
-        return reference.gated_one(x, weights, biases, activation)
+        return reference.gated(x, weights, biases, activation)
     h, d = weights[0].shape
     found = launch.hardware(x.device)
     config = launch.projection(d, [h], x.element_size(), found, together=2)
@@ -190,7 +190,7 @@ def largest_one(logits: Tensor) -> Tensor:
 # By name, for the backend.
 OPS = {
     op.__name__: op
-    for op in (project, gated_one, normalise, add_and_normalise, attend_one, attend_next, angles_one, largest_one)
+    for op in (project, gated, normalise, add_and_normalise, attend_one, attend_next, angles_one, largest_one)
 }
 
 

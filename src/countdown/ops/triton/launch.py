@@ -191,7 +191,7 @@ def _shared_out(h: int, rows: int, found: Hardware) -> tuple[int, int]:
 
 
 def projection(d: int, heights: list[int], itemsize: int, found: Hardware, *, together: int = 1) -> Launch:
-    """Return the launch of `project`, of matrices with so many rows; or of `gated_one`, of two `together`."""
+    """Return the launch of `project`, of matrices with so many rows; or of `gated`, of two `together`."""
     block = _clamp(_power(d), 16, (8 if d % (8 * _KB // itemsize) == 0 else 4) * _KB // itemsize)
     rows = _clamp(16 * _KB // (together * block * itemsize), 1, 16)
     constants = {"ROWS": rows, "BLOCK": block, "STAGES": 1}
