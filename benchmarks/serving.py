@@ -1,4 +1,4 @@
-"""The engine against the bare loop, and the server against the engine.
+"""The engine against the bare loop, and the server against the engine, on a CPU.
 
     python benchmarks/serving.py MODEL [--profile DIR] [--versus llama.cpp] --output benchmarks/results/serving-X.json
 
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -30,20 +30,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from countdown.decoding import DecodeLoop
-from countdown.engine.engine import Engine, Request
-from countdown.engine.sampling import Sampling
 from countdown.loading import Source, load_model, load_tokenizer
 from countdown.profiles.profile import Profile
 from countdown.results import meta, write
 from countdown.sparsify import sparsify_
 from documents import commit, said
+from engine import NEW, ROUNDS, SAMPLED, alone
 
-PROMPT, LONG, NEW, ROUNDS = 64, 512, 64, 12
 OURS = "server, one client"
-SAMPLED = Sampling(temperature=0.7, top_p=0.9, top_k=0, seed=0)
 
 
 def main() -> None:
@@ -60,71 +55,11 @@ def main() -> None:
     )
     about = {"model": source.label, "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     about |= {"profile": str(Profile.load(arguments.profile).recipe) if arguments.profile else "dense"}
-    records = [about | record for record in (*alone(model, tokenizer, ids), *served(arguments))]
+    some = {"sampled": SAMPLED["sampled"]}
+    records = [about | record for record in (*alone(model, tokenizer, ids, some), *served(arguments))]
     for record in records:
         print(json.dumps(record), file=sys.stderr)
     write(arguments.output, {"meta": header, "records": records})
-
-
-def alone(model: nn.Module, tokenizer: Any, ids: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield what the engine does by itself."""
-    engine = Engine(model, tokenizer)
-    started = time.perf_counter()
-    next(engine.stream(Request(prompt=ids[:PROMPT], max_new_tokens=NEW)))
-    yield {"arm": "first token, nothing traced", "prompt": PROMPT, "seconds": time.perf_counter() - started}
-    loop = DecodeLoop(model, torch.tensor([ids[:PROMPT]]), new_tokens=NEW, room=1024)
-    runs: dict[str, Callable[[], float]] = {
-        "loop": lambda: _loop_rate(loop, ids[:PROMPT]),
-        "engine, greedy": lambda: _rate(engine, ids[:PROMPT], Sampling()),
-        "engine, sampled": lambda: _rate(engine, ids[:PROMPT], SAMPLED),
-        "prefill": lambda: _prefill(model, ids[:LONG]),
-        "engine, first token": lambda: _first(engine, ids[:LONG]),
-    }
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS):
-        for name, run in runs.items():
-            found[name].append(run())
-    for name, of in (("loop", ""), ("engine, greedy", "loop"), ("engine, sampled", "engine, greedy")):
-        record = {"arm": name, "prompt": PROMPT, "new_tokens": NEW, "tokens_per_s": statistics.median(found[name])}
-        if of:
-            record["share"] = statistics.median(a / b for a, b in zip(found[name], found[of], strict=True))
-            record["of"] = of
-        yield record
-    for name, of in (("prefill", ""), ("engine, first token", "prefill")):
-        record = {"arm": name, "prompt": LONG, "seconds": statistics.median(found[name])}
-        if of:
-            record["ratio"] = statistics.median(a / b for a, b in zip(found[name], found[of], strict=True))
-            record["of"] = of
-        yield record
-    engine.close()
-
-
-def _rate(engine: Engine, prompt: list[int], sampling: Sampling) -> float:
-    times = []
-    for _ in engine.stream(Request(prompt=prompt, max_new_tokens=NEW, sampling=sampling, ignore_eos=True)):
-        times.append(time.perf_counter())
-    return (len(times) - 1) / (times[-1] - times[0])
-
-
-def _loop_rate(loop: DecodeLoop, prompt: list[int]) -> float:
-    loop.restart(torch.tensor([prompt]), new_tokens=NEW)
-    loop.run(1)
-    started = time.perf_counter()
-    loop.run(NEW - 1)
-    return (NEW - 1) / (time.perf_counter() - started)
-
-
-@torch.no_grad()
-def _prefill(model: Any, prompt: list[int]) -> float:
-    started = time.perf_counter()
-    model(torch.tensor([prompt]), logits_to_keep=1, use_cache=True)
-    return time.perf_counter() - started
-
-
-def _first(engine: Engine, prompt: list[int]) -> float:
-    started = time.perf_counter()
-    next(engine.stream(Request(prompt=prompt, max_new_tokens=2)))
-    return time.perf_counter() - started
 
 
 def served(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from calls import made_sparse
 from countdown.decoding import DecodeLoop
 from countdown.errors import UnsupportedModelError
+from countdown.joint import Joint
 from countdown.sites.decoder import decoder_of
 from fused_loop import FusedLoop
 from scripts import BENCHMARKS, script
@@ -111,11 +112,23 @@ def check(model: nn.Module, refused: str | None, *, near: float = 0.0) -> None:
         started.run(3)
         started.restart(PROMPT, new_tokens=NEW_TOKENS)
         texts[f"{loop.__name__}, again"] = started.run(NEW_TOKENS)
+        started.restart(PROMPT, new_tokens=NEW_TOKENS)
+        texts[f"{loop.__name__}, beside others"] = beside_others(started)
     for when, written in texts.items():
         if not torch.equal(written, own):
             at = int((written != own).nonzero()[0])
             apart = logits[at, own[at]] - logits[at, written[at]]
             assert apart < near * logits[at].std(), f"they part at token {at}, {when}"
+
+
+def beside_others(loop: DecodeLoop) -> Tensor:
+    """What a loop behind its prompt writes while it shares steps with two others, one of which ends early."""
+    others = [type(loop)(loop.model, PROMPT[:, n:] + n, new_tokens=NEW_TOKENS // n) for n in (1, 2)]
+    joint, written = Joint(), []
+    for _ in range(NEW_TOKENS):
+        joint.advance([one for one in (loop, *others) if one.left])
+        written.append(loop.token[0, 0].clone())
+    return torch.stack(written)
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

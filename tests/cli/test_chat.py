@@ -152,9 +152,10 @@ def serving(*arguments: Any, cwd: Path) -> Iterator[tuple[str, subprocess.Popen[
 
 
 def test_serve_answers_openais_client_and_ends_clean(chat_folder, made):  # noqa: F811
-    arguments = [chat_folder, "--profile", "p", "--name", "mine", "--api-key", "k"]
+    arguments = [chat_folder, "--profile", "p", "--name", "mine", "--api-key", "k", "--sparse-up-to", "2"]
     with serving(*arguments, cwd=made) as (url, process):
         assert "sparse: m-countdown" in "".join(process.lines)
+        assert "more than 2 answers at a time are dense" in "".join(process.lines)
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
         stream = client.chat.completions.create(
             model="mine", messages=[{"role": "user", "content": "hello"}], max_tokens=300, stream=True, temperature=0
@@ -194,6 +195,7 @@ def test_serve_says_that_a_port_is_taken(chat_folder, tmp_path):
         (["--max-loss", "2%", "--sparsity", "0.5"], "--max-loss finds the profile; leave out"),
         (["--context", "100000", "--port", "0"], "context is 100000, expected 2 to the model's 2048"),
         (["--sparsity", "0.5"], "--sparsity needs --profile"),
+        (["--sparse-up-to", "9"], "less than or equal to 8"),
     ],
 )
 def test_a_server_that_cannot_be_is_refused(arguments, message, chat_folder, tmp_path):

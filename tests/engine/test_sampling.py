@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
-from countdown.engine.sampling import Sampler, Sampling, as_array, remaining, unheeded_in_sampling
+from countdown.engine.sampling import Sampler, Sampling, as_array, place_of, remaining, unheeded_in_sampling
 from countdown.errors import ConfigError, UnsupportedModelError
 
 VOCABULARY = 501
@@ -162,3 +162,16 @@ def test_logits_of_every_dtype_are_read_exactly(dtype):
 
 def test_a_seed_may_be_negative():
     assert Sampler(Sampling(temperature=1.0, seed=-1), []).choose(logits_of(0)).token in range(VOCABULARY)
+
+
+def test_no_token_is_drawn_that_is_not_left():
+    # Rows of which all, or the last, are not left; and shares that round to the whole.
+    probabilities = torch.rand(1000, generator=torch.Generator().manual_seed(0)).numpy()
+    probabilities[:256] = probabilities[700:] = probabilities[500:515] = 0
+    left = set(probabilities.nonzero()[0].tolist())
+    expected = probabilities.cumsum(dtype="float64")
+    for share in (0.0, 0.25, 0.5, 0.9, 1 - 1e-16):
+        place = place_of(probabilities, share)
+        assert place in left
+        assert expected[place] >= share * expected[-1] * (1 - 1e-6)
+        assert expected[place - 1] <= share * expected[-1] * (1 + 1e-6)

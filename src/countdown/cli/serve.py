@@ -44,7 +44,7 @@ def serve(
     ] = None,
     sparse_up_to: Annotated[
         int | None,
-        typer.Option(min=1, max=8, help="More answers at a time are dense, on a CPU. [4 with d-proxy, 8 with others]"),
+        typer.Option(min=1, max=8, help="More answers at a time are dense. [4 with d-proxy, 8 with others]"),
     ] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer. [the model's]")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait for a place.")] = 64,
@@ -95,13 +95,13 @@ def _run(model: nn.Module, tokenizer: Any, listener: socket.socket, how: dict[st
     from countdown.server.app import Settings, make_app
 
     on_cpu = next(model.parameters()).device.type == "cpu"
-    # On a GPU they take turns, no faster than one after the other, and each takes memory of its own.
+    # On a GPU several were not measured yet, and each takes memory of its own.
     how["sequences"] = how["sequences"] or (MOST_SEQUENCES if on_cpu else 1)
     own = Sampling.of(model.generation_config)
     # As OpenAI's, where the checkpoint says nothing.
     sampling = own if own.temperature else own.with_(temperature=1.0)
     engine = Engine(model, tokenizer, **how)
-    if on_cpu and sparse_modules(model) and engine.sparse_up_to < how["sequences"]:
+    if sparse_modules(model) and engine.sparse_up_to < how["sequences"]:
         printing.say(f"more than {engine.sparse_up_to} answers at a time are dense (--sparse-up-to)")
     app = make_app(engine, Settings(sampling=sampling, **about))
     address, port = listener.getsockname()[:2]

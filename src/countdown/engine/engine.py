@@ -124,8 +124,8 @@ class Engine:
             model generated are read anew, as the prompt that they are now. Sums are then made in another order than
             for a whole prompt, so that a token may differ where two are as likely.
         loop: Whether to use the decode loop; otherwise transformers computes every step.
-        sparse_up_to: Answers that share a step, on a CPU, are sparse up to so many of them, and dense beyond; None for
-            4 where a copy in few bits decides (`d-proxy`), which for more takes longer than computing all, 8 elsewhere.
+        sparse_up_to: Answers that share a step are sparse up to so many of them, and dense beyond; None for 4 where a
+            copy in few bits decides (`d-proxy`), which for more takes longer than computing all, 8 elsewhere.
             What the reference computes, or a prompt has decided (`griffin`), no answers share; it stays as it is.
 
     Raises:
@@ -211,7 +211,7 @@ class Engine:
     def step(self) -> list[tuple[Answer, Piece]]:
         """Add a token to each answer that is being written; one that fails ends, its `error` set.
 
-        On a CPU they share one step. Where that fails, all that share it end.
+        They share one step. Where that fails, all that share it end.
         """
         found = []
         with TURNS:

@@ -26,6 +26,7 @@ _OF_CHECKPOINTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty
 _UNHEEDED = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
 MOST_LOGPROBS = 20
 _COLDEST = 1e-5
+_ROW = 256
 # For the logarithm of a probability that is 0: JSON has no infinities.
 NEVER = -9999.0
 NO_NUMBERS = "the model's logits are not numbers (NaN), so there is no next token."
@@ -187,9 +188,7 @@ class Sampler:
     def _drawn(self, logits: Logits) -> int:
         """Return a token drawn from what the settings leave."""
         tokens, probabilities = remaining(logits, self.sampling)
-        reached = probabilities.cumsum(dtype=np.float64)
-        place = int(np.searchsorted(reached, self._generator.random() * reached[-1], side="right"))
-        place = min(place, len(reached) - 1)
+        place = place_of(probabilities, self._generator.random())
         return place if tokens is None else int(tokens[place])
 
 
@@ -244,6 +243,26 @@ def _likeliest(probabilities: Logits, top_p: float) -> Tokens:
     ordered = there[np.argsort(-probabilities[there], kind="stable")]
     before = probabilities[ordered].cumsum(dtype=np.float64) - probabilities[ordered]
     return ordered[: max(1, int(np.count_nonzero(before < top_p * whole)))]
+
+
+def place_of(probabilities: Logits, share: float) -> int:
+    """Return at which place their sum from the first on passes a share of the whole."""
+    whole_rows = len(probabilities) // _ROW * _ROW
+    rows = np.append(probabilities[:whole_rows].reshape(-1, _ROW).sum(axis=1), probabilities[whole_rows:].sum())
+    row, rest = _passing(rows, share * rows.sum(dtype=np.float64))
+    # Only that row is added up one by one.
+    return row * _ROW + _passing(probabilities[row * _ROW : (row + 1) * _ROW], rest)[0]
+
+
+def _passing(values: Logits, wanted: float) -> tuple[int, float]:
+    """Return at which place the sum of the values from the first on passes what is wanted, and what that one is to add.
+
+    However it is rounded, a value of 0 is at no such place.
+    """
+    reached = values.cumsum(dtype=np.float64)
+    wanted = min(wanted, float(np.nextafter(reached[-1], 0)))
+    place = int(np.searchsorted(reached, wanted, side="right"))
+    return place, wanted - (float(reached[place - 1]) if place else 0.0)
 
 
 def _largest(values: Logits, count: int) -> Tokens:
