@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 import countdown
+import tiny
+from countdown import joint
 from countdown.engine import choosing
 from countdown.engine import engine as module
 from countdown.engine.engine import Engine, Request
@@ -20,14 +22,24 @@ from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.methods import method
 from countdown.sparsify import say_once
 from fused_loop import FusedLoop
-from tiny import gemma3, llama
 
 PROMPTS = [[5, 17, 90, 3, 250, 64, 31, 8], [9, 1, 2], [200, 201, 202, 203, 5, 5, 5], [44] * 30]
 
 
+DEVICE = {"is": "cpu"}
+
+
+def llama(**more: Any) -> nn.Module:
+    return tiny.llama(**more).to(DEVICE["is"])
+
+
+def gemma3(**more: Any) -> nn.Module:
+    return tiny.gemma3(**more).to(DEVICE["is"])
+
+
 def own(model: nn.Module, prompt: list[int], tokens: int, **more: Any) -> list[int]:
     settings = {"do_sample": False, "pad_token_id": 0, **more}
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=DEVICE["is"])
     return model.generate(ids, max_new_tokens=tokens, **settings)[0, len(prompt) :].tolist()
 
 
@@ -40,12 +52,15 @@ def written_on(engine: Engine, answer: Any) -> None:
         engine.step_of(answer)
 
 
-@pytest.fixture(autouse=True, params=["cpu", "gpu"])
-def as_on(request, monkeypatch):
-    """All of this as on a CPU, and as on a GPU: steps put together, and the next one begins before a token is read."""
-    if request.param == "gpu":
+@pytest.fixture(autouse=True, params=["cpu", "as on a gpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def place(request, monkeypatch):
+    """Where all of this is done. As on a GPU: steps put together, and the next one begins before a token is read."""
+    if request.param == "as on a gpu":
         monkeypatch.setattr(choosing, "CHOOSING", {"cpu"})
         monkeypatch.setattr(module, "DecodeLoop", FusedLoop)
+    if request.param == "gpu":
+        monkeypatch.setitem(DEVICE, "is", "cuda")
+        monkeypatch.setattr(joint, "ALONE", 1)
 
 
 @pytest.fixture
@@ -249,7 +264,8 @@ def test_logprobs_are_of_the_token_that_was_chosen(tokenizer):
     )
     tokens = [piece.token.token for piece in pieces]
     with torch.no_grad():
-        logprobs = model(torch.tensor([PROMPTS[1] + tokens])).logits[0, len(PROMPTS[1]) - 1 : -1].log_softmax(-1)
+        ids = torch.tensor([PROMPTS[1] + tokens], device=DEVICE["is"])
+        logprobs = model(ids).logits.cpu()[0, len(PROMPTS[1]) - 1 : -1].log_softmax(-1)
     expected = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor([p.token.logprob for p in pieces]), expected, atol=1e-3, rtol=1e-3)
     assert [piece.token.top[0][0] for piece in pieces] == tokens
@@ -440,7 +456,7 @@ def test_what_a_checkpoint_asks_of_the_end_holds_in_transformers(tokenizer):
 
 def test_a_stop_string_may_be_a_special_token(tokenizer):
     model = llama()
-    always = torch.tensor([256])
+    always = torch.tensor([256], device=DEVICE["is"])
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, always, 1e3))
     assert own(model, PROMPTS[0], 4) == [256] * 4
     engine = Engine(model, tokenizer)

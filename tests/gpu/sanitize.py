@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 import kernel_cases as cases
-from countdown.ops.triton import dense_ops
+from countdown.ops.triton import dense_ops, drawing_ops
 
 
 def main() -> None:
@@ -31,6 +31,8 @@ def main() -> None:
     cases.check_together(1, 300, [515, 37, 1], torch.bfloat16, "cuda", torch.ops.countdown.sparse_together)
     keys = cases.inputs(2 * 70, 40, torch.bfloat16, "cuda", 1).view(1, 2, 70, 40)
     dense_ops.attend_one(cases.inputs(6, 40, torch.bfloat16, "cuda", 0).view(1, 6, 1, 40), keys, keys, None, 0.5)
+    for dtype in (torch.bfloat16, torch.float32):
+        drawing_ops.draw_one(cases.inputs(1, 2500, dtype, "cuda", 0), 0.8, 40, 0.9, 0.01, 3)
     torch.cuda.synchronize()
     print("all kernels ran")
 
