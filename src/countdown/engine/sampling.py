@@ -220,11 +220,12 @@ def remaining(logits: Logits, sampling: Sampling) -> tuple[Tokens | None, Logits
         `[n]`, None for all in order; and `[n]`.
     """
     tokens: Tokens | None = None
-    logits = (logits - logits.max()) / np.float32(sampling.temperature)
+    logits = logits - logits.max()
+    logits /= np.float32(sampling.temperature)
     if 0 < sampling.top_k < len(logits):
         tokens = _largest(logits, sampling.top_k)
         logits = logits[tokens]
-    probabilities = np.exp(logits - logits.max())
+    probabilities = np.exp(logits)
     if sampling.top_p < 1:
         places = _likeliest(probabilities, sampling.top_p)
         tokens, probabilities = places if tokens is None else tokens[places], probabilities[places]
