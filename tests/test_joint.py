@@ -152,3 +152,13 @@ def test_more_loops_than_sparse_ones_are_dense(name, kind, tokenizer, text):
         torch.testing.assert_close(loop.current, dense.current)
     # Counted as what they are: dense.
     assert {(site.tokens, site.realised_sparsity) for site in countdown.status(model)} == {(3 * 4, 0.0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_reference_computes_stays_sparse(kind):
+    model = llama()
+    made_sparse(model, per_term=0.3)  # weights are not laid out
+    loops, joint = [kind(model, prompt, new_tokens=4) for prompt in PROMPTS[:3]], Joint(sparse_up_to=2)
+    for _ in range(4):
+        joint.advance(loops)
+    assert all(site.realised_sparsity > 0.1 for site in countdown.status(model))

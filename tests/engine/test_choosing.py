@@ -84,12 +84,13 @@ def test_a_seed_repeats_an_answer_and_none_does_not():
     assert tokens(None) != tokens(None)
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"repetition_penalty": 1.1}, {"logprobs": 1}], ids=str)
-def test_logits_that_are_no_numbers_are_no_answer(settings):
+def test_logits_that_are_not_finite_are_no_answer(settings, wrong):
     logits = logits_of(0)
-    logits[0, 9] = math.nan
+    logits[0, 9] = wrong
     coming = OnDevice(Sampling(**settings), PROMPT).choose(logits, logits.argmax(-1, keepdim=True))
-    with pytest.raises(UnsupportedModelError, match="not numbers"):
+    with pytest.raises(UnsupportedModelError, match="not finite"):
         coming()
 
 

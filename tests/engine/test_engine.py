@@ -140,6 +140,9 @@ def test_caches_double_while_answers_share_steps(tokenizer, monkeypatch):
     answers = [engine.start(Request(prompt=p, max_new_tokens=20 + n)) for n, p in enumerate(PROMPTS[:3])]
     while engine.answers:
         engine.step()
+        # Nothing is kept of shorter caches.
+        kept = [step for group in engine._joint._known.values() for step in group._steps]
+        assert all(step in [p.loop._replay for p in engine._places] for step in kept)
     assert [answer.tokens for answer in answers] == expected
     assert {answer.by for answer in answers} == {"decode loop"}
 

@@ -100,10 +100,11 @@ def test_greedy_takes_the_first_of_the_largest():
     assert Sampler(Sampling(), []).choose(torch.tensor([1.0, 2.0, 2.0])).token == 1
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_no_answer(temperature):
-    logits = torch.tensor([0.0, 1.0, math.nan])
-    with pytest.raises(UnsupportedModelError, match="not numbers"):
+def test_logits_that_are_not_finite_are_no_answer(temperature, wrong):
+    logits = torch.tensor([0.0, 1.0, wrong])
+    with pytest.raises(UnsupportedModelError, match="not finite"):
         Sampler(Sampling(temperature=temperature, logprobs=1), []).choose(logits)
 
 

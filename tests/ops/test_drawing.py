@@ -81,6 +81,16 @@ def test_logits_that_are_no_numbers_are_reported(op):
 
 
 @pytest.mark.parametrize("op", [drawing.draw_one, drawing_ops.draw_one])
+@pytest.mark.parametrize("settings", [(1, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05)], ids=str)
+def test_one_that_is_left_alone_is_drawn_however_unlikely_its_noise(settings, op):
+    logits = logits_of(300, torch.float32, 0)
+    logits[0, 94] = 60.0
+    seed = 4696  # of which the bits at this place are among the largest of all
+    assert drawing.random_bits(seed, 95)[94] > 2**32 - 129
+    assert op(logits, 1.0, *settings, seed)[0].tolist() == [[94]]
+
+
+@pytest.mark.parametrize("op", [drawing.draw_one, drawing_ops.draw_one])
 def test_of_equals_all_are_left(op):
     logits = torch.full((1, 40), -float("inf"), device=DEVICE)
     logits[0, 7:27] = 2.0

@@ -410,6 +410,6 @@ def test_a_model_that_computes_nan_is_the_servers_fault():
     try:
         found = posted(server, messages=HELLO, logprobs=True, temperature=0)
         assert (found.status_code, found.json()["error"]["type"]) == (500, "server_error")
-        assert "not numbers" in found.json()["error"]["message"]
+        assert "not finite" in found.json()["error"]["message"]
     finally:
         server.stop()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from countdown.decoding import argmax
-from countdown.engine.sampling import NEVER, NO_NUMBERS, Chosen, Sampler, Sampling
+from countdown.decoding import argmax, on_device
+from countdown.engine.sampling import NEVER, NOT_FINITE, Chosen, Sampler, Sampling
 from countdown.errors import UnsupportedModelError
 
 # Types of device that choose themselves.
@@ -40,7 +40,7 @@ class Chooser(Protocol):
             token: Int64 `[1, 1]`: where the largest of them is. It becomes the token that is chosen.
 
         Returns:
-            What reads it, and raises UnsupportedModelError where the logits are not numbers.
+            What reads it, and raises UnsupportedModelError where the largest logit is not finite.
         """
         ...
 
@@ -104,7 +104,7 @@ class OnDevice:
         return _read(token, most, logprobs.index_select(0, token.view(1)), top.indices, top.values)
 
     def _draw(self, logits: Tensor, token: Tensor) -> Tensor:
-        """Put the next token into `token`; return the logit `[1]` that is NaN if any is."""
+        """Put the next token into `token`; return the largest logit `[1]`, NaN if any is."""
         settings = self._sampling
         if settings.temperature == 0:
             token.copy_(argmax(logits))
@@ -132,17 +132,18 @@ class OnDevice:
 
 def _read(token: Tensor, *more: Tensor) -> Coming:
     """Begin to copy a token to the host, and the logit it came from, its logarithm and those of the likeliest."""
-    there = [_on_its_way(one) for one in (token, *more)]
-    done = torch.cuda.Event() if token.is_cuda else None
-    if done is not None:
-        done.record()
+    with on_device(token.device):
+        there = [_on_its_way(one) for one in (token, *more)]
+        done = torch.cuda.Event() if token.is_cuda else None
+        if done is not None:
+            done.record()
 
     def chosen() -> Chosen:
         if done is not None:
             done.synchronize()
         first, *others = [one.flatten().tolist() for one in there]
-        if others and math.isnan(others[0][0]):
-            raise UnsupportedModelError(NO_NUMBERS)
+        if others and not math.isfinite(others[0][0]):
+            raise UnsupportedModelError(NOT_FINITE)
         if len(others) < 2:
             return Chosen(first[0])
         _, own, tokens, logprobs = others

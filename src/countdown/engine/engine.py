@@ -364,6 +364,7 @@ class _Place:
         kept, self._held = self.shared(prompt[0].tolist()), []
         if self.loop is not None and needed <= self.loop.room:
             self.loop.restart(prompt, new_tokens=min(limit, self.loop.room - length), kept=kept)
+            self._engine._forget()  # should that have traced its step anew
             answer.reused = kept
         else:
             self.let_go()  # its memory first
@@ -427,6 +428,7 @@ class _Place:
         left = min(answer.limit - len(answer.tokens), room - len(text))
         try:
             loop.grow(room, torch.tensor([text], dtype=torch.int64, device="cpu"), new_tokens=left)
+            self._engine._forget()  # steps that are joined with the one in the shorter cache
         except UnsupportedModelError as error:
             self._engine._hand_on(str(error), loop.room)
             self._hand(answer)

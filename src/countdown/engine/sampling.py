@@ -29,7 +29,7 @@ _COLDEST = 1e-5
 _ROW = 256
 # For the logarithm of a probability that is 0: JSON has no infinities.
 NEVER = -9999.0
-NO_NUMBERS = "the model's logits are not numbers (NaN), so there is no next token."
+NOT_FINITE = "the model's logits are not finite (NaN or infinite), so there is no next token."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +155,11 @@ class Sampler:
             logits: Float `[vocabulary]`; left as they are.
 
         Raises:
-            UnsupportedModelError: They are not numbers: the model computes NaN.
+            UnsupportedModelError: The largest is not finite: the model computes NaN, or what its dtype does not hold.
         """
         values = as_array(logits)
-        if np.isnan(values.max()):
-            raise UnsupportedModelError(NO_NUMBERS)
+        if not np.isfinite(values.max()):
+            raise UnsupportedModelError(NOT_FINITE)
         adjusted = self._penalised(values) if self.sampling.penalises else values
         token = self._drawn(adjusted) if self.sampling.temperature > 0 else int(adjusted.argmax())
         self._written[token] += 1

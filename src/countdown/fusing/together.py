@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from countdown.fusing.fused import Fused, Operation, Slot
-from countdown.ops import reference
+from countdown.ops import backends, reference
 from countdown.ops.call import Call
 from countdown.ops.together import calls_of
 from countdown.replay import tensors_in
@@ -54,40 +54,47 @@ class Together:
     def __init__(self, steps: Sequence[Fused], *, dense: bool) -> None:
         self._steps, self._dense = steps, dense
         self._alike = [(ones, _rows_of(ones)) for ones in zip(*(step.operations for step in steps), strict=True)]
-        # What is counted of sums that are dense, by how much.
-        self._counted: dict[int, list[Tensor]] = {}
-        for (one, *_), rows in self._alike:
-            if dense and rows and one.name in _DENSE:
-                self._count(*one.args[3:5])
 
     def __call__(self) -> list[list[Tensor]]:
         now: list[dict[Slot, Tensor]] = [{} for _ in self._steps]
+        counted = _Counted()
         for ones, rows in self._alike:
             if rows:
-                self._do_in_rows(ones, now, rows)
+                self._do_in_rows(ones, now, rows, counted)
                 continue
             for one, of_step in zip(ones, now, strict=True):
                 one.do(of_step)
-        for number, counters in self._counted.items():
-            torch._foreach_add_(counters, number)
+        counted.count()
         return [step.results(of_step) for step, of_step in zip(self._steps, now, strict=True)]
 
-    def _count(self, per_term: Tensor | list[Tensor], counters: Tensor | list[Tensor]) -> None:
-        for terms, (tokens, active) in zip(_listed(per_term), _listed(counters), strict=True):
-            self._counted.setdefault(len(self._steps), []).append(tokens)
-            self._counted.setdefault(len(self._steps) * len(terms), []).append(active)
-
-    def _do_in_rows(self, ones: Sequence[Operation], now: Sequence[dict[Slot, Tensor]], rows: int) -> None:
+    def _do_in_rows(
+        self, ones: Sequence[Operation], now: Sequence[dict[Slot, Tensor]], rows: int, counted: _Counted
+    ) -> None:
         first = ones[0]
         places = [[of_step[one.args[place]] for one, of_step in zip(ones, now, strict=True)] for place in range(rows)]
-        op = _DENSE.get(first.name, first.op) if self._dense else first.op
-        made = tensors_in(op(*map(_stacked, places), *first.args[rows:], **first.kwargs))
+        args = (*map(_stacked, places), *first.args[rows:])
+        dense = self._dense and first.name in _CALLS
+        made = _dense(first, args, counted) if dense else first.op(*args, **first.kwargs)
         for place, (one, of_step) in enumerate(zip(ones, now, strict=True)):
-            one.keep([tensor[place : place + 1] for tensor in made], of_step)
+            one.keep([tensor[place : place + 1] for tensor in tensors_in(made)], of_step)
 
 
-def _listed(one: Tensor | list[Tensor]) -> list[Tensor]:
-    return [one] if isinstance(one, Tensor) else one
+class _Counted:
+    """What is to be counted of sums that are dense: by how much, and where."""
+
+    def __init__(self) -> None:
+        self._counters: dict[int, list[Tensor]] = {}
+
+    def add(self, call: Call) -> None:
+        """Add a call of which every term of every token is active."""
+        assert call.counters is not None
+        for number, counter in zip((call.tokens, call.tokens * call.terms), call.counters, strict=True):
+            self._counters.setdefault(number, []).append(counter)
+
+    def count(self) -> None:
+        """Count all, few operations."""
+        for number, counters in self._counters.items():
+            torch._foreach_add_(counters, number)
 
 
 def _rows_of(ones: Sequence[Operation]) -> int:
@@ -124,12 +131,18 @@ def _stacked(rows: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(rows))
 
 
-def _dense(*args: Any, **form: Any) -> Tensor:
-    return reference.dense(Call.of("sparse", *args, **form))
+def _dense(one: Operation, args: Sequence[Any], counted: _Counted) -> Tensor:
+    """Return sparse sums with every term active; what the reference computes stays as it is."""
+    calls = _CALLS[one.name](*args, **one.kwargs)
+    if any(backends.is_for_reference(call) for call in calls):
+        y: Tensor = one.op(*args, **one.kwargs)
+        return y
+    for call in calls:
+        counted.add(call)
+    return torch.cat([reference.dense(call) for call in calls], dim=-1)
 
 
-def _dense_together(*args: Any, **form: Any) -> Tensor:
-    return torch.cat([reference.dense(call) for call in calls_of(*args, **form)], dim=-1)
-
-
-_DENSE = {"countdown::sparse": _dense, "countdown::sparse_together": _dense_together}
+_CALLS: dict[str, Callable[..., list[Call]]] = {
+    "countdown::sparse": lambda *args, **form: [Call.of("sparse", *args, **form)],
+    "countdown::sparse_together": calls_of,
+}

@@ -74,8 +74,8 @@ def gumbel(seed: int, count: int) -> NDArray[np.float32]:
     From 32 random bits each, of which the smallest exponentials, which make the largest noise, have all.
     """
     v = ((random_bits(seed, count).astype(np.float64) + 0.5) / 2**32).astype(np.float32)
-    with np.errstate(divide="ignore"):  # the largest of all exponentials are infinite in float32
-        return -np.log(-np.log1p(-v))
+    # The last below 1: of that the noise would be infinite, as if the token were none of those that are left.
+    return -np.log(-np.log1p(-np.minimum(v, np.float32(1 - 2**-24))))
 
 
 def random_bits(seed: int, count: int) -> NDArray[np.uint32]:

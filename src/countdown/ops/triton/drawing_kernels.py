@@ -102,6 +102,7 @@ def narrow(
 def _exponential(seed, i):
     """Exponentials [n] of 32 random bits each; the small ones are exact."""
     v = (tl.randint(seed, i).to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    v = tl.minimum(v, 0.99999994)  # the last below 1, of which the exponential is finite
     return tl.where(v < 0.01, v * (1 + v * (0.5 + v * (0.3333333333333333 + v * 0.25))), -tl.log(1 - v))
 
 
