@@ -11,6 +11,8 @@ split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt 
     attention   the same on the linears of attention
     low-rank    r-sparse at several α, the same everywhere, on all linears and on those of attention
     chess       the recipe
+    ridge       compensation by several λ, calibrated on both texts; and by L of 70% at 80%
+    compensation  with what is predicted of dropped neurons and without, calibrated on WikiText-2 and on python-docs
     budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
@@ -65,6 +67,11 @@ LINEAR_SPARSITIES = (0.25, 0.4, 0.5)
 ALPHAS = (1.0, 0.98, 0.95)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 PROMPT_SPARSITIES = (0.5, 0.7)
+RIDGES = (0.1, 1.0, 10.0)
+COMPENSATED: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
+    ({"name": "d-proxy", "sparsity": 0.8}, (0.5, 0.7, 0.8, 0.9)),
+    ({"name": "m-countdown", "weighting": "rms", "sparsity": 0.7}, (0.5, 0.7)),
+)
 TOKENS = 32768
 # Groups and steps of a row in the GGUF files at hand: asymmetric, four bits.
 SOURCE_GROUP, SOURCE_STEPS = 32, 15
@@ -227,6 +234,27 @@ def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield bench.measured(at, recipe_name=name, bytes_of_ffn_sparsity=sparsity)
 
 
+def _compensation(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Both from one profile, so with the same thresholds."""
+    docs = load_text("python-docs", "calibration")
+    for settings, sparsities in COMPENSATED:
+        for seen in (bench.valid, docs):
+            profile = bench.calibrated(method(**settings, compensate="affine"), seen)
+            for sparsity in sparsities:
+                for compensate in ("none", "affine"):
+                    yield bench.measured(profile.with_settings(sparsity=sparsity, compensate=compensate))
+
+
+def _ridge(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    docs = load_text("python-docs", "calibration")
+    for seen in (bench.valid, docs):
+        for settings, _sparsities in COMPENSATED:
+            for ridge in RIDGES:
+                yield bench.measured(bench.calibrated(method(**settings, compensate="affine", ridge=ridge), seen))
+    settings = {**COMPENSATED[0][0], "sparsity": 0.7, "compensate": "affine"}
+    yield bench.measured(bench.calibrated(method(**settings)).with_settings(sparsity=0.8), fitted_at=0.7)
+
+
 def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     docs, other_docs = (load_text("python-docs", split) for split in ("calibration", "evaluation"))
     others = [load_text(str(arguments.other), "evaluation")] if arguments.other else []
@@ -313,6 +341,8 @@ SWEEPS = {
     "attention": _linears,
     "low-rank": _low_rank,
     "chess": _chess,
+    "ridge": _ridge,
+    "compensation": _compensation,
     "budget": _budget,
     "texts": _texts,
     "proxy": _proxy,

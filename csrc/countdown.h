@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 10
+#define COUNTDOWN_ABI 11
 
 /* Tokens of a call, which may lie anywhere. */
 #define COUNTDOWN_MOST_TOKENS 8
@@ -74,6 +74,14 @@ typedef struct {
     countdown_weight inner, outer; /* h rows of rank, and outputs rows of rank; without biases */
 } countdown_compensation;
 
+/* What an FFN adds to each token that is neither dense nor padding: L (x / channels) + bias, with L [outputs, d]. */
+typedef struct {
+    int64_t words, groups; /* of a row of L, 0 where nothing is added */
+    countdown_copy matrix;
+    const float *channels; /* [d] */
+    const float *bias;     /* [outputs] */
+} countdown_affine;
+
 /* A sum over active terms for 1 to 8 tokens: the neurons of a gated FFN, or by input the d = h input channels of a
  * linear, whose one matrix is `down`. */
 typedef struct {
@@ -82,6 +90,7 @@ typedef struct {
     countdown_weight gate, up, down;                  /* h rows of d, of d, and of outputs */
     countdown_decision decision;
     countdown_compensation added; /* of a linear */
+    countdown_affine affine;      /* of an FFN */
     uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
     int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */
     void *y[COUNTDOWN_MOST_TOKENS]; /* of each token, [outputs] */

@@ -55,8 +55,8 @@ static void quantise(const float *x, int64_t words, int64_t groups, Quantised &t
     }
 }
 
-// The 4-bit rows of 16 neurons, of gate and of up.
-struct ProxyTile {
+// The 4-bit rows of 16 neurons, of gate and of up; or of twice 16 outputs.
+struct TwoTiles {
     const uint8_t *levels[2];  // [words, TILE] of 4 bytes
     const Fp16 *scales[2];     // [groups, TILE]
 };
@@ -64,10 +64,9 @@ struct ProxyTile {
 // How many bytes ahead of what is multiplied the levels are fetched.
 constexpr int64_t levels_ahead = 1024;
 
-// gate and up, [TILE] each: what the rows of a tile are times the token. The two share what is loaded of the token, and
-// neither sum waits for the other.
-static inline void tile_products(const ProxyTile &tile, int64_t words, int64_t groups, const Quantised &x, float *gate,
-                                 float *up) {
+// What the rows of two tiles are times the token. The two share what is loaded of it, and neither sum waits for the other.
+static inline void tile_products(const TwoTiles &tile, int64_t words, int64_t groups, const Quantised &x,
+                                 float (*out)[TILE]) {
     constexpr int parts = TILE / Vec::width;
     const int64_t size = words / groups;
     Vec total[2][parts];
@@ -95,8 +94,8 @@ static inline void tile_products(const ProxyTile &tile, int64_t words, int64_t g
         }
     }
     for (int p = 0; p < parts; ++p) {
-        store(gate + p * Vec::width, total[0][p] * splat(x.step));
-        store(up + p * Vec::width, total[1][p] * splat(x.step));
+        store(out[0] + p * Vec::width, total[0][p] * splat(x.step));
+        store(out[1] + p * Vec::width, total[1][p] * splat(x.step));
     }
 }
 

@@ -5,6 +5,7 @@
 // same number of parts gives the same bits, whichever threads do them.
 #pragma once
 
+#include "affine.hpp"
 #include "deciders.hpp"
 #include "low_rank.hpp"
 #include "threads.hpp"
@@ -19,7 +20,7 @@ class Sum {
         : call_(call), space_(space), part_(part), phase_(phase),
           terms_(call, space, part.index, phase == FIND ? Terms::READ : Terms::WAS_READ),
           decider_(DECIDERS[call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
-          low_rank_(call, space, part), sums_(space.sums + part.index * call.tokens * space.width) {}
+          low_rank_(call, space, part), affine_(call, space, part, terms_), sums_(space.sums + part.index * call.tokens * space.width) {}
 
     static int phases(const countdown_sum_call &call) { return call.selected ? 1 : PHASES; }
 
@@ -40,6 +41,7 @@ class Sum {
     const Decider &decider_;
     const int64_t rows_at_once_;
     const LowRank low_rank_;
+    Affine affine_;
     float *const sums_;
 
     int64_t first_of(int64_t part, int64_t total) const { return total * part / part_.count; }
@@ -185,24 +187,31 @@ class Sum {
                 if (!(block.masks[k] >> t & 1)) factors[k * call_.tokens + t] = 0;
     }
 
-    void reduce() const {
+    void reduce() {
         int64_t vectors = space_.width / Vec::width;
         int64_t first = first_of(part_.index, vectors) * Vec::width;
         int64_t stop = least(call_.outputs, first_of(part_.index + 1, vectors) * Vec::width);
         float added[Vec::width * MOST_TOKENS] = {};
+        float predicted[MOST_TOKENS][Affine::OUTPUTS] = {};
+        int64_t known = -1;
         if (low_rank_.is_there()) low_rank_.gather();
+        if (affine_.is_there()) affine_.begin();
         for (int64_t c = first; c < stop; c += Vec::width) {
             int64_t count = least(Vec::width, stop - c);
             if (low_rank_.is_there()) low_rank_.outputs(c, count, added);
-            for (int64_t t = 0; t < call_.tokens; ++t) write(t, c, count, added + t);
+            const int64_t block = c / Affine::OUTPUTS;
+            if (affine_.is_there() && block != known) affine_.outputs(known = block, predicted);
+            for (int64_t t = 0; t < call_.tokens; ++t)
+                write(t, c, count, added + t, affine_.adds(t) ? predicted[t] + c % Affine::OUTPUTS : nullptr);
         }
     }
 
     // The outputs of a token from c on; what is added to the next one is T entries further.
-    void write(int64_t t, int64_t c, int64_t count, const float *added) const {
+    void write(int64_t t, int64_t c, int64_t count, const float *added, const float *predicted) const {
         Vec total = total_of(t, c);
         if (terms_.down.bias.data) total = total + terms_.down.bias.vector(c, count);
         if (low_rank_.is_there()) total = total + of_token(added);
+        if (predicted) total = total + load(predicted);
         as_type(call_.dtype, [&](auto like) {
             store(static_cast<decltype(like) *>(call_.y[t]) + c, total, count);
         });

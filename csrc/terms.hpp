@@ -39,8 +39,8 @@ struct SumSpace {
     float *low;      // [parts, T, rank_width]: the same of all parts, added by each for itself
     int64_t width, tokens_width, rank_width;
     int64_t entries;  // of a token, as floats, that copies are multiplied with
-    char *own;        // of each part: tokens, one of them as floats, and its quantised ones
-    int64_t tokens_bytes, own_bytes, bytes;
+    char *own;        // of each part: tokens, one of them as floats, and its quantised ones; those of the prediction
+    int64_t tokens_bytes, predicted_at, own_bytes, bytes;
 
     SumSpace(const countdown_sum_call &call, int parts) {
         Workspace space(call.workspace);
@@ -58,7 +58,10 @@ struct SumSpace {
         low = space.take<float>(parts * call.tokens * rank_width);
         tokens_bytes = ceil_to(call.tokens * tokens_width * (operand_of(call) == COUNTDOWN_FLOAT32 ? 4 : 2), 64);
         own_bytes = tokens_bytes + entries * 4 + call.tokens * Quantised::bytes(decision.words, decision.groups);
-        own_bytes = ceil_to(own_bytes, 64);  // no line is of two parts
+        predicted_at = own_bytes = ceil_to(own_bytes, 64);  // no line is of two parts
+        const countdown_affine &affine = call.affine;
+        own_bytes += 4 * ceil_to(8 * affine.words, Vec::width);
+        own_bytes = ceil_to(own_bytes + call.tokens * Quantised::bytes(affine.words, affine.groups), 64);
         own = space.take<char>(parts * own_bytes);
         bytes = space.bytes();
     }
@@ -137,8 +140,7 @@ class Terms {
         for (int64_t k = 0; k < count; k += TILE)
             for (int64_t t = 0; t < call.tokens; ++t) {
                 float tile[2][TILE];
-                tile_products(tile_from(start + k), call.decision.words, call.decision.groups, quantised_[t], tile[0],
-                              tile[1]);
+                tile_products(tile_from(start + k), call.decision.words, call.decision.groups, quantised_[t], tile);
                 for (int64_t j = 0; j < TILE && k + j < count; ++j) {
                     g[(k + j) * call.tokens + t] = tile[0][j];
                     u[(k + j) * call.tokens + t] = tile[1][j];
@@ -176,11 +178,6 @@ class Terms {
         for (int64_t k = 0; k < count * call.tokens; ++k) values[k] *= others[k];
     }
 
-  private:
-    const SumSpace &space_;
-    char *const tokens_;
-    Quantised quantised_[MOST_TOKENS];
-
     // Copy a token and zeros up to `width`; return whether all of it is finite.
     template <class To>
     bool copy(int64_t t, int64_t width, To *to) const {
@@ -188,6 +185,11 @@ class Terms {
             return copy_token(static_cast<const decltype(like) *>(call.x[t]), call.d, width, to);
         });
     }
+
+  private:
+    const SumSpace &space_;
+    char *const tokens_;
+    Quantised quantised_[MOST_TOKENS];
 
     // In the dtype in which it is multiplied.
     bool read_token(int64_t t) const {
@@ -219,7 +221,7 @@ class Terms {
         for (int64_t t = 0; t < call.tokens; ++t) out[t] += matrix.bias.at(neuron);
     }
 
-    ProxyTile tile_from(int64_t neuron) const {
+    TwoTiles tile_from(int64_t neuron) const {
         const countdown_decision &by = call.decision;
         int64_t level = neuron * by.words * 4, scale = neuron * by.groups;
         return {{by.gate.levels + level, by.up.levels + level},

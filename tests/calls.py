@@ -44,8 +44,8 @@ class Ops:
         tensors, options = arguments(x, weights, biases, **how)
         return self.op("select")(*tensors, per_neuron, phases, **options)
 
-    def given_ffn(self, x, weights, biases, active, *, activation, counters=None, phases=None) -> Tensor:
-        tensors, options = arguments(x, weights, biases, activation=activation)
+    def given_ffn(self, x, weights, biases, active, *, activation, counters=None, phases=None, added=()) -> Tensor:
+        tensors, options = arguments(x, weights, biases, activation=activation, added=added)
         return self.op("given")(*tensors, active, counters, phases, **{k: options[k] for k in FORM})
 
     def sparse_linear(self, x, weight, bias, per_channel, counters, *, phases=None, **how) -> Tensor:
@@ -82,7 +82,7 @@ def arguments(
     indicator: str = "up",
     decision: str = "threshold",
     drop: int = 0,
-    added: Sequence[Tensor] = (),
+    added: Sequence[Tensor | Weight] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of an op before its own tensors, and its options."""
     every = (*weights, *(proxy or ()), *added)
@@ -94,7 +94,7 @@ def arguments(
         "selector": indicator,
         "rule": decision,
         "drop": drop,
-        "compensation": "svd" if added else "",
+        "compensation": "" if not added else "svd" if kind == "linear" else "affine",
     }
     return (x, [part for weight in stored for part in weight.parts], list(biases)), options
 

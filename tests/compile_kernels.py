@@ -130,9 +130,12 @@ def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels
         "s": f"*{x}", "needs": "*i8", "down": weights["down"], "partial": "*fp32", "tokens": INT, "d": SIZE,
         "h": SIZE, "per_program": INT,
     }  # fmt: skip
-    yield "reduce", kernels.reduce, launch.reduction(d, 200, 8), {
-        "partial": "*fp32", "down_bias": f"*{w}", "y": f"*{x}", "programs": INT, "tokens": INT, "d": SIZE,
-    }  # fmt: skip
+    predicted = ("*i32", "*fp16", "*fp32", "*fp32", f"*{x}", SIZE)
+    for added, how in ((None, None), (predicted, launch.packed(d, found))):
+        yield f"reduce {how}", kernels.reduce, launch.reduction(d, 200, 8, how), {
+            "partial": "*fp32", "down_bias": f"*{w}", "y": f"*{x}", "programs": INT, "tokens": INT, "d": SIZE,
+            "predicted": added, "phases": "*u8",
+        }  # fmt: skip
 
 
 def _dense(d: int, h: int, x: str, found: launch.Hardware) -> Kernels:

@@ -13,7 +13,8 @@ import oracle
 from calls import REFERENCE, TRITON, Ops
 from countdown.ops.cpu import library
 from countdown.phase import GENERATED, PADDING, PROMPT
-from countdown.weights.symmetric import Symmetric, quantise
+from countdown.weights import Plain, Weight
+from countdown.weights.symmetric import Symmetric, quantise, token_steps
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
@@ -214,6 +215,50 @@ def check_mixed(
     expected = oracle.combine(a, u, found.cpu(), on_cpu(weights), on_cpu(biases))
     assert oracle.relative_error(y.cpu(), expected) <= 3 * tolerance(dtype, ops)
     assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)
+
+
+def prediction(d: int, device: str, *, seed: int = 0) -> list[Weight]:
+    """A random L [d, d] in 4 bits, what its columns are times, and b, of inputs that differ a hundredfold."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    matrix = quantise(torch.randn(d, d, generator=generator) / d**0.5, torch.ones(d), 4)
+    channels = 10 ** (2 * torch.rand(1, d, generator=generator) - 1)
+    bias = torch.randn(1, d, generator=generator)
+    return [part.to(torch.device(device)) for part in (matrix, Plain([channels]), Plain([bias]))]
+
+
+def check_affine(
+    tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, by: str, share: float = 0.6,
+    phases: list[int] | None = None, bias: bool = False, seed: int = 0, ops: Ops = TRITON,
+) -> None:  # fmt: skip
+    """What is predicted of dropped neurons, added to sparse tokens: against float64, from `sparse` and `given`."""
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed)
+    x = inputs(tokens, d, dtype, device, seed)
+    now = torch.zeros(tokens, dtype=torch.uint8) if phases is None else torch.tensor(phases, dtype=torch.uint8)
+    how, thresholds, _ = decided(by, x, weights, biases, share)
+    if tokens > 2:
+        x[1, d // 2] = torch.inf
+    matrix, channels, offset = added = prediction(d, device, seed=seed)
+    given_phases = None if phases is None else now.to(device)
+    counters, others = (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    with poisoned():
+        y = ops.sparse_ffn(x, weights, biases, thresholds, counters, phases=given_phases, added=added, **how).cpu()
+        plain = ops.sparse_ffn(x, weights, biases, thresholds, others, phases=given_phases, **how).cpu()
+        active = ops.select(x, weights, biases, thresholds, phases=given_phases, **how)
+        given = ops.given_ffn(x, weights, biases, active, activation=how["activation"], added=added).cpu()
+    assert counters.tolist() == others.tolist()
+    steps, size = token_steps(x.cpu().float() / channels.values().cpu())
+    exact = (steps * size).double() @ matrix.values().cpu().double().T + offset.values().cpu().double()
+    finite = x.cpu().isfinite().all(dim=1)
+    predicted = torch.where((finite & (now == GENERATED))[:, None], exact, 0)
+    kept = finite  # of others nothing can be compared
+    found = (y.double() - plain.double())[kept]
+    scale = float(plain.double()[kept].norm()) + float(exact[kept].norm())
+    assert float((found - predicted[kept]).norm()) <= 2 * tolerance(dtype, ops) * scale
+    generated = finite & (now == GENERATED)
+    assert float((given.double() - y.double())[generated].norm()) <= 2 * tolerance(dtype, ops) * scale
 
 
 def linear(d: int, out: int, dtype: torch.dtype, device: str, *, bias: bool = False, seed: int = 0):

@@ -133,10 +133,12 @@ def test_what_is_joined_is_kept_for_few_groups_and_forgotten():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["m-countdown", "d-proxy", "teal"])
+@pytest.mark.parametrize("name", ["m-countdown", "d-proxy", "teal", "d-proxy + affine"])
 def test_more_loops_than_sparse_ones_are_dense(name, kind, tokenizer, text):
     model = llama()
-    profile = countdown.calibrate(model, tokenizer, text, method(name, sparsity=0.6), tokens=512, progress=False)
+    name, *compensate = name.split(" + ")
+    config = method(name, sparsity=0.6, **({"compensate": compensate[0]} if compensate else {}))
+    profile = countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False)
     expected = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]]
     texts = [loop.run(5).tolist() for loop in expected]
     countdown.sparsify_(model, profile)

@@ -35,6 +35,17 @@ def curve_from(first: float) -> Callable[[Tensor], str | None]:
     return check
 
 
+def increasing(values: Tensor) -> str | None:
+    """Return what is wrong where sparsities do not ascend between 0 and 1."""
+    inside = bool(((values > 0) & (values < 1)).all()) and len(values) > 0
+    return None if inside and bool((values.diff() > 0).all()) else "do not ascend between 0 and 1"
+
+
+def positive(values: Tensor) -> str | None:
+    """Return what is wrong where an entry is not above 0."""
+    return None if bool((values > 0).all()) else "are not above 0"
+
+
 def whole(number: Tensor) -> str | None:
     """Return what is wrong where an entry is not a whole number of 0 or more."""
     return None if bool((number >= 0).all()) and bool((number == number.floor()).all()) else "are no whole numbers"
@@ -55,20 +66,22 @@ class Moment:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A float32 tensor of finite numbers that a method needs of each of its sites.
+    """A tensor of finite numbers that a method needs of each of its sites.
 
     Args:
         name: Its name in profiles.
         axes: What each of its dimensions counts: `terms`, `inputs` or `outputs` of the site (an axis of these is cut
-            where the site's weights are sharded), or `points` of a curve.
+            where the site's weights are sharded), `points` of a curve, or what is only known with the tensor.
         check: Returns what is wrong with the values, as the end of a sentence, or None.
         optional: Whether a profile may lack it.
+        dtype: Its own.
     """
 
     name: str
     axes: tuple[str, ...]
     check: Callable[[Tensor], str | None] = lambda _: None
     optional: bool = False
+    dtype: str = "float32"
 
     def problem(self, value: Tensor | None, sizes: Mapping[str, int]) -> str | None:
         """Return what is wrong with a value, None if nothing is.
@@ -79,11 +92,12 @@ class Artifact:
         """
         if value is None:
             return None if self.optional else "are missing"
-        expected = tuple(sizes[axis] for axis in self.axes)
-        if tuple(value.shape) != expected:
-            return f"have shape {tuple(value.shape)}, expected {expected}"
-        if str(value.dtype) != "torch.float32" or not bool(value.isfinite().all()):
-            return "are not float32 or not finite"
+        expected = tuple(sizes.get(axis) for axis in self.axes)
+        found = tuple(value.shape)
+        if len(found) != len(expected) or any(e not in (None, n) for n, e in zip(found, expected, strict=True)):
+            return f"have shape {found}, expected {tuple('any' if e is None else e for e in expected)}"
+        if str(value.dtype) != f"torch.{self.dtype}" or not bool(value.isfinite().all()):
+            return f"are not {self.dtype} or not finite"
         return self.check(value)
 
 

@@ -276,9 +276,9 @@ class SparseModule(nn.Module):
             sum_ = self.site.sum
             if making := self.method.compensation:
                 self.added = making.fitted(sum_, self.added)
-            weights, laid_out = self._chosen(laid_out=False).lay_out(sum_, parts)
+            weights, laid_out = self._chosen(laid_out=False).lay_out(sum_, [*parts, *self.added])
             self.site.store(self.site.linears, weights)
-            self.parts = tuple(laid_out)
+            self.parts, self.added = tuple(laid_out[: len(parts)]), tuple(laid_out[len(parts) :])
 
     def extra_repr(self) -> str:
         """Name what decides, for `print(model)`."""

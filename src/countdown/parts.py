@@ -25,6 +25,7 @@ class Keeper(ABC):
     """
 
     artifacts: tuple[Artifact, ...] = ()  # those of the site that `make` needs
+    derived: bool = True  # made of weights as well; else artifacts alone are the parts, and there is nothing to store
 
     @abstractmethod
     def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:

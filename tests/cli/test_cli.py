@@ -136,6 +136,27 @@ def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
     assert "bits is part of a profile's calibration" in result.stderr
 
 
+def test_compensation_from_calibration_to_generation(model_folder, tmp_path):
+    options = ["--method", "m-countdown", "--compensate", "affine", "--sparsity", "0.7", "--tokens", "1024", "-o", "p"]
+    calibrated = run("calibrate", model_folder, *options, cwd=tmp_path)
+    assert calibrated.returncode == 0, calibrated.stderr
+    assert "profile of m-countdown + affine, threshold at 0.7 written" in calibrated.stderr
+    read = {}
+    for compensate in ("affine", "none"):
+        how = ["--profile", "p", "--compensate", compensate]
+        result = run("evaluate", model_folder, *how, *EVALUATE, "--json", "-", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        (record,) = json.loads(result.stdout)["records"]
+        assert record["compensate"] == compensate
+        read[compensate] = record["weights_read"]
+        result = run("generate", model_folder, "hello", *how, "--max-new-tokens", "4", "--raw", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert read["affine"] > read["none"]
+    result = run("evaluate", model_folder, "--profile", "p", "--decision", "topk", *EVALUATE, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "decision is part of a profile's calibration" in result.stderr
+
+
 def test_sparsity_and_decision_change_at_load(made, model_folder):
     more = ["--sparsity", "0.25", "--decision", "topk", "--json", "r.json"]
     result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, *more, cwd=made)
@@ -416,6 +437,18 @@ MISTAKES = {
     "bits of another": (
         ["calibrate", "{model}", "--method", "cats", "--bits", "4"],
         "method 'cats' has no field 'bits'",
+    ),
+    "compensation": (
+        ["calibrate", "{model}", "--method", "cats", "--compensate", "linear"],
+        "compensate of cats is 'linear', expected one of: none, affine",
+    ),
+    "compensation of linears": (
+        ["calibrate", "{model}", "--method", "teal", "--compensate", "affine"],
+        "method 'teal' has no field 'compensate'",
+    ),
+    "nothing to compensate with": (
+        ["evaluate", "{model}", "--profile", "p", "--compensate", "affine"],
+        "the profile has nothing to compensate with; calibrate again with --compensate",
     ),
     "bits in a recipe": (["calibrate", "{model}", "--method", "two.yaml", "--bits", "4"], "has no field 'bits'"),
     "no shape": (["benchmark", "ffn", "--shape", "4096"], "expected two sizes, d and h"),

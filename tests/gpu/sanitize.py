@@ -23,6 +23,7 @@ def main() -> None:
                 )
                 cases.check_proxy(tokens, d, h, dtype, "cuda", activation="gelu", share=0.5, bias=True)
                 cases.check_linear(tokens, d, h, dtype, "cuda", share=0.5, bias=True, phases=[0, 2, 1, 0, 0][:tokens])
+                cases.check_affine(tokens, d, h, dtype, "cuda", by="up", phases=[0, 2, 1, 0, 0][:tokens], bias=True)
                 cases.check_phases([0, 2, 1, 0, 0][:tokens], d, h, dtype, "cuda", by="proxy-4")
         weights, biases = cases.ffn(d, h, torch.float16, "cuda", bias=True)
         dense_ops.project(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])

@@ -154,6 +154,15 @@ def test_phases(dtype, tokens, by):
 
 
 @pytest.mark.parametrize("by", Triton.selectors["ffn"])
+@pytest.mark.parametrize("shape", [(37, 91), (576, 1536), (4096, 14336)], ids=str)
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+def test_what_is_predicted(dtype, shape, by):
+    for tokens in (1, 2, 5, 8):
+        phases = [(place * place) % 3 for place in range(tokens)]
+        cases.check_affine(tokens, *shape, dtype, "cuda", by=by, phases=phases, bias=True, seed=tokens)
+
+
+@pytest.mark.parametrize("by", Triton.selectors["ffn"])
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
 def test_tokens_and_weights_of_different_dtypes(dtype, tokens, by):

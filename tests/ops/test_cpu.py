@@ -57,6 +57,23 @@ def test_shapes_of_real_models_on_threads(shape, indicator, threads):
     cases.check_proxy(2, *shape, torch.bfloat16, "cpu", activation="gelu_tanh", share=0.7, ops=CPU)
 
 
+@crossed(
+    by=["up", "gate", "coefficient", "proxy-4"],
+    shape=[(1, 1), (3, 7), (65, 33), (577, 301), (200, 91)],
+    dtype=cases.TOLERANCE,
+    phases=[None, [PROMPT], [GENERATED, GENERATED, PADDING, PROMPT, GENERATED], [GENERATED] * 8],
+)
+def test_what_is_predicted_against_float64(by, shape, dtype, phases):
+    tokens = 3 if phases is None else len(phases)
+    cases.check_affine(tokens, *shape, dtype, "cpu", by=by, phases=phases, bias=True, ops=CPU)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_what_is_predicted_on_threads(tokens, threads):
+    for shape in ((576, 1536), (200, 613)):
+        cases.check_affine(tokens, *shape, torch.bfloat16, "cpu", by="up", ops=CPU)
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("shape", [(160, 911), (200, 613)], ids=str)
 def test_threads_whose_ranges_end_within_a_tile(shape, tokens, threads):

@@ -130,6 +130,17 @@ def test_phases(by, phases, bias):
     cases.check_phases(phases, 37, 91, torch.float32, DEVICE, by=by, bias=bias)
 
 
+@crossed(
+    by=Triton.selectors["ffn"],
+    shape=[(1, 1), (3, 7), (37, 91), (200, 50)],
+    dtype=cases.TOLERANCE,
+    phases=[None, [GENERATED], [PROMPT, GENERATED], [GENERATED, GENERATED, PADDING, PROMPT, GENERATED]],
+)
+def test_what_is_predicted_against_float64(by, shape, dtype, phases):
+    tokens = 3 if phases is None else len(phases)
+    cases.check_affine(tokens, *shape, dtype, DEVICE, by=by, phases=phases, bias=True)
+
+
 @pytest.mark.parametrize("tokens", range(1, 9))
 @pytest.mark.parametrize("by", Triton.selectors["ffn"])
 def test_phases_of_any_number_of_tokens_in_16_bits(by, tokens):

@@ -259,7 +259,8 @@ class _Trial:
         compensation = self._methods[site.name].compensation
         if compensation is None:
             return None
-        return compensation.added(x, dropped, compensation.cut(site.sum, self._factors[site.name]))
+        sparse = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
+        return compensation.added(x, dropped, sparse, compensation.cut(site.sum, self._factors[site.name]))
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -138,6 +138,7 @@ def evaluate(
     allocation: o.Allocation = None,
     bits: o.Bits = None,
     alpha: o.Alpha = None,
+    compensate: o.Compensate = None,
     text: Annotated[str | None, typer.Option("--text", help=f"{o.TEXT_HELP} [python-docs]")] = None,
     text_dir: o.TextDir = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of text to score. [16]")] = None,
@@ -179,7 +180,10 @@ def evaluate(
     )  # fmt: skip
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     chosen = inputs.chosen(
-        profile, method_name, inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha), source
+        profile,
+        method_name,
+        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate),
+        source,
     )
     if chosen is None:
         raise ConfigError("give --profile DIR (made by countdown calibrate) or --method NAME to calibrate now.")
@@ -214,6 +218,7 @@ def generate(
     allocation: o.Allocation = None,
     bits: o.Bits = None,
     alpha: o.Alpha = None,
+    compensate: o.Compensate = None,
     compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens: divide logits by this. [greedy]")] = None,
@@ -248,7 +253,10 @@ def generate(
     sampling = inputs.sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     source = Source.parse(model, revision=revision, trust_remote_code=trust_remote_code)
     chosen = inputs.chosen(
-        profile, method_name, inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha), source
+        profile,
+        method_name,
+        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate),
+        source,
     )
     if compare and chosen is None:
         raise ConfigError("--compare needs something to compare dense with: give --profile or --method.")

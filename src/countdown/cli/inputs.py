@@ -46,10 +46,11 @@ def given_settings(
     allocation: str | None,
     bits: int | None,
     alpha: float | None,
+    compensate: str | None = None,
 ) -> dict[str, Any]:
     """Return the settings that were given."""
     settings = {"sparsity": sparsity, "decision": decision, "weighting": weighting, "allocation": allocation}
-    settings |= {"bits": bits, "alpha": alpha}
+    settings |= {"bits": bits, "alpha": alpha, "compensate": compensate}
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -122,6 +122,9 @@ Allocation = Annotated[
 Weighting = Annotated[str | None, typer.Option(help="none, rms, column-norm or shared-norm.")]
 Bits = Annotated[int | None, typer.Option(help="Bits of a proxy, 4 or 3, for methods that have one.")]
 Alpha = Annotated[float | None, typer.Option(help="Share of r-sparse's budget for whole channels, 0 to 1. [1]")]
+Compensate = Annotated[
+    str | None, typer.Option(help="affine: of FFNs, add what is predicted of dropped neurons; or none, as published.")
+]
 TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, path(help="Folder with WikiText-2's valid.txt and test.txt.")]

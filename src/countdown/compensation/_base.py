@@ -43,13 +43,14 @@ class Compensation(Keeper):
 
     @staticmethod
     @abstractmethod
-    def added(x: Tensor, dropped: Tensor, parts: Sequence[Weight]) -> Tensor:
+    def added(x: Tensor, dropped: Tensor, sparse: Tensor, parts: Sequence[Weight]) -> Tensor:
         """Return what is added `[..., outputs]`, in the dtype of x; the truth that kernels are tested against.
 
         Args:
             x: The input `[..., d]`.
             dropped: Which terms each token drops, bool `[..., terms]`; none of one that is computed densely, nor of
                 padding.
+            sparse: Which tokens are neither of these, bool `[..., 1]`.
             parts: The compensation's own weights.
         """
 

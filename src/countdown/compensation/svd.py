@@ -49,7 +49,7 @@ class DroppedSvd(Compensation):
         return None if found == expected else f"B and A are {found}, expected {expected}"
 
     @staticmethod
-    def added(x: Tensor, dropped: Tensor, parts: Sequence[Weight]) -> Tensor:
+    def added(x: Tensor, dropped: Tensor, sparse: Tensor, parts: Sequence[Weight]) -> Tensor:
         inner, outer = (part.values().float() for part in parts)
         # Rounded once, as kernels do.
         return (torch.where(dropped, x.float(), 0) @ inner.t() @ outer.t()).to(x.dtype)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from countdown.allocation import ALLOCATIONS
-from countdown.artifacts import GROUP, MULTIPLIERS, THRESHOLDS, Artifact, Moment
+from countdown.artifacts import GROUP, MULTIPLIERS, THRESHOLDS, Artifact, Artifacts, Moment
 from countdown.compensation import Compensation
 from countdown.config import check_choice
 from countdown.errors import ConfigError
@@ -140,6 +140,15 @@ class Method:
     def at(self, name: str, sparsity: float) -> Self:
         """Return the method of one site, by its name, with its share of what is allocated."""
         return replace(self, sparsity=sparsity)
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Other settings that its artifacts are for, with those that it has."""
+        return ()
+
+    def with_artifacts(self, artifacts: Artifacts) -> Self:
+        """Return the method of one site, without what its artifacts do not serve at its sparsity."""
+        return self
 
     @property
     def dropped(self) -> float:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from countdown.methods import Method, register
+from countdown.methods import register
+from countdown.methods._predicting import Predicting
 from countdown.selectors import GATE
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Cats(Method):
+class Cats(Predicting):
     """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763).
 
     Reads W_gate densely, W_up and W_down at the active neurons. Weighting `rms` ranks by |a_i|·√E[u_i²]: the

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from countdown.methods import Method, register
+from countdown.methods import register
+from countdown.methods._predicting import Predicting
 from countdown.selectors import COEFFICIENT
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DCountdown(Method):
+class DCountdown(Predicting):
     """Keep the neurons with large |s_i|, the direct coefficient (D-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     The coefficient is computed exactly, which reads W_gate and W_up densely: the bound on quality that a

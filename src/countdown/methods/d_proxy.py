@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from countdown.errors import ConfigError
-from countdown.methods import Method, register
+from countdown.methods import register
+from countdown.methods._predicting import Predicting
 from countdown.selectors import Selector
 
 BITS = (3, 4)
@@ -11,7 +12,7 @@ BITS = (3, 4)
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DProxy(Method):
+class DProxy(Predicting):
     """Keep the neurons with large |ŝ_i|, the coefficient of a 4-bit or 3-bit copy of gate and up; compute them exactly.
 
     D-COUNTDOWN (EMNLP 2025, arXiv 2505.17701) with a proxy in place of its trained predictor, near Prox
@@ -27,7 +28,7 @@ class DProxy(Method):
     source = "COUNTDOWN, arXiv 2505.17701, with a quantised proxy"
     unseen = None
     weightings = ("none", "column-norm")
-    calibrated = ("weighting", "bits")
+    calibrated = ("weighting", "ridge", "bits")
 
     bits: int = 4
 

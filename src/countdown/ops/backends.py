@@ -19,7 +19,7 @@ from torch import Tensor
 from countdown.autocast import DEVICES, without_autocast
 from countdown.errors import ConfigError
 from countdown.ops import dense, drawing, reference, together
-from countdown.ops.base import MOST_TOKENS, Backend
+from countdown.ops.base import MOST_TOKENS, Backend, in_rows
 from countdown.ops.call import SCHEMAS, Call
 from countdown.ops.cpu.backend import CPU
 from countdown.ops.request import KNOWN, REFERENCE, VARIABLE, requested
@@ -53,7 +53,7 @@ class Chosen:
 
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
         if self.backend is None:
-            return sum_.weights, [part.in_rows() for part in parts]
+            return sum_.weights, [in_rows(part) for part in parts]
         return self.backend.lay_out(sum_, parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, bfloat16, float16, float32
@@ -54,7 +55,7 @@ class Backend(ABC):
 
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
         """Return weights and parts as calls should have them; the very same objects where nothing changes."""
-        return sum_.weights, [part.in_rows() for part in parts]
+        return sum_.weights, [in_rows(part) for part in parts]
 
     def step_ops(self) -> Mapping[str, Callable[..., Any]]:
         """Return implementations of the ops of decode loops, those of `ops.dense` and `ops.together`, by name."""
@@ -80,7 +81,7 @@ class Gathering(Backend):
     part_formats: ClassVar[Collection[str]] = (Symmetric4.format, Tiles4.format)
     activations: ClassVar[Collection[str]] = ("silu", "gelu_tanh", "gelu", "relu")
     selectors: ClassVar[Mapping[str, Collection[str]]]  # by kind of sum
-    compensations: ClassVar[Collection[str]] = ()
+    compensations: ClassVar[Mapping[str, Collection[str]]] = MappingProxyType({})  # by kind of sum
 
     def refuses(
         self,
@@ -94,7 +95,7 @@ class Gathering(Backend):
     ) -> str | None:
         if sum_.kind not in self.selectors:
             return f"it has no kernel for sums of kind '{sum_.kind}'"
-        if compensation and compensation not in self.compensations:
+        if compensation and compensation not in self.compensations.get(sum_.kind, ()):
             return f"it has no kernel for compensation '{compensation}'"
         if selector is not None and (reason := self._refuses_decision(sum_.kind, selector, parts, rule)):
             return reason
@@ -116,6 +117,11 @@ class Gathering(Backend):
             if part.format not in self.part_formats:
                 return f"it has no kernel for a selector's weights in format '{part.format}'"
         return None
+
+
+def in_rows(part: Weight) -> Weight:
+    """Return a part that may be in tiles in rows; others are in the order of their use already."""
+    return part.in_rows() if isinstance(part, Tiles4) else part
 
 
 def _refuses_layout(sum_: Sum, laid_out: bool) -> str | None:

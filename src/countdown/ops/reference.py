@@ -47,7 +47,9 @@ def run(call: Call) -> Tensor:
     if call.counters is not None:
         _count(call, active)
     y = call.sum.combine(torch.where(active, product_of(factors), 0))
-    return y if call.compensation is None else y + call.compensation.added(call.x, _dropped(call, active), call.added)
+    if call.compensation is None:
+        return y
+    return y + call.compensation.added(call.x, _dropped(call, active), _sparse(call), call.added)
 
 
 def dense(call: Call) -> Tensor:
@@ -58,6 +60,12 @@ def dense(call: Call) -> Tensor:
 def _dropped(call: Call, active: Tensor) -> Tensor:
     """Return which terms of each token are to be compensated for: of padding nothing is computed."""
     return ~active if call.phases is None else ~active & (call.phases.view(*call.x.shape[:-1], 1) != PADDING)
+
+
+def _sparse(call: Call) -> Tensor:
+    """Return which tokens are computed sparse, bool `[..., 1]`."""
+    finite = call.x.isfinite().all(dim=-1, keepdim=True)
+    return finite if call.phases is None else finite & (call.phases.view(finite.shape) == GENERATED)
 
 
 def _given(call: Call) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
+from countdown.compensation import COMPENSATIONS
 from countdown.config import check_fields
 from countdown.cost import saved_bytes
 from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
@@ -68,7 +69,7 @@ class Setting:
     @property
     def makes_parts(self) -> bool:
         """Whether parts are made that are not stored."""
-        return bool(self.method.keepers.keys() - self.stored.keys())
+        return any(keeper.derived and role not in self.stored for role, keeper in self.method.keepers.items())
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,11 @@ class Profile:
         entries = []
         for entry in self.entries:
             check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
-            for name in entry.method.calibrated:
+            for name in (*entry.method.calibrated, *entry.method.fitted):
                 if name in settings and settings[name] != getattr(entry.method, name):
                     raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
+            if settings.get("compensate", "none") not in ("none", getattr(entry.method, "compensate", "none")):
+                raise ConfigError("the profile has nothing to compensate with; calibrate again with --compensate.")
             entries.append(replace(entry, method=replace(entry.method, **settings)))
         return replace(self, entries=entries, allocation=self.recipe.with_settings(**settings).allocation)
 
@@ -210,7 +213,7 @@ class Profile:
         sizes = {name: saved_bytes(by_name[name], entry.method) for entry in taken for name in entry.sites}
         sparsities = allocated(taken, sizes, self.allocation)
         return [
-            (by_name[name], entry.method.at(name, sparsities[name]), artifacts)
+            (by_name[name], entry.method.at(name, sparsities[name]).with_artifacts(artifacts), artifacts)
             for entry in taken
             for name, artifacts in entry.sites.items()
         ]
@@ -229,7 +232,8 @@ class Profile:
         """Raise if the profile belongs to another structure; warn if the weights differ.
 
         Raises:
-            ProfileError: Another class, other sites or other shapes.
+            ProfileError: Another class, other sites or other shapes; or other weights, where something was fitted to
+                these.
         """
         found = structure(model, sites)
         if found != self.structure:
@@ -237,13 +241,19 @@ class Profile:
                 f"the profile belongs to another model: it was made for {_shape(self.structure)} "
                 f"({self.base_model.get('name', 'unnamed')}), this is {_shape(found)}."
             )
-        if not weights_agree(sites, self.samples):
-            warnings.warn(
-                f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "
-                "sparsity and quality may be off: calibrate on this model.",
-                ProfileWarning,
-                stacklevel=4,
+        if weights_agree(sites, self.samples):
+            return
+        if any(entry.method.fitted for entry in self.entries):
+            raise ProfileError(
+                f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}), and "
+                "what it predicts of dropped neurons is theirs: calibrate on this model, or take compensate 'none'."
             )
+        warnings.warn(
+            f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "
+            "sparsity and quality may be off: calibrate on this model.",
+            ProfileWarning,
+            stacklevel=4,
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the profile to a folder: whole, or not at all.
@@ -474,7 +484,9 @@ def _check_artifacts(name: str, found: Artifacts, axes: Mapping[str, int], metho
     for artifact in declared.values():
         problem = artifact.problem(found.get(artifact.name), axes)
         _require(problem is None, f"{artifact.name} of {name} {problem}")
-    known = {*declared, *(one.name for allocation in ALLOCATIONS for one in allocation.artifacts)}
+    # Of other settings, which the profile may have been given since.
+    others = (*ALLOCATIONS, *COMPENSATIONS)
+    known = {*declared, *(artifact.name for other in others for artifact in other.artifacts)}
     unknown = [artifact for artifact in found if artifact not in known]
     _require(not unknown, f"{', '.join(unknown)} of {name} and its method disagree")
 

@@ -84,7 +84,7 @@ class Source:
 
 def sources_of(site: Site, method: Method, artifacts: Artifacts) -> list[Source]:
     """Return what the parts of a site are derived from, under the method that it has."""
-    return [Source(role, site, keeper, artifacts) for role, keeper in method.keepers.items()]
+    return [Source(role, site, keeper, artifacts) for role, keeper in method.keepers.items() if keeper.derived]
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,16 @@ class Assignment:
         """Make the weights of the selector and of the compensation."""
         sum_ = self.site.sum
         self.parts = self.method.selector.make(sum_, self.artifacts)
-        if widest := self.method.at(self.site.name, 0.0).compensation:
+        widest = self.method.at(self.site.name, 0.0).compensation
+        if widest is not None and widest.derived:
             self.added = widest.make(sum_, self.artifacts)
 
     def added_at(self, sparsity: float, x: Tensor, dropped: Tensor) -> Tensor:
         """Return what the compensation adds at a sparsity, `[..., outputs]`; see `Compensation.added`."""
         compensation = self.method.at(self.site.name, sparsity).compensation
         assert compensation is not None
-        return compensation.added(x, dropped, compensation.cut(self.site.sum, self.added))
+        sparse = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
+        return compensation.added(x, dropped, sparse, compensation.cut(self.site.sum, self.added))
 
     def indicator(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted indicator, float32 `[..., terms]`, for the site's input and factors."""

@@ -134,7 +134,8 @@ class _SparsePass:
 
     def add(self, site: Site, x: Tensor, dropped: Tensor) -> Tensor | None:
         """Return what a site's compensation adds; see `modules.Adder`."""
-        if self._assigned[site.name].method.compensation is None:
+        compensation = self._assigned[site.name].method.compensation
+        if compensation is None or not compensation.derived:  # what is not derived is not there yet
             return None
         one, by_sequence = self._assigned[site.name], (len(self.levels), -1, site.terms)
         rows = zip(self.levels, x.reshape(by_sequence), dropped.reshape(by_sequence), strict=True)

@@ -28,7 +28,7 @@ class CPU(Gathering):
 
     name, device, key, runs_on = "cpu", "cpu", "CPU", "CPUs"
     selectors = MappingProxyType({"ffn": ("up", "gate", "coefficient", "proxy-4"), "linear": ("input",)})
-    compensations = ("svd",)
+    compensations = MappingProxyType({"ffn": ("affine",), "linear": ("svd",)})
 
     def __init__(self) -> None:
         # By what `_form_of` says of a call: the C call without addresses.
@@ -60,13 +60,13 @@ class CPU(Gathering):
             [
                 *(weight.parts[0] for weight in call.sum.weights),
                 *_contiguous(t for part in parts for t in part.parts),
-                *by_rank(call.added),
+                *_added(call),
             ],
             [bias if bias is None or bias.dtype in DTYPES else bias.float() for bias in _contiguous(call.sum.biases)],
             *_contiguous(getattr(call, name) for name in TENSORS[call.op]),
         )
         names: dict[str, Any] = {"kind": call.sum.kind, "activation": call.sum.activation}
-        names["formats"] = [weight.format for weight in (*call.sum.weights, *parts, *call.added)]
+        names["formats"] = [weight.format for weight in (*call.sum.weights, *parts, *map(_in_tiles, call.added))]
         if call.compensation is not None:
             names["compensation"] = call.compensation.name
         if call.selector is not None:
@@ -108,11 +108,19 @@ def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
     if call.parts:
         levels, scales = weights[3:5]
         form.decision.words, form.decision.groups = levels.shape[1], scales.shape[1]
-    if call.added:
-        form.added.rank = call.added[0].shape[0]
-        for view, tensor, along in zip((form.added.inner, form.added.outer), weights[-2:], (1, 0), strict=True):
-            view.format, view.stride = FORMATS["plain", tensor.dtype], tensor.stride(along) * tensor.itemsize
+    if call.compensation is not None:
+        _describe_added(form, call, weights)
     return form
+
+
+def _describe_added(form: SumCall, call: Call, weights: Sequence[Tensor]) -> None:
+    if call.sum.kind == "ffn":
+        levels, scales, *_ = weights[-4:]
+        form.affine.words, form.affine.groups = levels.shape[1], scales.shape[1]
+        return
+    form.added.rank = call.added[0].shape[0]
+    for view, tensor, along in zip((form.added.inner, form.added.outer), weights[-2:], (1, 0), strict=True):
+        view.format, view.stride = FORMATS["plain", tensor.dtype], tensor.stride(along) * tensor.itemsize
 
 
 def _views(call: SumCall, count: int) -> tuple[MatrixView, ...]:
@@ -137,16 +145,24 @@ def _done(
         if bias is not None:
             view.bias = bias.data_ptr()
     if decision.words:
-        for view, levels, scales in zip((decision.gate, decision.up), weights[3::2], weights[4::2], strict=True):
+        for view, levels, scales in zip((decision.gate, decision.up), weights[3:7:2], weights[4:7:2], strict=True):
             view.levels, view.scales = levels.data_ptr(), scales.data_ptr()
-    if call.added.rank:
-        call.added.inner.data, call.added.outer.data = (tensor.data_ptr() for tensor in weights[-2:])
+    _point_to_added(call, weights)
     for name, tensor in zip(TENSORS[op], tensors, strict=True):
         if tensor is not None:
             setattr(call if name == "counters" else decision, name, tensor.data_ptr())
     result = _result(call, op, x)
     library.library().run(call, [x, *weights, *biases, *tensors, result], weights=call.h * call.outputs)
     return result
+
+
+def _point_to_added(call: SumCall, weights: Sequence[Tensor]) -> None:
+    """Give a call the addresses of what a compensation keeps, if it has one."""
+    if call.affine.words:
+        matrix = call.affine.matrix
+        matrix.levels, matrix.scales, call.affine.channels, call.affine.bias = (t.data_ptr() for t in weights[-4:])
+    if call.added.rank:
+        call.added.inner.data, call.added.outer.data = (tensor.data_ptr() for tensor in weights[-2:])
 
 
 def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
@@ -164,6 +180,14 @@ def _result(call: SumCall, op: str, x: Tensor) -> Tensor:
 def _contiguous(tensors: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
     """Yield tensors that kernels can index: biases of interleaved rows are strided."""
     return (None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _added(call: Call) -> Iterator[Tensor | None]:
+    """Yield the tensors of a compensation as kernels read them."""
+    if call.sum.kind == "linear":
+        yield from by_rank(call.added)
+    else:
+        yield from _contiguous(tensor for part in call.added for tensor in _in_tiles(part).parts)
 
 
 def _in_tiles(part: Weight) -> Weight:

@@ -16,7 +16,7 @@ from torch import Tensor
 from countdown.ops import cpu
 from countdown.ops.base import MOST_TOKENS
 
-ABI = 10
+ABI = 11
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
@@ -71,6 +71,16 @@ class CompensationView(ctypes.Structure):
     _fields_ = (("rank", _Int), ("inner", MatrixView), ("outer", MatrixView))
 
 
+class AffineView(ctypes.Structure):
+    """`countdown_affine`."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("words", "groups")),
+        ("matrix", CopyView),
+        *((name, _Pointer) for name in ("channels", "bias")),
+    )
+
+
 class SumCall(ctypes.Structure):
     """`countdown_sum_call`."""
 
@@ -80,6 +90,7 @@ class SumCall(ctypes.Structure):
         *((name, MatrixView) for name in ("gate", "up", "down")),
         ("decision", Decision),
         ("added", CompensationView),
+        ("affine", AffineView),
         *((name, _Pointer) for name in ("selected", "counters")),
         ("y", _Tokens),
         ("workspace", _Pointer),
@@ -195,6 +206,7 @@ def _all_active(call: SumCall) -> Tensor:
     """Let all terms of a call be active; return the sets, which the call has the address of."""
     every = torch.ones(call.tokens * call.h, dtype=torch.uint8, device="cpu")
     call.decision.active = every.data_ptr()
+    call.affine.words = 0  # nothing is left to be predicted
     if call.gate.data:  # of an input channel its input is the coefficient all the same
         call.decision.by, call.decision.words = DECIDERS[None], 0
     return every

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from countdown.ops.base import MOST_TOKENS, Gathering
+from countdown.ops.base import MOST_TOKENS, Gathering, in_rows
 from countdown.ops.call import Call
 from countdown.ops.request import REFERENCE, requested
 from countdown.ops.together import calls_of, together
@@ -27,7 +27,7 @@ class Triton(Gathering):
 
     name, device, key, runs_on = "triton", "cuda", "CUDA", "GPUs"
     selectors = MappingProxyType({"ffn": ("up", "gate", "proxy-4"), "linear": ("input",)})
-    compensations = ("svd",)
+    compensations = MappingProxyType({"ffn": ("affine",), "linear": ("svd",)})
 
     def missing(self) -> str | None:
         """See `Backend.missing`."""
@@ -67,7 +67,7 @@ class Triton(Gathering):
     def lay_out(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Sequence[Weight], Sequence[Weight]]:
         """W_down by neuron, a linear by input channel, proxies in rows."""
         *others, down = sum_.weights
-        return [*others, down.by_column()], [part.in_rows() for part in parts]
+        return [*others, down.by_column()], [in_rows(part) for part in parts]
 
     def run(self, call: Call) -> Tensor:
         """See `Backend.run`."""

@@ -70,13 +70,13 @@ def by_proxy(by, first, tokens, like, i, here, c, inside, HOW: tl.constexpr, ACT
     by: levels and scales of gate and of up, their biases, thresholds [h]. HOW: see `quantised`.
     """
     gate, up, biases, per_neuron = by
-    gate_rows = _load_proxy(gate, i, here, HOW)
-    up_rows = _load_proxy(up, i, here, HOW)
+    gate_rows = load_levels(gate, i, here, HOW)
+    up_rows = load_levels(up, i, here, HOW)
     threshold = tl.load(per_neuron + i, mask=here, other=0.0)
     active = ()
     for t in tl.static_range(len(tokens)):
-        g = _products_of_rows(gate_rows, tokens[t], HOW)
-        u = _products_of_rows(up_rows, tokens[t], HOW)
+        g = products_of_levels(gate_rows, tokens[t], HOW)
+        u = products_of_levels(up_rows, tokens[t], HOW)
         g, u = tl.split(tl.sum(tl.join(g, u), 1) * tokens[t][3])  # together: a sum across warps waits for all of them
         s = activate(add_bias(g, biases[0], i, here), ACT) * add_bias(u, biases[1], i, here)
         active = active + (is_above(s, threshold),)
@@ -88,7 +88,7 @@ def rounded_here(x, x_stride, xs, d, HOW: tl.constexpr, T: tl.constexpr):
     """The tokens `quantised`, in every program: quicker than waiting for another kernel."""
     tokens = ()
     for t in tl.static_range(T):
-        tokens = tokens + (quantised(x + t * x_stride, d, HOW),)
+        tokens = tokens + (quantised(x + t * x_stride, None, d, HOW),)
     return tokens
 
 
@@ -121,7 +121,7 @@ def quantise_tokens(x, words, sums, steps, d, x_stride, HOW: tl.constexpr, PDL: 
     w = tl.arange(0, W)
     g = tl.arange(0, W // HOW[2])
     begin(PDL)
-    low, high, total, step = quantised(x + t * x_stride, d, HOW)
+    low, high, total, step = quantised(x + t * x_stride, None, d, HOW)
     tl.store(words + t * 2 * WORDS + w, low, mask=w < WORDS)
     tl.store(words + (t * 2 + 1) * WORDS + w, high, mask=w < WORDS)
     tl.store(sums + t * GROUPS + g, total, mask=g < GROUPS)
@@ -129,8 +129,9 @@ def quantise_tokens(x, words, sums, steps, d, x_stride, HOW: tl.constexpr, PDL: 
 
 
 @triton.jit
-def quantised(x, d, HOW: tl.constexpr):
-    """A token in 255 even steps between ± its largest entry, as `weights.symmetric.round_tokens`.
+def quantised(x, channels, d, HOW: tl.constexpr):
+    """A token, over `channels` [d] if there are any, in 255 even steps between ± its largest entry, as
+    `weights.symmetric.round_tokens`.
 
     HOW: words of a row, the power of two W that they fit, words of a group, whether there is an instruction for four
     products of bytes. x [d] → words [W] int32 of entries 8w to 8w + 3, words [W] of entries 8w + 4 to 8w + 7, 7.5 Σ of
@@ -145,6 +146,8 @@ def quantised(x, d, HOW: tl.constexpr):
     j = tl.arange(0, 4)
     c = w[:, None, None] * 8 + half[None, :, None] * 4 + j[None, None, :]
     xv = tl.load(x + c, mask=c < d, other=0.0).to(tl.float32)
+    if channels is not None:
+        xv = tl.div_rn(xv, tl.load(channels + c, mask=c < d, other=1.0))
     largest = tl.reduce(tl.reshape(tl.abs(xv), [W * 8]), 0, _larger)
     q = xv * tl.where(largest > 0, tl.minimum(tl.div_rn(127.0, largest), 3e38), 0.0)
     q = _in_low_bits(tl.where(tl.abs(q) < 128, q, 0.0), DOT4)
@@ -188,8 +191,8 @@ def _larger(a, b):
 
 
 @triton.jit
-def _load_proxy(proxy, i, here, HOW: tl.constexpr):
-    """Rows i of a proxy: words of levels [rows, W] int32 and scales [rows, groups] float32."""
+def load_levels(proxy, i, here, HOW: tl.constexpr):
+    """Rows i of a matrix in 4 bits: words of levels [rows, W] int32 and scales [rows, groups] float32."""
     levels, scales = proxy
     WORDS: tl.constexpr = HOW[0]
     W: tl.constexpr = HOW[1]
@@ -209,8 +212,8 @@ def _load_proxy(proxy, i, here, HOW: tl.constexpr):
 
 
 @triton.jit
-def _products_of_rows(rows, token, HOW: tl.constexpr):
-    """Rows of the proxy's W x by group, float32 [rows, groups], in steps of the token."""
+def products_of_levels(rows, token, HOW: tl.constexpr):
+    """Rows of W x by group, float32 [rows, groups], in steps of the token."""
     v, scale = rows
     low, high, sums, _ = token
     R: tl.constexpr = v.shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,9 +36,11 @@ class FFN:
     Args:
         x: `[T, d]`, entries of a token side by side.
         sum_: The FFN, W_down laid out by neuron.
+        added: What is predicted of dropped neurons, if it is; see `compensation.affine`.
+        phases: Of the tokens.
     """
 
-    def __init__(self, x: Tensor, sum_: Sum) -> None:
+    def __init__(self, x: Tensor, sum_: Sum, added: Sequence[Weight] = (), phases: Tensor | None = None) -> None:
         gate, up, down = sum_.weights
         self.x, self.activation = x, sum_.activation
         self.tokens, self.d, self.h = len(x), x.shape[1], sum_.terms
@@ -48,6 +50,12 @@ class FFN:
         self.itemsize = max(dtype.itemsize for dtype in dtypes)
         self.mixed = dtypes != {x.dtype}
         self.found = launch.hardware(x.device)
+        self.phases = phases
+        self.predicted: Argument | None = None
+        if added:
+            matrix, channels, bias = (part.in_rows().parts for part in added)
+            levels, scales = matrix
+            self.predicted = levels.view(torch.int32), scales, *channels, *bias, x, x.stride(0)
 
     @property
     def in_matrix_instructions(self) -> bool:
@@ -121,7 +129,7 @@ def run(x: Tensor, call: Call) -> Tensor:
         x: The tokens, for the device.
         call: Of one to `MOST_TOKENS` tokens.
     """
-    ffn = FFN(flat(x), call.sum)
+    ffn = FFN(flat(x), call.sum, call.added, call.phases)
     if call.op == "select":
         return _select(ffn, call)
     y = _sparse(ffn, call) if call.op == "sparse" else _given(ffn, call)
@@ -274,8 +282,10 @@ def _reduce(ffn: FFN, partial_sums: Tensor) -> Tensor:
     """Return y `[T, d]` from partial sums `[P, T, d]`."""
     y = ffn.x.new_empty((ffn.tokens, ffn.d))
     programs = len(partial_sums)
-    config = launch.reduction(ffn.d, programs, ffn.tokens)
+    how = None if ffn.predicted is None else launch.packed(ffn.d, ffn.found)
+    config = launch.reduction(ffn.d, programs, ffn.tokens, how)
     kernels.reduce[config.grid](
-        partial_sums, ffn.down_bias, y, programs, ffn.tokens, ffn.d, **config.options(ffn.found)
-    )
+        partial_sums, ffn.down_bias, y, ffn.predicted, ffn.phases, programs, ffn.tokens, ffn.d,
+        **config.options(ffn.found),
+    )  # fmt: skip
     return y

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from countdown.ops.triton.deciders import load_levels, products_of_levels, quantised
 from countdown.ops.triton.kernel_parts import (
     GENERATED,
     PADDING,
@@ -398,16 +399,33 @@ def sum_columns(
 
 @triton.jit
 def reduce(
-    partial, down_bias, y, programs, tokens, d, P: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    partial, down_bias, y, predicted, phases, programs, tokens, d,
+    P: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, tokens, d] → y [tokens, d], added in order."""
+    """partial [programs, tokens, d] → y [tokens, d], added in order.
+
+    predicted: None, or what is added to sparse tokens, see `compensation.affine`: levels and scales of L, channels [d],
+    b [d], and the tokens x with their stride. Rows of L are fetched before this waits. HOW: see `deciders.quantised`.
+    """
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1)
     p = tl.arange(0, P)
     here = c < d
+    if predicted is not None:
+        rows = load_levels((predicted[0], predicted[1]), c, here, HOW)
     begin(PDL)
     v = tl.load(
         partial + (p[:, None] * tokens + t) * d + c[None, :],
         mask=(p < programs)[:, None] & here[None, :], other=0.0, eviction_policy="evict_last",
     )  # fmt: skip
-    tl.store(y + t * d + c, add_bias(tl.sum(v, 0), down_bias, c, here).to(y.dtype.element_ty), mask=here)
+    total = add_bias(tl.sum(v, 0), down_bias, c, here)
+    if predicted is not None:
+        token = quantised(predicted[4] + t * predicted[5], predicted[2], d, HOW)
+        z = tl.sum(products_of_levels(rows, token, HOW), 1) * token[3]
+        z += tl.load(predicted[3] + c, mask=here, other=0.0)
+        # Of a token that is not finite the step is not.
+        sparse = tl.abs(token[3]) < float("inf")
+        if phases is not None:
+            sparse = sparse & (tl.load(phases + t) == GENERATED)
+        total += tl.where(sparse, z, 0.0)
+    tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=here)

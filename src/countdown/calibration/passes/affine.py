@@ -1,0 +1,108 @@
+"""What is dropped, predicted linearly from the input: least squares over the text, the model dense.
+
+What would be dropped at each sparsity is computed beside what the model computes, which drops nothing. So one reading
+serves all sparsities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from countdown.artifacts import THRESHOLDS, value_at
+from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
+from countdown.compensation.affine import fits
+from countdown.errors import TextError
+from countdown.memory import memory_for
+from countdown.ops.reference import drop_smallest
+from countdown.sites import Site
+from countdown.sums import Sum
+from countdown.sums._base import product_of
+
+# The sparsities that it is fitted for, beside the one that was asked for.
+LEVELS = (0.5, 0.7, 0.9)
+# Tokens that each input needs at least.
+TOKENS_EACH = 2
+
+
+class AffinePass(Pass):
+    """Adds the artifacts of `compensation.affine`."""
+
+    name, rank = "affine", 3
+
+    def run(self, run: Run) -> None:
+        wanting = run.wanting(self.name)
+        if not wanting:
+            return
+        tokens = sum(sequence.numel() for sequence in run.sequences)
+        widest = max(one.site.sum.weights[0].shape[1] for one in wanting)
+        if tokens < TOKENS_EACH * widest:
+            raise TextError(
+                f"the text has {tokens} tokens, and to predict from {widest} inputs what is dropped takes "
+                f"{TOKENS_EACH * widest} at least: give more text or --tokens, or --compensate none."
+            )
+        sums = {one.site.name: _Sums(one, _levels(run, one)) for one in wanting}
+
+        def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
+            sums[site.name].add(sum_, x, factors)
+
+        feeding = decoding(run.model, [one.site for one in wanting], observe)
+        with memory_for(sum(found.nbytes for found in sums.values())), feeding as feed:
+            for batch in run.track(run.batches(run.sequences), "what is dropped"):
+                feed(batch)
+        for one in wanting:
+            one.artifacts |= sums.pop(one.site.name).fits()
+
+
+def _levels(run: Run, one: Assignment) -> list[float]:
+    """Return the sparsities of a site that are fitted, in ascending order."""
+    found = {run.allocated(level)[one.site.name] for level in (None, *LEVELS)}
+    return sorted(level for level in found if level > 0)
+
+
+class _Sums:
+    """C_xx of a site, and C_rx at each sparsity.
+
+    Args:
+        one: The site and its method.
+        levels: The sparsities.
+    """
+
+    def __init__(self, one: Assignment, levels: Sequence[float]) -> None:
+        self._one, self._levels = one, levels
+        d, outputs = one.site.sum.weights[0].shape[1], one.site.sum.outputs
+        self.nbytes = 4 * (d + 1) * (d + 1 + len(levels) * outputs)
+        self._inputs: Tensor | None = None
+        self._dropped: list[Tensor] = []
+
+    def add(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
+        """Add the tokens of a call, all of them dense."""
+        inputs = F.pad(x.flatten(0, -2).float(), (0, 1), value=1.0)
+        if self._inputs is None:
+            self._inputs = inputs.new_zeros((inputs.shape[1], inputs.shape[1]))
+            self._dropped = [inputs.new_zeros((sum_.outputs, inputs.shape[1])) for _ in self._levels]
+        self._inputs.addmm_(inputs.T, inputs)
+        coefficients = product_of(factors).flatten(0, -2)
+        indicator = self._one.indicator(sum_, x, factors).flatten(0, -2)
+        for level, dropped in zip(self._levels, self._dropped, strict=True):
+            rest = torch.where(self._active(indicator, level), 0, coefficients)
+            dropped.addmm_(sum_.weights[-1].product(rest).float().T, inputs)
+
+    def _active(self, indicator: Tensor, level: float) -> Tensor:
+        method = self._one.method.at(self._one.site.name, level)
+        if method.decision == "topk":
+            return drop_smallest(indicator, method.drop(indicator.shape[-1]))
+        return ~(indicator <= value_at(self._one.artifacts[THRESHOLDS.name], method.dropped))
+
+    def fits(self) -> dict[str, Tensor]:
+        """Return the artifacts."""
+        if self._inputs is None:
+            raise never_ran(self._one.site.name)
+        ridge: float = self._one.method.ridge  # type: ignore[attr-defined]
+        return fits(self._levels, self._inputs, self._dropped, ridge)
+
+
+register(AffinePass())

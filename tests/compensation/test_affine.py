@@ -1,0 +1,221 @@
+"""Linear prediction of what an FFN drops: the least squares, what a sparse site adds, and the levels that it serves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import countdown
+from countdown.compensation import affine
+from countdown.compensation.affine import Affine
+from countdown.errors import ConfigError, ProfileError, TextError
+from countdown.evaluation.evaluate import evaluate
+from countdown.methods import method, parse_method
+from countdown.modules import running, sparse_modules
+from countdown.phase import PADDING, PROMPT
+from countdown.profiles.profile import Profile
+from countdown.text import windows
+from countdown.weights.symmetric import Symmetric4
+from tiny import llama
+
+METHODS = ["m-countdown", "cats", "d-countdown", "d-proxy"]
+
+
+def calibrated(model, tokenizer, text, name="m-countdown", **settings) -> Profile:
+    config = method(name, **{"sparsity": 0.8, "compensate": "affine", **settings})
+    return countdown.calibrate(model, tokenizer, text, config, tokens=8192, window=64, progress=False)
+
+
+def sums(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ones = torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    return ones.T @ ones, r.T @ ones
+
+
+def test_least_squares_find_what_is_linear():
+    generator = torch.Generator().manual_seed(0)
+    # Inputs that differ a hundredfold, as those of trained models.
+    x = torch.randn(4000, 70, generator=generator) * torch.logspace(-1, 1, 70)
+    matrix, bias = torch.randn(40, 70, generator=generator) / torch.logspace(-1, 1, 70), torch.randn(40)
+    inputs, dropped = sums(x, x @ matrix.T + bias)
+    found = affine.fits([0.5], inputs, [dropped], 1e-6)
+    added = Affine.added(x, None, torch.ones(4000, 1, dtype=torch.bool), parts_of(found, 70, 40, 0.5))
+    expected = x @ matrix.T + bias
+    # In 4 bits, of inputs in 8.
+    assert (added - expected).norm() <= 0.1 * expected.norm()
+    assert (added - expected).mean(0).norm() <= 0.02 * bias.norm()
+
+
+def test_a_larger_ridge_predicts_less():
+    x = torch.randn(1000, 24, generator=torch.Generator().manual_seed(0))
+    inputs, dropped = sums(x, x[:, :5] + 3)
+    sizes = []
+    for ridge in (0.01, 1.0, 100.0):
+        matrix, _, bias = parts_of(affine.fits([0.5], inputs, [dropped], ridge), 24, 5, 0.5)
+        sizes.append(float(matrix.values().norm()))
+        # The mean is predicted whatever the ridge.
+        torch.testing.assert_close(bias.values()[0], torch.full((5,), 3.0), atol=0.1, rtol=0)
+    assert sizes[0] > 1.5 * sizes[1] > 20 * sizes[2]
+
+
+def parts_of(found, d, outputs, sparsity):
+    class Sum:  # as much of one as `make` looks at
+        weights = (torch.empty(outputs, d),)
+
+    sum_ = Sum()
+    sum_.outputs = outputs
+    return Affine(sparsity).make(sum_, found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_sparse_site_adds_it_to_sparse_tokens_alone(name, tokenizer, text):
+    model = llama()
+    profile = calibrated(model, tokenizer, text, name)
+    x = torch.randn(1, 6, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    x[0, 4, 3] = torch.inf
+    found = []
+    for compensate in ("affine", "none"):
+        countdown.sparsify_(model, profile.with_settings(compensate=compensate))
+        site = model.model.layers[1].mlp
+        phases = torch.tensor([0, PROMPT, 0, PADDING, 0, 0], dtype=torch.uint8)
+        with torch.inference_mode():
+            found.append(site.sparse(x, phases)[0])
+        if compensate == "affine":
+            matrix, channels, bias = (part.values() for part in site.added)
+        countdown.restore_(model)
+    steps = x[0] / channels
+    expected = (steps * 127 / steps.abs().amax(-1, keepdim=True)).round() @ matrix.T
+    expected = expected * steps.abs().amax(-1, keepdim=True) / 127 + bias
+    difference = found[0] - found[1]
+    for token in range(6):
+        if token in (0, 2, 5):
+            torch.testing.assert_close(difference[token], expected[token], atol=1e-5, rtol=1e-4)
+        elif token != 4:  # not finite either way
+            torch.testing.assert_close(found[0][token], found[1][token])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_loses_less_on_text_that_was_not_read(name, tokenizer, text):
+    model = llama()
+    ids = windows(tokenizer, text[-20000:], count=48, length=64)
+    lost = {}
+    for compensate in ("none", "affine"):
+        profile = calibrated(model, tokenizer, text[:-20000], name, sparsity=0.9, compensate=compensate)
+        countdown.sparsify_(model, profile)
+        lost[compensate] = evaluate(model, ids, protocol="all", progress=False).kl
+        countdown.restore_(model)
+    assert lost["affine"] < 0.9 * lost["none"]
+
+
+def test_a_profile_serves_the_sparsities_at_and_above_each_fit(tokenizer, text, tmp_path):
+    model = llama()
+    profile = calibrated(model, tokenizer, text, sparsity=0.6)
+    profile = Profile.load(profile.save(tmp_path / "p"))
+    at = profile.entries[0].sites["model.layers.0.mlp"]["affine_at"]
+    assert at.tolist() == pytest.approx([0.5, 0.6, 0.7, 0.9])
+    # Below all fits nothing is added, which is what `compensate` says then.
+    taken = {}
+    for sparsity in (0.0, 0.4, 0.5, 0.55, 0.6, 0.69, 0.75, 0.95):
+        countdown.sparsify_(model, profile.with_settings(sparsity=sparsity))
+        site = model.model.layers[0].mlp
+        matrices = profile.entries[0].sites["model.layers.0.mlp"]["affine_levels"]
+        taken[sparsity] = None
+        if site.added:
+            taken[sparsity] = next(
+                n for n, one in enumerate(matrices) if torch.equal(one, site.added[0].in_rows().parts[0])
+            )
+        assert site.method.compensate == ("none" if taken[sparsity] is None else "affine")
+        countdown.restore_(model)
+    assert list(taken.values()) == [None, None, 0, 0, 1, 1, 2, 3]
+
+
+def test_what_was_fitted_for_others_is_refused(tokenizer, text):
+    profile = calibrated(llama(), tokenizer, text)
+    for settings in ({"decision": "topk"}, {"allocation": "global"}, {"ridge": 2.0}):
+        with pytest.raises(ConfigError, match=f"{next(iter(settings))} is part of a profile's calibration"):
+            profile.with_settings(**settings)
+    # Without it, they may change.
+    plain = profile.with_settings(compensate="none")
+    assert plain.with_settings(decision="topk").recipe
+    with pytest.raises(ConfigError, match="nothing to compensate with; calibrate again"):
+        calibrated(llama(), tokenizer, text, compensate="none").with_settings(compensate="affine")
+
+
+def test_other_weights_are_refused(tokenizer, text):
+    profile, other = calibrated(llama(), tokenizer, text), llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
+    with pytest.raises(ProfileError, match="what it predicts of dropped neurons is theirs: calibrate on this model"):
+        countdown.sparsify_(other, profile)
+    with pytest.warns(countdown.ProfileWarning, match="the weights differ"):
+        countdown.sparsify_(other, profile.with_settings(compensate="none"))
+
+
+def test_bytes_are_counted(tokenizer, text):
+    model = llama()
+    profile = calibrated(model, tokenizer, text)
+    read = {}
+    for compensate in ("none", "affine"):
+        countdown.sparsify_(model, profile.with_settings(compensate=compensate))
+        with running(model, "all"), torch.inference_mode():
+            model(torch.arange(3, 40)[None])
+        (site, *_) = countdown.status(model)
+        read[compensate] = site.weights_read, site.beside_bytes
+        countdown.restore_(model)
+    size = model.config.hidden_size
+    nbytes = Symmetric4.bytes_of(size, size) + 4 * 2 * size
+    assert read["none"][1] == 0
+    # Kernels for CPUs read tiles of 16 rows, the last of them filled up.
+    in_tiles = Symmetric4.bytes_of(-(-size // 16) * 16, size) + 4 * 2 * size
+    assert read["affine"][1] in (nbytes, in_tiles)
+    assert read["affine"][0] - read["none"][0] == pytest.approx(nbytes / (4 * site.size), rel=1e-6)
+
+
+def test_too_little_text_says_how_much_it_takes(tokenizer, text):
+    model = llama()
+    with pytest.raises(TextError, match=r"the text has 32 tokens, and to predict from 24 inputs .* takes 48 at least"):
+        countdown.calibrate(
+            model, tokenizer, text, method("m-countdown", compensate="affine"), tokens=32, window=32, progress=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compensate": "linear"}, "compensate of m-countdown is 'linear', expected one of: none, affine"),
+        ({"ridge": 0}, "ridge of m-countdown is 0, expected above 0, at most 1000"),
+        ({"ridge": float("nan")}, "ridge of m-countdown is nan"),
+        ({"ridge": "much"}, "ridge of m-countdown is much"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        method("m-countdown", **settings)
+
+
+def test_methods_of_linears_have_none():
+    with pytest.raises(ConfigError, match="has no field 'compensate'"):
+        method("teal", compensate="affine")
+
+
+def test_settings_of_older_profiles_are_as_published():
+    assert parse_method({"name": "m-countdown", "version": 1, "sparsity": 0.5}).compensate == "none"
+
+
+def test_a_damaged_fit_is_refused(tokenizer, text, tmp_path):
+    profile = calibrated(llama(), tokenizer, text)
+    site = profile.entries[0].sites["model.layers.0.mlp"]
+    site["affine_at"] = site["affine_at"].flip(0)
+    with pytest.raises(ProfileError, match=r"affine_at of model.layers.0.mlp do not ascend between 0 and 1"):
+        Profile.load(profile.save(tmp_path / "p"))
+
+
+def test_it_stays_with_its_model_when_that_is_cast(tokenizer, text):
+    model = llama()
+    countdown.sparsify_(model, calibrated(model, tokenizer, text))
+    before = [part.parts[0].clone() for part in model.model.layers[0].mlp.added]
+    model.bfloat16()
+    for site in sparse_modules(model).values():
+        assert [part.parts[0].dtype for part in site.added] == [torch.uint8, torch.float32, torch.float32]
+    assert all(
+        torch.equal(one, part.parts[0]) for one, part in zip(before, model.model.layers[0].mlp.added, strict=True)
+    )
