@@ -16,6 +16,7 @@ from typing import Any
 
 import allocation_tables
 import claims
+import compensation_tables
 import proxy_tables
 import speed
 from documents import load, row
@@ -315,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
+    "compensation": lambda: compensation_tables.rises(["smollm2"]),
     "together": lambda: speed.together("together-smollm2"),
     "contexts": lambda: speed.contexts(["contexts-cpu-1.5b"]),
     "gpu-loop": lambda: speed.decode("gpu-loop-h200"),
