@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A curve has a point for each thousandth of sparsity.
 POINTS = 1000
+# Axes of a size that is known with the tensor alone.
+FREE = ("fits", "packed", "groups")
 # Of one site, by name.
 Artifacts = Mapping[str, "Tensor"]
 
@@ -41,9 +43,9 @@ def increasing(values: Tensor) -> str | None:
     return None if inside and bool((values.diff() > 0).all()) else "do not ascend between 0 and 1"
 
 
-def positive(values: Tensor) -> str | None:
-    """Return what is wrong where an entry is not above 0."""
-    return None if bool((values > 0).all()) else "are not above 0"
+def at_least(smallest: float) -> Callable[[Tensor], str | None]:
+    """Return a check that no entry is below a number."""
+    return lambda values: None if bool((values >= smallest * (1 - 1e-6)).all()) else f"are below {smallest:g}"
 
 
 def whole(number: Tensor) -> str | None:
@@ -71,7 +73,7 @@ class Artifact:
     Args:
         name: Its name in profiles.
         axes: What each of its dimensions counts: `terms`, `inputs` or `outputs` of the site (an axis of these is cut
-            where the site's weights are sharded), `points` of a curve, or what is only known with the tensor.
+            where the site's weights are sharded), `points` of a curve, or one of `FREE`, known with the tensor alone.
         check: Returns what is wrong with the values, as the end of a sentence, or None.
         optional: Whether a profile may lack it.
         dtype: Its own.
@@ -92,7 +94,7 @@ class Artifact:
         """
         if value is None:
             return None if self.optional else "are missing"
-        expected = tuple(sizes.get(axis) for axis in self.axes)
+        expected = tuple(None if axis in FREE else sizes[axis] for axis in self.axes)
         found = tuple(value.shape)
         if len(found) != len(expected) or any(e not in (None, n) for n, e in zip(found, expected, strict=True)):
             return f"have shape {found}, expected {tuple('any' if e is None else e for e in expected)}"

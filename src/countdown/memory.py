@@ -60,8 +60,14 @@ def logits_at_once(logits: Tensor) -> int:
 
 
 @contextmanager
-def memory_for(total: int) -> Iterator[None]:
-    """Within the context weights are derived from a model's, of so many bytes in all.
+def memory_for(
+    total: int, *, doing: str = "deriving weights", instead: str = "take a method that derives none"
+) -> Iterator[None]:
+    """Within the context something takes so many bytes in all.
+
+    Args:
+        total: The bytes.
+        doing, instead: What takes them, and what does not, for the message.
 
     Raises:
         AccidentError: Memory runs out.
@@ -71,7 +77,5 @@ def memory_for(total: int) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not total or not ran_out(error):
             raise
-        raise AccidentError(
-            f"memory ran out while deriving weights, which take {total / 1e9:.2f} GB beside the model's: free some, or "
-            "take a method that derives none."
-        ) from error
+        took = f"{total / 1e9:.2f} GB beside the model's"
+        raise AccidentError(f"memory ran out while {doing}, which take {took}: free some, or {instead}.") from error

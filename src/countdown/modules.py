@@ -80,11 +80,13 @@ class SparseModule(nn.Module):
             self._options |= {
                 "selector": self.selector.name, "rule": method.decision, "drop": method.drop(self.terms)
             }  # fmt: skip
-        needed = [one.name for keeper in method.keepers.values() for one in keeper.artifacts]
-        self._artifacts = {one: (artifacts or {}).get(one) for one in needed}
-        for name, value in self._artifacts.items():
-            if value is None:
-                raise ProfileError(f"the profile has no {name} of the inputs of {site.name}; calibrate again.")
+        given = artifacts or {}
+        for keeper in method.keepers.values():
+            if missing := [one.name for one in keeper.artifacts if one.name not in given]:
+                raise ProfileError(f"the profile has no {missing[0]} of the inputs of {site.name}; calibrate again.")
+        # Of what is derived, which follows the weights; others are made once.
+        derived = [keeper for keeper in method.keepers.values() if keeper.derived]
+        self._artifacts = {one.name: given[one.name] for keeper in derived for one in keeper.artifacts}
         self._linears = site.linears  # in a tuple, so that they are not registered
         self.forced_dense = False
         self._modules, self._parameters = site.module._modules, site.module._parameters
@@ -95,6 +97,8 @@ class SparseModule(nn.Module):
             self.register_buffer("counters", counters, persistent=False)
         self.parts = tuple(part.to(site.device) for part in parts or ())
         self.added = tuple(part.to(site.device) for part in added or ())
+        if added is None and method.compensation is not None and not method.compensation.derived:
+            self.added = method.compensation.make(site.sum, given)
         self.make_parts(selector=parts is None, compensation=added is None)
         # Weights that are loaded come in the layout of a checkpoint, and other parts follow from them.
         self.register_load_state_dict_post_hook(_follow_weights)
@@ -262,9 +266,10 @@ class SparseModule(nn.Module):
         """Make the parts of the selector and of the compensation from the weights as they are now."""
         with torch.inference_mode(False), torch.no_grad(), without_autocast():
             if selector:
-                self.parts = self.selector.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
-            if compensation and (making := self.method.compensation):
-                self.added = making.make(self.site.sum, self._artifacts)  # type: ignore[arg-type]
+                self.parts = self.selector.make(self.site.sum, self._artifacts)
+            making = self.method.compensation
+            if compensation and making is not None and making.derived:
+                self.added = making.make(self.site.sum, self._artifacts)
 
     def lay_out(self) -> None:
         """Store the weights, and the selector's parts, as the backend that will compute wants them.

@@ -248,6 +248,7 @@ class SiteStatus:
         size: Weights of its matrices.
         method, decision, weighting, allocation: As calibrated.
         selector: What decides.
+        compensation: What is added for dropped terms, "" for nothing.
         backend: What computes: `triton`, `cpu` or `reference`.
         backend_reason: Why the reference does, None where it does not.
         apply_to: `decode` or `all`.
@@ -264,6 +265,7 @@ class SiteStatus:
     size: int
     method: str
     selector: str
+    compensation: str
     decision: str
     weighting: str
     allocation: str
@@ -364,6 +366,7 @@ def _site_status(name: str, module: SparseModule) -> SiteStatus:
         size=module.size,
         method=method.name,
         selector=method.selector.name,
+        compensation=module.compensation,
         decision=method.decision,
         weighting=method.weighting,
         allocation=method.allocation,

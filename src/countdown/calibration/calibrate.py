@@ -153,6 +153,8 @@ def _calibrate(model: nn.Module, texts: Texts, sequences: list[Tensor], recipe: 
     passes = sorted((PASSES.get(name) for name in wanted), key=lambda pass_: pass_.rank)
     run.readings = sum(pass_.readings(run) for pass_ in passes)
     for pass_ in passes:
+        pass_.check(run)
+    for pass_ in passes:
         pass_.run(run)
     return Profile(
         base_model=_facts(model),

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from countdown.artifacts import Artifact, Artifacts, increasing, positive
+from countdown.artifacts import Artifact, Artifacts, at_least, increasing
 from countdown.compensation._base import Compensation, register
 from countdown.sums import Sum
 from countdown.weights import Plain, Weight
-from countdown.weights.symmetric import Symmetric4, quantise, token_steps
+from countdown.weights.symmetric import Symmetric4, Tiles4, quantise, token_steps
 
 # The sparsities of the site that there is a fit for.
 AT = Artifact("affine_at", ("fits",), increasing)
@@ -27,7 +27,8 @@ AT = Artifact("affine_at", ("fits",), increasing)
 LEVELS = Artifact("affine_levels", ("fits", "outputs", "packed"), dtype="uint8")
 SCALES = Artifact("affine_scales", ("fits", "outputs", "groups"), dtype="float16")
 # Root mean squares of the entries of the input.
-CHANNELS = Artifact("affine_channels", ("inputs",), positive)
+SMALLEST = 1e-9
+CHANNELS = Artifact("affine_channels", ("inputs",), at_least(SMALLEST))
 # b of each.
 BIAS = Artifact("affine_bias", ("fits", "outputs"))
 
@@ -57,6 +58,8 @@ class Affine(Compensation):
         if sum_.kind != "ffn":
             return "is of FFNs"
         d = sum_.weights[0].shape[1]
+        if not isinstance(parts[0], Symmetric4 | Tiles4):
+            return f"L is in format '{parts[0].format}', expected {Symmetric4.format} or {Tiles4.format}"
         expected, found = Affine.shapes(d, sum_.terms), tuple(part.shape for part in parts)
         if found != expected:
             return f"L, channels and b are {found}, expected {expected}"
@@ -101,6 +104,16 @@ class Affine(Compensation):
         return self.part_bytes(sum_) if active < 1 else 0
 
 
+def disagreement(artifacts: Artifacts) -> str | None:
+    """Return how valid artifacts do not fit each other, None if they do."""
+    at, levels, scales, channels, bias = (artifacts[one.name] for one in Affine.artifacts)
+    expected = Symmetric4.part_shapes(bias.shape[1], len(channels))
+    shapes = (levels.shape[1:], scales.shape[1:])
+    if {len(at)} == {len(levels), len(scales), len(bias)} and shapes == expected:
+        return None
+    return "affine fits differ in number or size"
+
+
 @torch.no_grad()
 def fits(at: Sequence[float], inputs: Tensor, dropped: Sequence[Tensor], ridge: float) -> dict[str, Tensor]:
     """Return the artifacts of a site from sums over tokens, with x̃ = x and a 1.
@@ -116,9 +129,10 @@ def fits(at: Sequence[float], inputs: Tensor, dropped: Sequence[Tensor], ridge: 
     gram = inputs.double()
     squares = gram.diagonal()[:-1]
     tokens = gram[-1, -1]
-    # A channel that is always 0 predicts nothing.
-    channels = (squares / tokens).sqrt().clamp(min=1e-12)
-    penalty = torch.cat([(ridge * squares).clamp(min=1e-12 * float(squares.mean())), squares.new_zeros(1)])
+    mean = float(squares.mean() / tokens) or 1.0
+    # What the text leaves at 0 predicts next to nothing, whatever it is later on.
+    channels = torch.where(squares > 0, squares / tokens, mean).clamp(min=1e-3 * mean).sqrt().clamp(min=SMALLEST)
+    penalty = torch.cat([(ridge * squares).clamp(min=1e-6 * mean * float(tokens)), 1e-9 * tokens.view(1)])
     factor = torch.linalg.cholesky(gram + torch.diag(penalty))
     ones = torch.ones(len(channels), dtype=torch.float32, device=gram.device)
     levels, scales, biases = [], [], []

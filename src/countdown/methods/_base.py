@@ -141,10 +141,19 @@ class Method:
         """Return the method of one site, by its name, with its share of what is allocated."""
         return replace(self, sparsity=sparsity)
 
+    @classmethod
+    def has(cls, setting: str) -> bool:
+        """Return whether the method has a setting."""
+        return setting in cls.__dataclass_fields__
+
     @property
     def fitted(self) -> tuple[str, ...]:
         """Other settings that its artifacts are for, with those that it has."""
         return ()
+
+    def disagreement(self, artifacts: Artifacts) -> str | None:
+        """Return how artifacts that are each valid do not fit each other, None if they do."""
+        return None
 
     def with_artifacts(self, artifacts: Artifacts) -> Self:
         """Return the method of one site, without what its artifacts do not serve at its sparsity."""

@@ -14,7 +14,7 @@ from countdown.methods._base import Method
 if TYPE_CHECKING:
     from typing import Self
 
-MOST_RIDGE = 1000.0
+LEAST_RIDGE, MOST_RIDGE = 1e-4, 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Predicting(Method):
         super().__post_init__()
         check_choice(f"compensate of {self.name}", self.compensate, ("none", "affine"))
         number = isinstance(self.ridge, int | float) and not isinstance(self.ridge, bool)
-        if not number or not 0 < self.ridge <= MOST_RIDGE:
+        if not number or not LEAST_RIDGE <= self.ridge <= MOST_RIDGE:
             raise ConfigError(
-                f"ridge of {self.name} is {str(self.ridge)[:20]}, expected above 0, at most {MOST_RIDGE:g}."
+                f"ridge of {self.name} is {str(self.ridge)[:20]}, expected {LEAST_RIDGE:g} to {MOST_RIDGE:g}."
             )
 
     @property
@@ -58,6 +58,12 @@ class Predicting(Method):
     def fitted(self) -> tuple[str, ...]:
         """See `Method.fitted`: other ones drop others than those that are predicted."""
         return () if self.compensate == "none" else ("decision", "allocation")
+
+    def disagreement(self, artifacts: Artifacts) -> str | None:
+        """See `Method.disagreement`."""
+        from countdown.compensation.affine import disagreement
+
+        return disagreement(artifacts) if self.fitted else None
 
     def with_artifacts(self, artifacts: Artifacts) -> Self:
         """See `Method.with_artifacts`: below the lowest sparsity that was fitted, a fit would add too much."""

@@ -11,7 +11,7 @@ import json
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from countdown.allocation import ALLOCATIONS, Problem
 from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
-from countdown.compensation import COMPENSATIONS
 from countdown.config import check_fields
 from countdown.cost import saved_bytes
 from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
@@ -31,7 +30,7 @@ from countdown.files import reason, unwritable, whole_folder
 from countdown.memory import memory_for
 from countdown.methods import Method, parse_method
 from countdown.profiles import stored
-from countdown.profiles.recipe import Recipe, RecipeEntry, match
+from countdown.profiles.recipe import Recipe, RecipeEntry, match, own_settings
 from countdown.profiles.stored import Source, StoredParts, sources_of
 from countdown.sites import SITES, Site, find_sites
 from countdown.sites.fingerprint import SAMPLES, structure, weights_agree
@@ -85,6 +84,25 @@ class Entry:
     pattern: str
     method: Method
     sites: dict[str, Artifacts] = field(repr=False)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Entry:
+        """Return it with other settings, and without what they have no use for.
+
+        Raises:
+            ConfigError: See `Profile.with_settings`.
+        """
+        method = replace(self.method, **settings)
+        for name in (*method.calibrated, *method.fitted):
+            if name in settings and settings[name] != getattr(self.method, name):
+                raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
+        before, after = ({one.name for one in of.artifacts()} for of in (self.method, method))
+        if method.fitted and not self.method.fitted:
+            raise ConfigError("the profile has nothing to compensate with; calibrate again with --compensate.")
+        gone = before - after if self.method.fitted and not method.fitted else set()
+        sites: dict[str, Artifacts] = {
+            name: {key: value for key, value in found.items() if key not in gone} for name, found in self.sites.items()
+        }
+        return replace(self, method=method, sites=sites)
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,15 +183,7 @@ class Profile:
         Example:
             profile.with_settings(sparsity=0.8, decision="topk").save("my-profile-80")
         """
-        entries = []
-        for entry in self.entries:
-            check_fields(f"method '{entry.method.name}'", settings, [f.name for f in fields(entry.method)])
-            for name in (*entry.method.calibrated, *entry.method.fitted):
-                if name in settings and settings[name] != getattr(entry.method, name):
-                    raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
-            if settings.get("compensate", "none") not in ("none", getattr(entry.method, "compensate", "none")):
-                raise ConfigError("the profile has nothing to compensate with; calibrate again with --compensate.")
-            entries.append(replace(entry, method=replace(entry.method, **settings)))
+        entries = [entry.with_settings(own_settings(entry.method, settings, self.entries)) for entry in self.entries]
         return replace(self, entries=entries, allocation=self.recipe.with_settings(**settings).allocation)
 
     @property
@@ -197,6 +207,7 @@ class Profile:
             per_term = _per_term(site.name, method, artifacts, self._axes(site.name)["terms"])
             stored = self._stored(sources_of(site, method, artifacts))
             found[site.name] = Setting(method, per_term, artifacts, stored)
+        self._warn_of_left_out(found)
         if self.derived and any(one.makes_parts for one in found.values()):
             warnings.warn(
                 "derived weights that are stored do not fit these weights, this calibration or this sparsity, so they "
@@ -205,6 +216,19 @@ class Profile:
                 stacklevel=4,
             )
         return found
+
+    def _warn_of_left_out(self, settings: Mapping[str, Setting]) -> None:
+        """Warn of sites to which nothing is added though their entry says so."""
+        wanted = {name for entry in self.entries if entry.method.fitted for name in entry.sites}
+        dropping = {name for name in wanted & settings.keys() if settings[name].method.sparsity > 0}
+        left_out = [name for name in dropping if not settings[name].method.fitted]
+        if left_out:
+            warnings.warn(
+                f"of {len(left_out)} of {len(wanted)} modules nothing is predicted: their sparsity is below all that "
+                "the profile has fits for. Calibrate at this sparsity.",
+                ProfileWarning,
+                stacklevel=5,
+            )
 
     def _chosen(self, sites: Sequence[Site]) -> list[tuple[Site, Method, Artifacts]]:
         """Return the sites that entries take, each with its method and its artifacts."""
@@ -484,9 +508,9 @@ def _check_artifacts(name: str, found: Artifacts, axes: Mapping[str, int], metho
     for artifact in declared.values():
         problem = artifact.problem(found.get(artifact.name), axes)
         _require(problem is None, f"{artifact.name} of {name} {problem}")
-    # Of other settings, which the profile may have been given since.
-    others = (*ALLOCATIONS, *COMPENSATIONS)
-    known = {*declared, *(artifact.name for other in others for artifact in other.artifacts)}
+    disagreement = method.disagreement(found)
+    _require(disagreement is None, f"{disagreement} of {name}")
+    known = {*declared, *(one.name for allocation in ALLOCATIONS for one in allocation.artifacts)}
     unknown = [artifact for artifact in found if artifact not in known]
     _require(not unknown, f"{', '.join(unknown)} of {name} and its method disagree")
 

@@ -37,6 +37,8 @@ from countdown.files import reason, write_text
 from countdown.methods import Method, NamedRecipe, method, method_class, named, parse_method
 
 SUFFIXES = (".yaml", ".yml", ".json")
+# Settings that only some methods have, and that others of a recipe let pass.
+SOME_HAVE = ("compensate", "ridge")
 # What is said once of entries that have one budget.
 _BUDGET = ("allocation", "sparsity")
 _EXAMPLES = {"YAML": "- {pattern: '*.mlp', method: cats}", "JSON": '[{"pattern": "*.mlp", "method": "cats"}]'}
@@ -183,9 +185,10 @@ class Recipe:
         Raises:
             ConfigError: A method does not have the setting, or not this value.
         """
-        for entry in self.entries:
-            check_fields(f"method '{entry.method.name}'", settings, [field.name for field in fields(entry.method)])
-        entries = tuple(replace(entry, method=replace(entry.method, **settings)) for entry in self.entries)
+        entries = tuple(
+            replace(entry, method=replace(entry.method, **own_settings(entry.method, settings, self.entries)))
+            for entry in self.entries
+        )
         return Recipe(entries, self.allocation and settings.get("allocation", self.allocation))
 
     def record(self) -> dict[str, Any]:
@@ -389,3 +392,20 @@ def _entry(what: str, given: Mapping[str, Any], budget: Mapping[str, Any] | None
             raise ConfigError(f"{what}: {error}") from error
     check_fields(what, given, ["pattern", "method", *(field.name for field in fields(method_class(name)))])
     return [RecipeEntry(method(name, **settings), pattern)]
+
+
+def own_settings(method: Method, settings: Mapping[str, Any], entries: Sequence[Any]) -> dict[str, Any]:
+    """Return the settings that are for one of several methods: all, but what only some of them have to offer.
+
+    Args:
+        method: It.
+        settings: By name.
+        entries: Those of a recipe or profile, each with its `method`.
+
+    Raises:
+        ConfigError: The method does not have one of them.
+    """
+    some = {name for name in SOME_HAVE if any(entry.method.has(name) for entry in entries)}
+    own = {name: value for name, value in settings.items() if name not in some or method.has(name)}
+    check_fields(f"method '{method.name}'", own, [field.name for field in fields(method)])
+    return own

@@ -48,7 +48,7 @@ class Site(ABC):
     @staticmethod
     @abstractmethod
     def axes(shape: Shape) -> dict[str, int]:
-        """Return how many `terms` and `inputs` a site of this form has: the axes of artifacts."""
+        """Return how many `terms` and `inputs` a site of this form has, of an FFN `outputs`: the axes of artifacts."""
 
     @property
     def kind(self) -> str:

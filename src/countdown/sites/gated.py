@@ -37,7 +37,7 @@ class GatedFFN(Site):
 
     @staticmethod
     def axes(shape: Shape) -> dict[str, int]:
-        return {"terms": int(shape["h"]), "inputs": int(shape["d"])}
+        return {"terms": int(shape["h"]), "inputs": int(shape["d"]), "outputs": int(shape["d"])}
 
     @property
     def d(self) -> int:

@@ -146,6 +146,9 @@ class Pass(ABC):
     name: ClassVar[str]
     rank: ClassVar[int]  # passes run in ascending order
 
+    def check(self, run: Run) -> None:  # noqa: B027  (most passes have nothing to say)
+        """Raise what is known to be wrong before anything is read."""
+
     @abstractmethod
     def run(self, run: Run) -> None:
         """Add artifacts to `run.wanting(self.name)`."""

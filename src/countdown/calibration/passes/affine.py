@@ -6,6 +6,7 @@ serves all sparsities.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,34 +34,41 @@ class AffinePass(Pass):
 
     name, rank = "affine", 3
 
-    def run(self, run: Run) -> None:
-        wanting = run.wanting(self.name)
-        if not wanting:
-            return
+    def check(self, run: Run) -> None:
+        """See `Pass.check`.
+
+        Raises:
+            TextError: Too little text for so many inputs.
+        """
         tokens = sum(sequence.numel() for sequence in run.sequences)
-        widest = max(one.site.sum.weights[0].shape[1] for one in wanting)
+        widest = max(one.site.sum.weights[0].shape[1] for one in run.wanting(self.name))
         if tokens < TOKENS_EACH * widest:
             raise TextError(
                 f"the text has {tokens} tokens, and to predict from {widest} inputs what is dropped takes "
                 f"{TOKENS_EACH * widest} at least: give more text or --tokens, or --compensate none."
             )
+
+    def run(self, run: Run) -> None:
+        wanting = run.wanting(self.name)
         sums = {one.site.name: _Sums(one, _levels(run, one)) for one in wanting}
 
         def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
             sums[site.name].add(sum_, x, factors)
 
         feeding = decoding(run.model, [one.site for one in wanting], observe)
-        with memory_for(sum(found.nbytes for found in sums.values())), feeding as feed:
-            for batch in run.track(run.batches(run.sequences), "what is dropped"):
-                feed(batch)
-        for one in wanting:
-            one.artifacts |= sums.pop(one.site.name).fits()
+        how = {"doing": "adding up sums of what is dropped", "instead": "take compensate 'none'"}
+        with memory_for(sum(found.nbytes for found in sums.values()), **how):
+            with feeding as feed:
+                for batch in run.track(run.batches(run.sequences), "what is dropped"):
+                    feed(batch)
+            for one in wanting:
+                one.artifacts |= sums.pop(one.site.name).fits()
 
 
 def _levels(run: Run, one: Assignment) -> list[float]:
-    """Return the sparsities of a site that are fitted, in ascending order."""
-    found = {run.allocated(level)[one.site.name] for level in (None, *LEVELS)}
-    return sorted(level for level in found if level > 0)
+    """Return the sparsities of a site that are fitted, ascending; in thousandths, rounded down so as to serve it."""
+    found = {math.floor(round(1000 * run.allocated(level)[one.site.name], 6)) / 1000 for level in (None, *LEVELS)}
+    return sorted(found - {0.0}) or list(LEVELS)
 
 
 class _Sums:
