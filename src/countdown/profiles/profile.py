@@ -94,7 +94,8 @@ class Entry:
         method = replace(self.method, **settings)
         for name in (*method.calibrated, *method.fitted):
             if name in settings and settings[name] != getattr(self.method, name):
-                raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
+                without = ", or take compensate 'none'" if name in method.fitted else ""
+                raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it{without}.")
         before, after = ({one.name for one in of.artifacts()} for of in (self.method, method))
         if method.fitted and not self.method.fitted:
             raise ConfigError("the profile has nothing to compensate with; calibrate again with --compensate.")
