@@ -36,7 +36,8 @@ def main() -> None:
         library.take_variant(draw.choice(library.variants))
         try:
             with library.watched() as row:
-                draw.choice([check_ffn, check_ffn, check_linear, check_dense, check_small])(draw, seed)
+                checks = [check_ffn, check_ffn, check_predicted, check_linear, check_dense, check_small]
+                draw.choice(checks)(draw, seed)
             check_again(draw, library, row)
         except Exception:
             print(f"case {seed} failed", file=sys.stderr)
@@ -89,6 +90,17 @@ def check_ffn(draw: random.Random, seed: int) -> None:
     allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
     assert float((y.double() - expected).norm()) <= allowed
     assert float((given.double() - expected).norm()) <= allowed
+
+
+def check_predicted(draw: random.Random, seed: int) -> None:
+    """What is predicted of the dropped neurons of an FFN of any size, by whatever decides."""
+    tokens = draw.randint(1, 8)
+    phases = [draw.choice([GENERATED, GENERATED, PROMPT, PADDING]) for _ in range(tokens)]
+    cases.check_affine(
+        tokens, draw.randint(1, draw.choice([40, 300])), draw.randint(1, 200), draw.choice(list(cases.TOLERANCE)),
+        "cpu", by=draw.choice(["up", "gate", "coefficient", "proxy-4"]), share=draw.random(),
+        phases=draw.choice([None, phases]), bias=draw.random() < 0.5, seed=seed, ops=CPU,
+    )  # fmt: skip
 
 
 def check_linear(draw: random.Random, seed: int) -> None:
