@@ -1,5 +1,5 @@
-// What an FFN adds to a sparse token for the neurons that it drops, predicted from the token: L (x / channels) + bias, L in
-// 4 bits, the token in 8 as where copies decide.
+// What an FFN adds to a sparse token for the neurons that it drops, predicted from the token: L (x / channels) + bias,
+// L in 4 bits, the token in 8 as where copies decide.
 #pragma once
 
 #include "terms.hpp"

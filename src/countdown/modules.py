@@ -84,9 +84,7 @@ class SparseModule(nn.Module):
         for keeper in method.keepers.values():
             if missing := [one.name for one in keeper.artifacts if one.name not in given]:
                 raise ProfileError(f"the profile has no {missing[0]} of the inputs of {site.name}; calibrate again.")
-        # Of what is derived, which follows the weights; others are made once.
-        derived = [keeper for keeper in method.keepers.values() if keeper.derived]
-        self._artifacts = {one.name: given[one.name] for keeper in derived for one in keeper.artifacts}
+        self._artifacts = {one.name: given[one.name] for keeper in method.keepers.values() for one in keeper.artifacts}
         self._linears = site.linears  # in a tuple, so that they are not registered
         self.forced_dense = False
         self._modules, self._parameters = site.module._modules, site.module._parameters
@@ -97,9 +95,11 @@ class SparseModule(nn.Module):
             self.register_buffer("counters", counters, persistent=False)
         self.parts = tuple(part.to(site.device) for part in parts or ())
         self.added = tuple(part.to(site.device) for part in added or ())
-        if added is None and method.compensation is not None and not method.compensation.derived:
-            self.added = method.compensation.make(site.sum, given)
         self.make_parts(selector=parts is None, compensation=added is None)
+        # What is not derived follows no weights, so that it is made once.
+        for keeper in method.keepers.values():
+            for one in () if keeper.derived else keeper.artifacts:
+                del self._artifacts[one.name]
         # Weights that are loaded come in the layout of a checkpoint, and other parts follow from them.
         self.register_load_state_dict_post_hook(_follow_weights)
         self.eval()
@@ -268,7 +268,7 @@ class SparseModule(nn.Module):
             if selector:
                 self.parts = self.selector.make(self.site.sum, self._artifacts)
             making = self.method.compensation
-            if compensation and making is not None and making.derived:
+            if compensation and making is not None and (making.derived or not self.added):
                 self.added = making.make(self.site.sum, self._artifacts)
 
     def lay_out(self) -> None:

@@ -286,6 +286,16 @@ def test_an_op_takes_no_other_format(format_):
         torch.ops.countdown.sparse(*tensors, torch.zeros(9), counters, None, **options)
 
 
+def test_what_is_made_under_inference_mode_serves_outside_of_it(tokenizer, text):
+    model = llama()
+    with torch.inference_mode():
+        countdown.sparsify_(model, calibrated(model, tokenizer, text))
+    for site in sparse_modules(model).values():
+        assert not any(tensor.is_inference() for part in site.added for tensor in part.parts)
+        # Nothing is held of the fits for other sparsities.
+        assert not any(name.startswith("affine") for name in site._artifacts)
+
+
 def test_it_stays_with_its_model_when_that_is_cast(tokenizer, text):
     model = llama()
     countdown.sparsify_(model, calibrated(model, tokenizer, text))

@@ -82,6 +82,18 @@ def test_gated(d, h, bias, activation, dtype):
     assert oracle.relative_error(y.cpu(), expected.cpu()) <= 2 * cases.tolerance(dtype)
 
 
+@pytest.mark.parametrize("tokens", [2, 8])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE, ids=str)
+def test_gated_of_several_tokens(tokens, dtype):
+    weights = [cases.inputs(91, 37, dtype, DEVICE, seed) / 6 for seed in (1, 2)]
+    biases = [cases.inputs(1, 91, dtype, DEVICE, 3)[0], None]
+    x = cases.inputs(tokens, 37, dtype, DEVICE, 0)
+    gate, up = (w.double() @ x.double().T for w in weights)
+    expected = torch.nn.functional.silu(gate + biases[0].double()[:, None]) * up
+    y = dense_ops.gated(x, weights, biases, "silu")
+    assert oracle.relative_error(y.cpu(), expected.T.cpu()) <= 2 * cases.tolerance(dtype)
+
+
 @crossed(shape=[(1, 1), (1, 1, 4096), (1, 3, 5, 37), (2, 96)], rounded=[True, False], dtype=cases.TOLERANCE)
 def test_normalise(shape, rounded, dtype):
     x, y = (cases.inputs(1, torch.Size(shape).numel(), dtype, DEVICE, seed).view(shape) for seed in (0, 1))

@@ -125,7 +125,10 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
     if (result := backend.again(op, args, kwargs)) is not None:
         return result
     call = Call.of(op, *args, **kwargs)
-    wanted, reason = requested(), _refusal(backend, call)
+    wanted = requested()
+    reason = backend.refuses(call.sum, call.selector, call.parts, call.rule, compensation=_compensation(call))
+    if call.x.dtype not in backend.dtypes:
+        reason = f"it has no kernel for {call.x.dtype}"
     if reason and wanted == backend.name and op == "sparse":
         raise ConfigError(f"{VARIABLE} is '{wanted}', which cannot compute this call: {reason}.")
     # Sets that are given beside phases are of prompts and generated tokens in one call, which is no decoding step.
@@ -136,19 +139,14 @@ def _compute(backend: Backend | None, op: str, *args: Any, **kwargs: Any) -> Ten
     return backend.run(call)
 
 
-def _refusal(backend: Backend, call: Call) -> str | None:
-    """Return why a backend does not compute a call, None if it does."""
-    if call.x.dtype not in backend.dtypes:
-        return f"it has no kernel for {call.x.dtype}"
-    compensation = "" if call.compensation is None else call.compensation.name
-    return backend.refuses(call.sum, call.selector, call.parts, call.rule, compensation=compensation)
-
-
 def is_for_reference(call: Call) -> bool:
     """Return whether the reference computes a call of few tokens, as no backend does."""
-    backend = BACKENDS.get(call.x.device.type)
-    missing_ = backend is None or backend.missing() is not None or requested() == REFERENCE
-    return missing_ or _refusal(backend, call) is not None  # type: ignore[arg-type]
+    chosen = choose(call.sum, call.selector, call.parts, call.rule, compensation=_compensation(call)).backend
+    return chosen is None or call.x.dtype not in chosen.dtypes
+
+
+def _compensation(call: Call) -> str:
+    return "" if call.compensation is None else call.compensation.name
 
 
 def _under_autocast(op: str, device: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
