@@ -36,11 +36,12 @@ from countdown.replay import Recorded, recorded
 from countdown.static_cache import (
     check_filled,
     empty,
+    holders_of,
     kept_as_it_was,
     length_for,
     lengthen,
     static_cache,
-    tensors_of,
+    tensors_in,
     undone,
 )
 
@@ -84,20 +85,17 @@ class DecodeLoop:
         self._broken = True
         self._lengths: set[int] = set()  # of texts whose last step was checked
         self.room = max(prompt.shape[1] + new_tokens, room or 0)
-        with self._safely():
+        self._counters = [site.counters for site in sparse_modules(model).values()]
+        with self._safely(), kept_as_it_was(model, only_if_it_fails=True):
             self._start(prompt.to(device))
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
-        """Compute without gradients, on the model's device; where that fails, the model is left as it was."""
-        counters = [site.counters for site in sparse_modules(self.model).values()]
+        """Compute without gradients, on the model's device; where that fails, nothing is counted."""
         device = next(self.model.parameters()).device
         try:
             # Not inference_mode: the cache is written inside compiled code and outside of it.
-            with (
-                torch.no_grad(), on_device(device), undone(counters, only_if_it_fails=True),
-                kept_as_it_was(self.model, only_if_it_fails=True),
-            ):  # fmt: skip
+            with torch.no_grad(), on_device(device), undone(self._counters, only_if_it_fails=True):
                 self._broken = True
                 yield
                 self._broken = False
@@ -124,7 +122,7 @@ class DecodeLoop:
         """Compute the logits behind a prompt, of which the cache holds so many tokens already."""
         self._prepared = _Prepared(self.model, self.cache, prompt)
         self._first = True
-        phase = phases(self.model, "prompt") if kept and sparse_modules(self.model) else nullcontext()
+        phase = phases(self.model, "prompt") if kept and self._counters else nullcontext()
         with phase:
             self.logits = self.model(**self._prepared.prompt(kept)).logits[:, -1].clone()
         check_filled(self.cache, prompt.shape[1])
@@ -149,12 +147,11 @@ class DecodeLoop:
         self.left = new_tokens
         with self._safely():
             empty(self.cache, kept)
-            before = tensors_of(self.model, self.cache.layers)
             self._read(prompt, kept)
             self.token.copy_(argmax(self.logits))
             for positions, first in zip(self._positions, self._prepared.positions_after(1), strict=False):
                 positions.copy_(first)
-            if before != tensors_of(self.model, self.cache.layers):
+            if self._traced_in != [id(tensor) for *_, tensor in tensors_in(self._holders)]:
                 self._prepare_steps()  # it works in other tensors now
             else:
                 self._check_lengths()
@@ -184,7 +181,7 @@ class DecodeLoop:
         text = text.to(self.token.device)
         check_filled(self.cache, text.shape[1])
         self.room, self.left = room, new_tokens
-        with self._safely():
+        with self._safely(), kept_as_it_was(self.model, only_if_it_fails=True):
             lengthen(self.cache, length_for(room), self._windows)
             self._prepared = _Prepared(self.model, self.cache, text)
             self._prepare_steps()
@@ -197,6 +194,8 @@ class DecodeLoop:
 
     def _check_lengths(self) -> None:
         """Raise UnsupportedModelError if a coming step, of a length not checked before, is prepared otherwise."""
+        if self._prepared.alike:
+            return
         first = self._prepared.length + 1
         coming = set(range(first, first + self.left - 1)) - self._lengths
         with self._warming_up():
@@ -215,11 +214,12 @@ class DecodeLoop:
         with self._warming_up(), _comparable(self.model):
             self._replay()
             _check_agreement(self.model, self._logits, own)
+        self._holders = holders_of(self.model, self.cache.layers)
+        self._traced_in = [id(tensor) for *_, tensor in tensors_in(self._holders)]
 
     @contextmanager
     def _warming_up(self) -> Iterator[None]:
-        counters = [site.counters for site in sparse_modules(self.model).values()]
-        with undone([self.token, *self._positions, *counters]), kept_as_it_was(self.model, self.cache.layers):
+        with undone([self.token, *self._positions, *self._counters]), kept_as_it_was(self.model, self.cache.layers):
             yield
 
     @torch.no_grad()
@@ -379,15 +379,18 @@ class _Prepared:
         """How many tokens the prompt has."""
         return self._ids.shape[1]
 
+    @property
+    def alike(self) -> bool:
+        """Whether the steps to texts of all lengths are prepared alike: as most models leave it to be."""
+        from transformers import GenerationMixin
+
+        return type(self._model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+
     def check_lengths(self, lengths: Iterable[int]) -> None:
         """Raise UnsupportedModelError if a model prepares the step to a text so long otherwise than the first.
 
         Phi-3 lets go of its cache, say, where its rotations change.
         """
-        from transformers import GenerationMixin
-
-        if type(self._model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
-            return
         (cache,) = self._cache.values()
         filled = [layer.cumulative_length for layer in cache.layers if hasattr(layer, "cumulative_length")]
         for length in lengths:

@@ -14,6 +14,8 @@ from countdown.errors import UnsupportedModelError
 
 # Tokens that are computed before the first that counts: one to look at the linears, two to record, one to compile.
 WARM_UP = 4
+# Names of what no step changes besides keys and values: what every module has, looked at for every prompt otherwise.
+_NO_TENSORS = {"keys", "values", *vars(nn.Module())}
 
 
 def static_cache(model: Any, length: int) -> tuple[Any, list[tuple[Any, int]]]:
@@ -44,15 +46,22 @@ def empty(cache: Any, kept: int) -> None:
     """Empty a cache but for the first tokens, in its memory."""
     from transformers.cache_utils import StaticLayer
 
+    layers = [layer for layer in cache.layers if type(layer) is StaticLayer]
+    # What was never written is not touched, so that memory that nobody used is not taken either.
+    for layer, filled in zip(layers, _filled(layers), strict=True):
+        for held in (layer.keys, layer.values):
+            held[:, :, kept : filled + WARM_UP].zero_()
+        layer.cumulative_length.fill_(kept)
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
             layer.reset()
-            continue
-        # What was never written is not touched, so that memory that nobody used is not taken either.
-        end = int(layer.cumulative_length) + WARM_UP
-        for held in (layer.keys, layer.values):
-            held[:, :, kept:end].zero_()
-        layer.cumulative_length.fill_(kept)
+
+
+def _filled(layers: Sequence[Any]) -> list[int]:
+    """Return how many tokens each layer of a cache has; the device is waited for once."""
+    lengths = [layer.cumulative_length for layer in layers]
+    counts: list[int] = torch.stack(lengths).flatten().tolist() if lengths else []
+    return counts
 
 
 def lengthen(cache: Any, length: int, windows: list[tuple[Any, int]]) -> None:
@@ -75,9 +84,11 @@ def lengthen(cache: Any, length: int, windows: list[tuple[Any, int]]) -> None:
 
 def check_filled(cache: Any, tokens: int) -> None:
     """Raise UnsupportedModelError unless a prompt of so many tokens is in every layer of the cache."""
+    attending = [place for place, layer in enumerate(cache.layers) if hasattr(layer, "cumulative_length")]
+    filled = dict(zip(attending, _filled([cache.layers[place] for place in attending]), strict=True))
     for place, layer in enumerate(cache.layers):
-        attends, states = hasattr(layer, "cumulative_length"), getattr(layer, "has_previous_state", {})
-        if (attends and int(layer.cumulative_length) != tokens) or not all(states.values()):
+        states = getattr(layer, "has_previous_state", {})
+        if filled.get(place, tokens) != tokens or not all(states.values()):
             raise UnsupportedModelError(f"layer {place} keeps nothing of a prompt in the cache that it is given.")
 
 
@@ -88,7 +99,7 @@ def kept_as_it_was(model: nn.Module, layers: Sequence[Any] = (), *, only_if_it_f
     Raises:
         UnsupportedModelError: Within the context a tensor was replaced by another one, which a replay would not do.
     """
-    held = [(holder, name, holder[name]) for holder, name in _holders(model, layers)]
+    held = tensors_in(holders_of(model, layers))
     # Outside of inference_mode nobody can change what was made within.
     changeable = [tensor for *_, tensor in held if torch.is_inference_mode_enabled() or not tensor.is_inference()]
     with undone(changeable, only_if_it_fails=only_if_it_fails):
@@ -107,23 +118,21 @@ def kept_as_it_was(model: nn.Module, layers: Sequence[Any] = (), *, only_if_it_f
             raise
 
 
-def tensors_of(model: nn.Module, layers: Sequence[Any]) -> list[int]:
-    """Return which tensors a model and the layers of its cache hold that a step may change."""
-    return [id(holder[name]) for holder, name in _holders(model, layers)]
+def tensors_in(holders: Sequence[dict[Any, Any]]) -> list[tuple[dict[Any, Any], Any, Tensor]]:
+    """Return the tensors that a step may change: the dictionary that one is in, its name there, and the tensor."""
+    return [
+        (holder, name, value)
+        for holder in holders
+        for name, value in holder.items()
+        if name not in _NO_TENSORS and isinstance(value, Tensor)
+    ]
 
 
-def _holders(model: nn.Module, layers: Sequence[Any]) -> Iterator[tuple[dict[Any, Any], Any]]:
-    """Yield where tensors are held that a step may change: the dictionary, and the name in it."""
-    dictionaries = [vars(layer) for layer in layers]
-    dictionaries += [value for of_layer in dictionaries for value in of_layer.values() if isinstance(value, dict)]
-    for module in model.modules():
-        dictionaries += [module._buffers, vars(module)]
-    for dictionary in dictionaries:
-        yield from (
-            (dictionary, name)
-            for name, value in dictionary.items()
-            if isinstance(value, Tensor) and name not in ("keys", "values")
-        )
+def holders_of(model: nn.Module, layers: Sequence[Any]) -> list[dict[Any, Any]]:
+    """Return the dictionaries of attributes and buffers that a model and the layers of its cache have."""
+    found = [vars(layer) for layer in layers]
+    found += [value for of_layer in found for value in of_layer.values() if isinstance(value, dict)]
+    return found + [one for module in model.modules() for one in (module._buffers, vars(module))]
 
 
 @contextmanager
