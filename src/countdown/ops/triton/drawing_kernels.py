@@ -85,8 +85,9 @@ def narrow(
         tl.store(state + 9, shift)
     most = _largest(ranks, blocks, BLOCKS)
     b = tl.arange(0, BINS).to(tl.uint32)
-    own = tl.zeros([BINS], tl.float32)
-    for first in range(0, BLOCK, SOME):
+    # Across threads it is added once, at the end; unrolled, so that all logits are on their way at once.
+    own = tl.zeros([BINS, SOME], tl.float32)
+    for first in tl.static_range(0, BLOCK, SOME):
         i = p * BLOCK + first + tl.arange(0, SOME)
         v = tl.load(logits + i, mask=i < n, other=float("-inf")).to(tl.float32)
         key = _key(v)
@@ -94,8 +95,8 @@ def narrow(
         if BY_MASS:
             weight *= tl.exp((v - most) / temperature)
         bin_of = (key - low) >> shift.to(tl.uint32)
-        own += tl.sum(tl.where(bin_of[None, :] == b[:, None], weight[None, :], 0.0), 1)
-    tl.store(sums + p * BINS + tl.arange(0, BINS), own)
+        own += tl.where(bin_of[None, :] == b[:, None], weight[None, :], 0.0)
+    tl.store(sums + p * BINS + tl.arange(0, BINS), tl.sum(own, 1))
 
 
 @triton.jit
