@@ -39,9 +39,7 @@ def serve(
         str | None, typer.Option(envvar="COUNTDOWN_API_KEY", help="What clients must send. [nothing]")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="What clients call the model. [its folder or id]")] = None,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, max=8, help="Answers at a time. [8 on a CPU, 1 on a GPU]")
-    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, max=8, help="Answers at a time.")] = 8,
     sparse_up_to: Annotated[
         int | None,
         typer.Option(min=1, max=8, help="More answers at a time are dense. [4 with d-proxy, 8 with others]"),
@@ -89,14 +87,11 @@ def serve(
 def _run(model: nn.Module, tokenizer: Any, listener: socket.socket, how: dict[str, Any], about: dict[str, Any]) -> None:
     import uvicorn
 
-    from countdown.engine.engine import MOST_SEQUENCES, Engine
+    from countdown.engine.engine import Engine
     from countdown.engine.sampling import Sampling
     from countdown.modules import sparse_modules
     from countdown.server.app import Settings, make_app
 
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    # On a GPU several were not measured yet, and each takes memory of its own.
-    how["sequences"] = how["sequences"] or (MOST_SEQUENCES if on_cpu else 1)
     own = Sampling.of(model.generation_config)
     # As OpenAI's, where the checkpoint says nothing.
     sampling = own if own.temperature else own.with_(temperature=1.0)
