@@ -241,6 +241,28 @@ def together(name: str) -> str:
     return table(head, rows) + f"\n{document['records'][0]['model']}.\n" + _measured(name, document)
 
 
+def engine(names: Sequence[str]) -> str:
+    """Return what the engine does by arms, and in brackets that to the arm that it is compared with."""
+    found = ""
+    for name in names:
+        document = load(name)
+        arms: dict[str, dict[str, str]] = {}
+        for r in document["records"]:
+            label = f"`{r['method']}` at {r['sparsity']:.0%}" if "sparsity" in r else "dense"
+            if r["arm"] != "memory":
+                arms.setdefault(r["arm"] + f", {r['prompt']} tokens read", {})[label] = _of_engine(r)
+        labels = list(next(iter(arms.values())))
+        rows = [[arm, *(by[label] for label in labels)] for arm, by in arms.items()]
+        found += table(["", *labels], rows) + _measured(name, document) + "\n"
+    return found.removesuffix("\n")
+
+
+def _of_engine(r: dict[str, Any]) -> str:
+    if "tokens_per_s" in r:
+        return f"{r['tokens_per_s']:.1f} tokens/s" + (f" ({r['share']:.3f})" if "share" in r else "")
+    return f"{r['seconds'] * 1e3:,.0f} ms" + (f" ({r['ratio']:.2f})" if "ratio" in r else "")
+
+
 def contexts(names: Sequence[str]) -> str:
     """Return tokens/s, attention's share and the cache's size, by context."""
     rows, sources = [], ""
