@@ -235,14 +235,13 @@ def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _compensation(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Both from one profile, so with the same thresholds."""
     docs = load_text("python-docs", "calibration")
     for settings, sparsities in COMPENSATED:
         for seen in (bench.valid, docs):
-            profile = bench.calibrated(method(**settings, compensate="affine"), seen)
-            for sparsity in sparsities:
-                for compensate in ("none", "affine"):
-                    yield bench.measured(profile.with_settings(sparsity=sparsity, compensate=compensate))
+            for compensate in ("none", "affine"):
+                profile = bench.calibrated(method(**settings, compensate=compensate), seen)
+                for sparsity in sparsities:
+                    yield bench.measured(profile.with_settings(sparsity=sparsity))
 
 
 def _ridge(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -137,13 +137,14 @@ def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
 
 
 def test_compensation_from_calibration_to_generation(model_folder, tmp_path):
-    options = ["--method", "m-countdown", "--compensate", "affine", "--sparsity", "0.7", "--tokens", "1024", "-o", "p"]
-    calibrated = run("calibrate", model_folder, *options, cwd=tmp_path)
-    assert calibrated.returncode == 0, calibrated.stderr
-    assert "profile of m-countdown + affine, threshold at 0.7 written" in calibrated.stderr
     read = {}
     for compensate in ("affine", "none"):
-        how = ["--profile", "p", "--compensate", compensate]
+        options = ["--method", "m-countdown", "--compensate", compensate, "--sparsity", "0.7", "--tokens", "1024"]
+        calibrated = run("calibrate", model_folder, *options, "-o", compensate, cwd=tmp_path)
+        assert calibrated.returncode == 0, calibrated.stderr
+        label = "m-countdown + affine" if compensate == "affine" else "m-countdown"
+        assert f"profile of {label}, threshold at 0.7 written" in calibrated.stderr
+        how = ["--profile", compensate]
         result = run("evaluate", model_folder, *how, *EVALUATE, "--json", "-", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         (record,) = json.loads(result.stdout)["records"]
@@ -152,7 +153,7 @@ def test_compensation_from_calibration_to_generation(model_folder, tmp_path):
         result = run("generate", model_folder, "hello", *how, "--max-new-tokens", "4", "--raw", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert read["affine"] > read["none"]
-    result = run("evaluate", model_folder, "--profile", "p", "--decision", "topk", *EVALUATE, cwd=tmp_path)
+    result = run("evaluate", model_folder, "--profile", "affine", "--decision", "topk", *EVALUATE, cwd=tmp_path)
     assert result.returncode == 2
     assert "decision is part of a profile's calibration" in result.stderr
 
@@ -450,7 +451,7 @@ MISTAKES = {
     ),
     "nothing to compensate with": (
         ["evaluate", "{model}", "--profile", "p", "--compensate", "affine"],
-        "the profile has nothing to compensate with; calibrate again with --compensate",
+        "compensate is part of a profile's calibration; calibrate again to change it",
     ),
     "bits in a recipe": (["calibrate", "{model}", "--method", "two.yaml", "--bits", "4"], "has no field 'bits'"),
     "no shape": (["benchmark", "ffn", "--shape", "4096"], "expected two sizes, d and h"),

@@ -74,12 +74,13 @@ def parts_of(found, d, outputs, sparsity):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_sparse_site_adds_it_to_sparse_tokens_alone(name, tokenizer, text):
     model = llama()
-    profile = calibrated(model, tokenizer, text, name)
     x = torch.randn(1, 6, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     x[0, 4, 3] = torch.inf
     found = []
     for compensate in ("affine", "none"):
-        countdown.sparsify_(model, profile.with_settings(compensate=compensate))
+        # Exact counts drop the same with it and without.
+        config = {"compensate": compensate, "decision": "topk"}
+        countdown.sparsify_(model, calibrated(model, tokenizer, text, name, **config))
         site = model.model.layers[1].mlp
         phases = torch.tensor([0, PROMPT, 0, PADDING, 0, 0], dtype=torch.uint8)
         with torch.inference_mode():
@@ -140,15 +141,9 @@ def test_what_was_fitted_for_others_is_refused(tokenizer, text):
     for settings in ({"decision": "topk"}, {"allocation": "global"}, {"ridge": 2.0}):
         with pytest.raises(ConfigError, match=f"{next(iter(settings))} is part of a profile's calibration"):
             profile.with_settings(**settings)
-    # Without it, they may change.
-    plain = profile.with_settings(compensate="none", decision="topk")
-    assert plain.entries[0].method.decision == "topk"
-    # It holds nothing any more that a saved profile would carry along.
-    assert not any(name.startswith("affine") for name in plain.entries[0].sites["model.layers.0.mlp"])
-    with pytest.raises(ConfigError, match="nothing to compensate with"):
-        plain.with_settings(compensate="affine")
-    with pytest.raises(ConfigError, match="nothing to compensate with; calibrate again"):
-        calibrated(llama(), tokenizer, text, compensate="none").with_settings(compensate="affine")
+    for before, after in (("affine", "none"), ("none", "affine")):
+        with pytest.raises(ConfigError, match="compensate is part of a profile's calibration; calibrate again"):
+            calibrated(llama(), tokenizer, text, compensate=before).with_settings(compensate=after)
 
 
 def test_other_weights_are_refused(tokenizer, text):
@@ -157,16 +152,14 @@ def test_other_weights_are_refused(tokenizer, text):
         other.model.layers[0].mlp.gate_proj.weight.mul_(1.5)
     with pytest.raises(ProfileError, match="what it predicts of dropped neurons is theirs: calibrate on this model"):
         countdown.sparsify_(other, profile)
-    with pytest.warns(countdown.ProfileWarning, match="the weights differ"):
-        countdown.sparsify_(other, profile.with_settings(compensate="none"))
 
 
 def test_bytes_are_counted(tokenizer, text):
     model = llama()
-    profile = calibrated(model, tokenizer, text)
     read = {}
     for compensate in ("none", "affine"):
-        countdown.sparsify_(model, profile.with_settings(compensate=compensate))
+        profile = calibrated(model, tokenizer, text, compensate=compensate, decision="topk")
+        countdown.sparsify_(model, profile)
         with running(model, "all"), torch.inference_mode():
             model(torch.arange(3, 40)[None])
         (site, *_) = countdown.status(model)
@@ -179,6 +172,15 @@ def test_bytes_are_counted(tokenizer, text):
     in_tiles = Symmetric4.bytes_of(-(-size // 16) * 16, size) + 4 * 2 * size
     assert read["affine"][1] in (nbytes, in_tiles)
     assert read["affine"][0] - read["none"][0] == pytest.approx(nbytes / (4 * site.size), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["m-countdown", "d-countdown", "d-proxy"])
+def test_thresholds_are_those_with_it_in_place(name, tokenizer, text):
+    """What later layers see is then not what it was without."""
+    model = llama(num_hidden_layers=12)
+    countdown.sparsify_(model, calibrated(model, tokenizer, text, name, sparsity=0.9, decision="threshold"))
+    evaluate(model, windows(tokenizer, text, count=120, length=64), protocol="all", progress=False)
+    assert [site.realised_sparsity for site in countdown.status(model)] == pytest.approx([0.9] * 12, abs=0.01)
 
 
 def test_too_little_text_says_how_much_it_takes(tokenizer, text):
@@ -252,7 +254,6 @@ def test_in_a_recipe_only_some_methods_have_it(tokenizer, text):
     attention = RecipeEntry(method("teal"), "*.self_attn.*")
     recipe = Recipe((RecipeEntry(method("d-proxy", compensate="affine")), attention)).with_settings(sparsity=0.6)
     profile = countdown.calibrate(model, tokenizer, text, recipe, tokens=2048, window=64, progress=False)
-    assert profile.with_settings(compensate="none").entries[0].method.compensate == "none"
     countdown.sparsify_(model, profile)
     assert {site.compensation for site in countdown.status(model)} == {"affine", ""}
     assert Recipe.named("d-proxy+wina", compensate="affine").entries[0].method.compensate == "affine"

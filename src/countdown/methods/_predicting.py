@@ -30,7 +30,7 @@ class Predicting(Method):
         ConfigError: See `Method`; λ is out of range.
     """
 
-    calibrated: ClassVar[tuple[str, ...]] = ("weighting", "ridge")
+    calibrated: ClassVar[tuple[str, ...]] = ("weighting", "compensate", "ridge")
 
     compensate: str = "none"
     ridge: float = 1.0

@@ -28,7 +28,7 @@ class DProxy(Predicting):
     source = "COUNTDOWN, arXiv 2505.17701, with a quantised proxy"
     unseen = None
     weightings = ("none", "column-norm")
-    calibrated = ("weighting", "ridge", "bits")
+    calibrated = (*Predicting.calibrated, "bits")
 
     bits: int = 4
 

@@ -86,24 +86,15 @@ class Entry:
     sites: dict[str, Artifacts] = field(repr=False)
 
     def with_settings(self, settings: Mapping[str, Any]) -> Entry:
-        """Return it with other settings, and without what they have no use for.
+        """Return it with other settings.
 
         Raises:
             ConfigError: See `Profile.with_settings`.
         """
-        method = replace(self.method, **settings)
-        for name in (*method.calibrated, *method.fitted):
+        for name in (*self.method.calibrated, *self.method.fitted):
             if name in settings and settings[name] != getattr(self.method, name):
-                without = ", or take compensate 'none'" if name in method.fitted else ""
-                raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it{without}.")
-        before, after = ({one.name for one in of.artifacts()} for of in (self.method, method))
-        if method.fitted and not self.method.fitted:
-            raise ConfigError("the profile has nothing to compensate with; calibrate again with --compensate.")
-        gone = before - after if self.method.fitted and not method.fitted else set()
-        sites: dict[str, Artifacts] = {
-            name: {key: value for key, value in found.items() if key not in gone} for name, found in self.sites.items()
-        }
-        return replace(self, method=method, sites=sites)
+                raise ConfigError(f"{name} is part of a profile's calibration; calibrate again to change it.")
+        return replace(self, method=replace(self.method, **settings))
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,7 +262,7 @@ class Profile:
         if any(entry.method.fitted for entry in self.entries):
             raise ProfileError(
                 f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}), and "
-                "what it predicts of dropped neurons is theirs: calibrate on this model, or take compensate 'none'."
+                "what it predicts of dropped neurons is theirs: calibrate on this model."
             )
         warnings.warn(
             f"the weights differ from those the profile was calibrated on ({self.base_model.get('name')}); "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from countdown.artifacts import MULTIPLIERS
+from countdown.compensation import Compensation
 from countdown.cost import saved_bytes
 from countdown.errors import CountdownError, UnsupportedModelError, told
 from countdown.finite import not_finite
@@ -40,7 +41,7 @@ class Assignment:
         method: Its method; its sparsity is the target.
         artifacts: What passes found, by name.
         parts: The selector's weights, once its artifacts are there.
-        added: The compensation's, those of sparsity 0, of which others are a part.
+        added: The compensation's, those of sparsity 0, of which others are a part; of one that is derived.
     """
 
     site: Site
@@ -48,6 +49,7 @@ class Assignment:
     artifacts: dict[str, Tensor] = field(default_factory=dict)
     parts: Sequence[Weight] = ()
     added: Sequence[Weight] = ()
+    _made: dict[Compensation, Sequence[Weight]] = field(default_factory=dict)
 
     def make_parts(self) -> None:
         """Make the weights of the selector and of the compensation."""
@@ -57,12 +59,23 @@ class Assignment:
         if widest is not None and widest.derived:
             self.added = widest.make(sum_, self.artifacts)
 
-    def added_at(self, sparsity: float, x: Tensor, dropped: Tensor) -> Tensor:
-        """Return what the compensation adds at a sparsity, `[..., outputs]`; see `Compensation.added`."""
-        compensation = self.method.at(self.site.name, sparsity).compensation
-        assert compensation is not None
+    def added_at(self, sparsity: float, x: Tensor, dropped: Tensor) -> Tensor | None:
+        """Return what the compensation adds at a sparsity, `[..., outputs]`, if it adds anything; see
+        `Compensation.added`.
+        """
+        compensation = self.method.at(self.site.name, sparsity).with_artifacts(self.artifacts).compensation
+        # What passes find is not there before they have run.
+        if compensation is None or not all(one.name in self.artifacts for one in compensation.artifacts):
+            return None
         sparse = torch.ones((*x.shape[:-1], 1), dtype=torch.bool, device=x.device)
-        return compensation.added(x, dropped, sparse, compensation.cut(self.site.sum, self.added))
+        return compensation.added(x, dropped, sparse, self._added_by(compensation))
+
+    def _added_by(self, compensation: Compensation) -> Sequence[Weight]:
+        if compensation.derived:
+            return compensation.cut(self.site.sum, self.added)
+        if compensation not in self._made:
+            self._made[compensation] = compensation.make(self.site.sum, self.artifacts)
+        return self._made[compensation]
 
     def indicator(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted indicator, float32 `[..., terms]`, for the site's input and factors."""

@@ -1,7 +1,8 @@
 """What is dropped, predicted linearly from the input: least squares over the text, the model dense.
 
 What would be dropped at each sparsity is computed beside what the model computes, which drops nothing. So one reading
-serves all sparsities.
+serves all sparsities. By threshold it is what lies below the quantile of all that the site has seen so far; the
+thresholds that serve are estimated afterwards, with what is predicted in place.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from countdown.artifacts import THRESHOLDS, value_at
 from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
+from countdown.calibration.sketch import MagnitudeSketch
 from countdown.compensation.affine import fits
 from countdown.errors import TextError
 from countdown.memory import memory_for
@@ -32,7 +33,7 @@ TOKENS_EACH = 2
 class AffinePass(Pass):
     """Adds the artifacts of `compensation.affine`."""
 
-    name, rank = "affine", 3
+    name, rank = "affine", 2
 
     def check(self, run: Run) -> None:
         """See `Pass.check`.
@@ -85,6 +86,7 @@ class _Sums:
         self.nbytes = 4 * (d + 1) * (d + 1 + len(levels) * outputs)
         self._inputs: Tensor | None = None
         self._dropped: list[Tensor] = []
+        self._sketch = MagnitudeSketch(one.site.device)
 
     def add(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
         """Add the tokens of a call, all of them dense."""
@@ -95,6 +97,7 @@ class _Sums:
         self._inputs.addmm_(inputs.T, inputs)
         coefficients = product_of(factors).flatten(0, -2)
         indicator = self._one.indicator(sum_, x, factors).flatten(0, -2)
+        self._sketch.add(indicator)
         for level, dropped in zip(self._levels, self._dropped, strict=True):
             rest = torch.where(self._active(indicator, level), 0, coefficients)
             dropped.addmm_(sum_.weights[-1].product(rest).float().T, inputs)
@@ -103,7 +106,7 @@ class _Sums:
         method = self._one.method.at(self._one.site.name, level)
         if method.decision == "topk":
             return drop_smallest(indicator, method.drop(indicator.shape[-1]))
-        return ~(indicator <= value_at(self._one.artifacts[THRESHOLDS.name], method.dropped))
+        return indicator > self._sketch.quantile(method.dropped).float()
 
     def fits(self) -> dict[str, Tensor]:
         """Return the artifacts."""

@@ -134,13 +134,14 @@ class _SparsePass:
 
     def add(self, site: Site, x: Tensor, dropped: Tensor) -> Tensor | None:
         """Return what a site's compensation adds; see `modules.Adder`."""
-        compensation = self._assigned[site.name].method.compensation
-        if compensation is None or not compensation.derived:  # what is not derived is not there yet
-            return None
         one, by_sequence = self._assigned[site.name], (len(self.levels), -1, site.terms)
-        rows = zip(self.levels, x.reshape(by_sequence), dropped.reshape(by_sequence), strict=True)
+        rows = zip(self.levels, x.reshape(len(self.levels), -1, x.shape[-1]), dropped.reshape(by_sequence), strict=True)
         added = [one.added_at(levels[site.name], *of_sequence) for levels, *of_sequence in rows]
-        return torch.stack(added).view(*x.shape[:-1], -1)
+        some = [one for one in added if one is not None]
+        if not some:
+            return None
+        # Of some sparsities nothing is predicted.
+        return torch.stack([torch.zeros_like(some[0]) if one is None else one for one in added]).view(*x.shape[:-1], -1)
 
     def _lost(self, site: Site, factors: tuple[Tensor, ...]) -> Tensor | None:
         if site.name not in self._norms:

@@ -16,7 +16,7 @@ LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 class ThresholdsPass(Pass):
     """Sites are masked at several sparsities in turn."""
 
-    name, rank = "thresholds", 2
+    name, rank = "thresholds", 3
 
     def run(self, run: Run) -> None:
         wanting = run.wanting(self.name)
