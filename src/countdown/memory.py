@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -57,6 +58,13 @@ def batches(sequences: Sequence[Tensor], device: torch.device, *, terms: int, lo
 def logits_at_once(logits: Tensor) -> int:
     """Return over how many rows of logits `[..., vocabulary]` a softmax in float32 is taken at a time."""
     return max(1, (CPU_LOGITS if logits.is_cpu else LOGITS) // logits.shape[-1])
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has, those that are taken included."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import countdown
 from calls import arguments
+from countdown.calibration import passes
 from countdown.compensation import affine
 from countdown.compensation.affine import Affine
 from countdown.errors import ConfigError, ProfileError, TextError
@@ -181,6 +183,31 @@ def test_thresholds_are_those_with_it_in_place(name, tokenizer, text):
     countdown.sparsify_(model, calibrated(model, tokenizer, text, name, sparsity=0.9, decision="threshold"))
     evaluate(model, windows(tokenizer, text, count=120, length=64), protocol="all", progress=False)
     assert [site.realised_sparsity for site in countdown.status(model)] == pytest.approx([0.9] * 12, abs=0.01)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_sites_are_read_in_groups_where_memory_is_short(allocation, tokenizer, text, monkeypatch, capsys):
+    def found():
+        config = method("m-countdown", sparsity=0.6, compensate="affine", allocation=allocation)
+        return countdown.calibrate(llama(), tokenizer, text, config, tokens=1024, window=64)
+
+    def last_reading(said):
+        return re.findall(r"calibrating \((\d+) of (\d+)\)", said)[-1]
+
+    whole = found()
+    said = capsys.readouterr().err
+    (count, _) = last_reading(said)
+    assert "predicting what is dropped: sums take 0.00 GB beside the model's weights\n" in said
+    # Room for the sums of two of three sites: with a 1, 25 inputs and 24 outputs at 4 sparsities each.
+    weights = sum(parameter.nbytes for parameter in llama().parameters())
+    monkeypatch.setattr(passes.affine, "memory_of", lambda _: weights + 2 * 2 * 4 * 25 * (25 + 4 * 24))
+    parts = found()
+    said = capsys.readouterr().err
+    assert "beside the model's weights, in 2 readings of the text\n" in said
+    assert last_reading(said) == (str(int(count) + 1), str(int(count) + 1))
+    for name, artifacts in whole.entries[0].sites.items():
+        for key, tensor in artifacts.items():
+            assert torch.equal(tensor, parts.entries[0].sites[name][key]), (name, key)
 
 
 def test_too_little_text_says_how_much_it_takes(tokenizer, text):

@@ -18,22 +18,23 @@ from tiny import llama
 
 @pytest.fixture
 def judged(monkeypatch):
-    """Judge by a table instead of a model: KL by method and weighting, a loss that rises with sparsity."""
+    """Judge by a table instead of a model: KL at 70% by method and weighting; it and the loss rise with sparsity."""
     tried = []
 
     def judge(model, profile, held_out, progress):
         config = profile.entries[0].method
         tried.append(config)
         kl = KL.get((config.name, config.weighting), 9.0) * (0.9 if config.allocation == "global" else 1)
-        kl *= ATTENTION if len(profile.entries) > 1 else 1
-        return Trial(profile.recipe, kl, kl * config.sparsity, choice._token_read(model, profile))
+        kl *= ATTENTION if len(profile.entries) > 1 else config.sparsity / 0.7
+        kl *= PREDICTED if config.fitted else 1
+        return Trial(profile.recipe, kl, kl * 0.7, choice._token_read(model, profile))
 
     monkeypatch.setattr(choice, "_judged", judge)
     return tried
 
 
-# What becomes of KL where attention is sparse, too.
-ATTENTION = 1.5
+# What becomes of KL where attention is sparse, too, and where what is dropped is predicted.
+ATTENTION, PREDICTED = 1.5, 1.5
 KL = {
     ("d-proxy", "none"): 0.12,
     ("d-proxy", "column-norm"): 0.105,
@@ -49,7 +50,10 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
     assert found.chosen.recipe == found.profile.recipe == Recipe.of(expected)
     assert found.profile.calibration["tokens"] == 2048
     assert {config.name for config in judged} == {"d-proxy", "m-countdown", "cats"}
-    assert {config.sparsity for config in judged[:-1]} == {0.7}
+    # Then with attention less of FFNs, for as many bytes; and at last less beside a prediction, which reads more.
+    assert {config.sparsity for config in judged[:5]} == {0.7}
+    assert all(config.sparsity < 0.7 for config in (judged[5], judged[7]))
+    assert len(judged) == 8
     first, second = found.reason.splitlines()
     assert first.startswith(
         "picked d-proxy × column-norm, global, 4 bits, threshold at 0.7: KL 0.0945 and perplexity +6.6%"
@@ -57,6 +61,45 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
     assert re.search(r"reads \d\d% of a token's weights", first)
     assert re.search(r"m-countdown × rms at 0.7: KL 0.1000, reads \d\d%; .*cats × rms at 0.7: KL 0.3000", second)
     assert second.count("d-proxy") == 1  # with attention
+
+
+@pytest.mark.parametrize(("factor", "taken"), [(0.95, False), (0.5, True)])
+def test_a_prediction_is_taken_where_it_wins_at_the_same_bytes(factor, taken, judged, tokenizer, text, monkeypatch):
+    """It reads more than the best without it, which is judged where it reads as much."""
+    monkeypatch.setitem(globals(), "PREDICTED", factor)
+    found = choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048, progress=False)
+    chosen = found.chosen.recipe.entries[0].method
+    assert (chosen.name, chosen.compensate) == ("d-proxy", "affine" if taken else "none")
+    assert found.profile.entries[0].method.compensate == chosen.compensate
+    assert ("+ affine" in found.reason.splitlines()[0]) is taken
+    predicting, alone = judged[-2:]
+    assert (predicting.compensate, predicting.sparsity, alone.compensate) == ("affine", 0.7, "none")
+    model = llama(hidden_size=64)
+    read = [
+        choice._token_read(model, countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False))
+        for config in (predicting, alone)
+    ]
+    assert read[1] == pytest.approx(read[0], abs=1e-3)
+    assert read[1] <= read[0]
+
+
+def test_a_prediction_is_judged_at_what_it_is_fitted_for(judged, tokenizer, text, monkeypatch):
+    monkeypatch.setitem(globals(), "PREDICTED", 0.5)
+    found = choose(llama(hidden_size=64), tokenizer, text, max_loss=0.06, tokens=2048, progress=False)
+    assert (found.chosen.recipe.entries[0].method.compensate, found.chosen.sparsity) == ("affine", 0.95)
+    assert min(config.sparsity for config in judged if config.fitted) == 0.5
+    assert min(config.sparsity for config in judged) == 0.05
+
+
+def test_text_that_is_too_short_for_a_prediction_tries_none(judged, tokenizer, text):
+    choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=96, window=16, progress=False)
+    assert not any(config.fitted for config in judged)
+
+
+def test_trials_read_more_text_for_wide_inputs(judged, tokenizer, text, monkeypatch):
+    monkeypatch.setattr(choice, "TRIAL_TOKENS", 96)
+    choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=512, window=16, progress=False)
+    assert any(config.fitted for config in judged)
 
 
 def test_attention_is_sparse_too_where_that_is_better_at_the_same_bytes(judged, tokenizer, text, monkeypatch):
@@ -95,13 +138,14 @@ def test_it_says_how_far_along_it_is(judged, tokenizer, text, capsys):
     choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048, progress=True)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trying") or "all of the" in line]
     # What of the best is tried besides is known only when it is the best.
-    assert lines[0] == "trying cats × rms (1 of at most 8)"
-    assert lines[1].startswith("trying d-proxy, 4 bits (2 of at most 8, at most about ")
-    assert lines[3].startswith("trying d-proxy × column-norm, 4 bits (4 of at most 7, at most about ")
+    assert lines[0] == "trying cats × rms (1 of at most 9)"
+    assert lines[1].startswith("trying d-proxy, 4 bits (2 of at most 9, at most about ")
+    assert lines[3].startswith("trying d-proxy × column-norm, 4 bits (4 of at most 8, at most about ")
     assert lines[5].startswith("trying d-proxy × column-norm, 4 bits, and teal × shared-norm, one budget, global with")
+    assert lines[6].startswith("trying d-proxy × column-norm, global + affine, 4 bits (7 of at most 8, at most about ")
     last = "calibrating d-proxy × column-norm, global, 4 bits on all of the text (the last step, about "
     assert lines[-1].startswith(last)
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_the_last_step_takes_what_its_own_trial_took_times_the_text(judged, tokenizer, text, capsys, monkeypatch):
@@ -116,8 +160,8 @@ def test_the_last_step_takes_what_its_own_trial_took_times_the_text(judged, toke
     monkeypatch.setattr(choice, "calibrate", timed)
     choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048 * 6, progress=True)
     said = capsys.readouterr().err
-    # Of 12 windows of the trials 8 calibrate, of 24 in all: 70 s of trials and 3 · 3 · 10 s at most, after the first.
-    assert "trying d-proxy, 4 bits (2 of at most 8, at most about 3 min left)" in said
+    # Of 12 windows of the trials 8 calibrate, of 24 in all: 80 s of trials and 3 · 3 · 10 s at most, after the first.
+    assert "trying d-proxy, 4 bits (2 of at most 9, at most about 3 min left)" in said
     assert "on all of the text (the last step, about 6 min)" in said
 
 

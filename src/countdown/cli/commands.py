@@ -58,6 +58,7 @@ def inspect(
     debug: o.Debug = False,
 ) -> None:
     """Show a model's gated FFNs, and what each method could gain on it. Reads no weights."""
+    from countdown.compensation.affine import Affine
     from countdown.cost import beside_bytes, token_bytes
     from countdown.loading import Source, load_skeleton
     from countdown.sites.ffn import find_ffns
@@ -99,6 +100,9 @@ def inspect(
     out.print("Ceilings count bytes: what decoding bound by memory bandwidth could gain at most.")
     for name, extra in beside.items():
         out.print(f"{name} keeps {extra / 1e6:.1f} MB beside the weights.")
+    predicted = sum(Affine.bytes_of(ffn.sum.outputs, ffn.d) for ffn in ffns)
+    more = f"With --compensate affine {predicted / 1e6:.1f} MB more"
+    out.print(f"{more}; a profile has as much for each sparsity that is fitted, four at most.")
 
 
 def _ceilings(model: nn.Module) -> list[Ceiling]:

@@ -13,7 +13,7 @@ from countdown.comparison import quantised
 from countdown.comparison.comparison import Cell
 from countdown.comparison.effort import USUAL, Effort
 from countdown.errors import ConfigError
-from countdown.evaluation.choice import candidates
+from countdown.evaluation.choice import PREDICTING, can_predict, candidates
 from countdown.methods import COMBINED_RECIPE, DEFAULT_METHOD, Method, method, method_class
 from countdown.profiles.recipe import SUFFIXES, Recipe
 
@@ -133,13 +133,14 @@ def configurations(
 
 def usual_methods(effort: Effort = USUAL) -> list[Method | Recipe]:
     """Return what is compared: methods that could be picked, weighted as most do best; if much is measured, also as
-    published, and FFNs and attention on one budget.
+    published, with what they drop predicted, and FFNs and attention on one budget.
     """
     weighted = candidates()
     if not effort.published:
         return [*weighted]
     published = [method(one.name, decision=one.decision) for one in weighted if one.weighting != "none"]
-    return [*weighted, *published, Recipe.named(COMBINED_RECIPE)]
+    predicting = [Recipe.of(one).with_settings(**PREDICTING) for one in weighted if can_predict(one)]
+    return [*weighted, *published, *predicting, Recipe.named(COMBINED_RECIPE)]
 
 
 def _labelled(methods: Sequence[str | Method | Recipe]) -> list[tuple[str, Recipe]]:

@@ -96,7 +96,11 @@ class Affine(Compensation):
         return tuple(parts)
 
     def part_bytes(self, sum_: Sum) -> int:
-        d, outputs = sum_.weights[0].shape[1], sum_.outputs
+        return self.bytes_of(sum_.outputs, sum_.weights[0].shape[1])
+
+    @staticmethod
+    def bytes_of(outputs: int, d: int) -> int:
+        """Return the bytes of L, of what its columns are times, and of b."""
         return Symmetric4.bytes_of(outputs, d) + 4 * (d + outputs)
 
     def bytes_read(self, sum_: Sum, active: float) -> float:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from countdown.calibration.calibrate import Texts, calibrate, calibration_sequences
+from countdown.calibration.passes.affine import LEVELS as FITTED
+from countdown.calibration.passes.affine import TOKENS_EACH
 from countdown.config import CALIBRATION_TOKENS
 from countdown.cost import saved_bytes, token_bytes, weights_read
 from countdown.errors import ConfigError, UnsupportedModelError
@@ -36,8 +39,14 @@ WORSE = 1.25
 MOST_TO_DECIDE = 0.5
 # How many times as long as others a calibration with global allocation takes, until one was seen.
 GLOBAL = 3.0
+# Shares of a token's weights that are alike; and how near a sparsity is looked for that reads as much as another.
+ALIKE, NEAR = 0.005, 1e-3
 # Where a largest loss is looked for.
 LEVELS = tuple(round(0.05 * step, 2) for step in range(1, 20))
+# What makes a method predict what dropped terms would add.
+PREDICTING = {"compensate": "affine"}
+# Returns what the best is changed to, None where it cannot be.
+Change = Callable[[Recipe], Recipe | None]
 
 
 @dataclass(frozen=True)
@@ -108,9 +117,10 @@ def choose(
     """Pick method, weighting and allocation, and calibrate them.
 
     Every method for FFNs that decides by threshold on half of the weights or less is tried; of the best, its other
-    weightings and global allocation; and the best with `wina` on the linears outside of FFNs, on one budget that saves
-    as many bytes. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most `WORSE` times
-    the least; at a wanted loss, of all at the highest sparsity that keeps it.
+    weightings and global allocation; the best with `wina` on the linears outside of FFNs, on one budget that saves
+    as many bytes; and the best with what dropped neurons would add predicted, against itself at the lower sparsity at
+    which it reads as much. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most
+    `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
 
     Args:
         model, tokenizer, texts, tokens, window, progress: As for `calibrate`.
@@ -126,43 +136,86 @@ def choose(
         print(choice.reason)
     """
     check_wishes(sparsity, max_loss)
-    check_dense(base_model(model))
+    dense = base_model(model)
+    check_dense(dense)
     texts = texts if isinstance(texts, Mapping) else as_texts(texts)
-    window = window_length(context_of(base_model(model).config), window)
-    sequences = trial_sequences(tokenizer, texts, tokens, window)
-    held_out = _batch(sequences[::JUDGING])
-    seen = _batch([sequence for place, sequence in enumerate(sequences) if place % JUDGING])
+    window = window_length(context_of(dense.config), window)
+    sequences = trial_sequences(tokenizer, texts, tokens, window, at_least=_to_predict(dense))
+    seen = [sequence for place, sequence in enumerate(sequences) if place % JUDGING]
 
-    wanted = {} if sparsity is None else {"sparsity": sparsity}
-    tried = [Recipe.of(config) for config in candidates(wanted)]
-    longer = _tokens(calibration_sequences(tokenizer, texts, tokens, window)) / int(seen["attention_mask"].sum())
-    course = _Course(tried, longer, progress)
-
-    def trial(config: Recipe) -> Trial:
-        with course.trial(config):
-            return measured(config)
-
-    def measured(config: Recipe) -> Trial:
-        with course.calibration(config):
-            profile = calibrate(model, tokenizer, seen, config, progress=progress)
-
-        def judge(at: float) -> Trial:
-            return _judged(model, profile.with_settings(sparsity=at), held_out, progress)
-
-        return judge(config.entries[0].method.sparsity) if max_loss is None else _highest(judge, max_loss)
-
-    trials = [trial(config) for config in tried]
-    best = _best(trials, max_loss)
-    course.expect_changes(best.recipe)
-    for change in _changes(best.recipe):
-        trials.append(trial(best.recipe.with_settings(**change)))
-        best = trials[-1] if _better(trials[-1], best, max_loss) else best
-    if (composed := _with_others(base_model(model), best.recipe)) is not None:
-        trials.append(trial(composed))
-        best = trials[-1] if _better(trials[-1], best, max_loss) else best
+    first = [Recipe.of(config) for config in candidates({} if sparsity is None else {"sparsity": sparsity})]
+    longer = _tokens(calibration_sequences(tokenizer, texts, tokens, window)) / _tokens(seen)
+    course = _Course(first, longer, progress)
+    trials = _Trials(model, tokenizer, (_batch(seen), _batch(sequences[::JUDGING])), max_loss, course, progress)
+    found = [trials.of(config) for config in first]
+    best = _best(found, max_loss)
+    predicting = partial(_predicting, tokens=_tokens(seen), needed=_to_predict(dense))
+    changes: list[Change] = [*_changes(best.recipe), partial(_with_others, dense), predicting]
+    for place, change in enumerate(changes):
+        course.expect(best.recipe, changes[place:])
+        if (config := change(best.recipe)) is not None:
+            found.append(trials.of(config))
+            best = found[-1] if trials.are_better(found[-1], best) else best
     course.last(best.recipe)
     profile = calibrate(model, tokenizer, texts, best.recipe, tokens=tokens, window=window, progress=progress)
-    return Choice(profile, best, [other for other in trials if other is not best])
+    return Choice(profile, best, [other for other in found if other is not best])
+
+
+class _Trials:
+    """Calibrates what is tried on part of a text, and judges it on the rest.
+
+    Args:
+        model, tokenizer, progress: See `choose`.
+        texts: To calibrate on, and to judge on.
+        max_loss: See `choose`; None to judge at the sparsities of what is tried.
+        course: Is told what is done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        texts: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        max_loss: float | None,
+        course: _Course,
+        progress: bool,
+    ) -> None:
+        self._model, self._tokenizer, self._max_loss = model, tokenizer, max_loss
+        self._seen, self._held_out = texts
+        self._course, self._progress = course, progress
+        self._profiles: dict[str, Profile] = {}
+
+    def of(self, config: Recipe) -> Trial:
+        """Try it, at its sparsity or at the highest that keeps the loss."""
+        with self._course.trial(config):
+            with self._course.calibration(config):
+                profile = calibrate(self._model, self._tokenizer, self._seen, config, progress=self._progress)
+            self._profiles[_label(config)] = profile
+            if self._max_loss is None:
+                return self._at(config, config.entries[0].method.sparsity)
+            return _highest(partial(self._at, config), self._max_loss, _levels(config))
+
+    def _at(self, config: Recipe, sparsity: float) -> Trial:
+        profile = self._profiles[_label(config)].with_settings(sparsity=sparsity)
+        return _judged(self._model, profile, self._held_out, self._progress)
+
+    def are_better(self, trial: Trial, best: Trial) -> bool:
+        """Return whether what the best was changed to is better: at the same bytes, or with less that keep the loss."""
+        if self._max_loss is not None:
+            return trial.loss <= self._max_loss and (trial.token_read, trial.kl) < (best.token_read, best.kl)
+        if trial.token_read > best.token_read + ALIKE:
+            best = self._reading(trial.token_read, best)
+        return trial.kl < best.kl
+
+    def _reading(self, share: float, one: Trial) -> Trial:
+        """Judge it at the sparsity at which it reads this share of a token's weights."""
+        profile, model = self._profiles[_label(one.recipe)], base_model(self._model)
+        low, high = 0.0, one.sparsity
+        while high - low > NEAR:
+            middle = (low + high) / 2
+            more = _token_read(model, profile.with_settings(sparsity=middle)) > share
+            low, high = (middle, high) if more else (low, middle)
+        return self._at(one.recipe, high)
 
 
 class _Course:
@@ -177,8 +230,10 @@ class _Course:
     """
 
     def __init__(self, tried: Sequence[Recipe], longer: float, show: bool) -> None:
-        most = max(tried, key=lambda config: len(_changes(config)))
-        self._trials = Steps([*map(_length, tried), *_lengths_of_changes(most)], {"global": GLOBAL})
+        most = max((_changes(config) for config in tried), key=len)
+        others = [config for change in most if (config := change(tried[0])) is not None]
+        lengths = [*map(_length, [*tried, *others]), "global", "prediction"]
+        self._trials = Steps(lengths, {"global": GLOBAL})
         self._longer, self._show = longer, show
         self._took: dict[str, float] = {}  # seconds of a trial's calibration, by label
         self._longest = 0.0  # that which the last one may take
@@ -199,9 +254,9 @@ class _Course:
         took = self._took[_label(config)] = time.perf_counter() - started
         self._longest = max(self._longest, self._longer * took * (1 if _is_global(config) else GLOBAL))
 
-    def expect_changes(self, best: Recipe) -> None:
-        """Take note of what is still to be tried: the best method, changed."""
-        self._trials.left = _lengths_of_changes(best)
+    def expect(self, best: Recipe, changes: Sequence[Change]) -> None:
+        """Take note of what is still to be tried: the best so far, changed like this."""
+        self._trials.left = [_length(config) for change in changes if (config := change(best)) is not None]
 
     def last(self, best: Recipe) -> None:
         """Say that the best is calibrated on all of the text."""
@@ -218,16 +273,12 @@ class _Course:
 
 def _length(config: Recipe) -> str:
     """Return what makes a trial long or short."""
-    return "global" if _is_global(config) else config.entries[0].method.name
+    method = config.entries[0].method
+    return "global" if _is_global(config) else "prediction" if method.fitted else method.name
 
 
 def _is_global(config: Recipe) -> bool:
     return config.entries[0].method.allocation == "global"
-
-
-def _lengths_of_changes(best: Recipe) -> list[Hashable]:
-    # The last: with the other linears.
-    return [*(_length(best.with_settings(**change)) for change in _changes(best)), "global"]
 
 
 def _label(recipe: Recipe) -> str:
@@ -243,11 +294,15 @@ def _tokens(sequences: Sequence[Tensor]) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _changes(best: Recipe) -> list[dict[str, str]]:
-    """Return what of the best method is changed to see whether that is better."""
+def _changes(best: Recipe) -> list[Change]:
+    """Return how the best method is changed to see whether that is better."""
     method = best.entries[0].method
     others = [{"weighting": name} for name in method.weightings if name != method.weighting]
-    return [*others, {"allocation": "global"}]
+    return [partial(_with, settings) for settings in (*others, {"allocation": "global"})]
+
+
+def _with(settings: Mapping[str, str], best: Recipe) -> Recipe:
+    return best.with_settings(**settings)
 
 
 def _with_others(model: nn.Module, best: Recipe) -> Recipe | None:
@@ -272,14 +327,33 @@ def _with_others(model: nn.Module, best: Recipe) -> Recipe | None:
     return None
 
 
-def trial_sequences(tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW) -> list[Tensor]:
-    """Return the sequences that trials read, each int64 `[length]`.
+def _predicting(best: Recipe, *, tokens: int, needed: int) -> Recipe | None:
+    """Return it with what dropped terms would add predicted; None where its method cannot, or the text is too short."""
+    return _with(PREDICTING, best) if can_predict(best.entries[0].method) and tokens >= needed else None
+
+
+def can_predict(method: Method) -> bool:
+    """Return whether a method can predict what dropped terms would add."""
+    return PREDICTING.keys() <= {field.name for field in fields(method)}
+
+
+def _to_predict(model: nn.Module) -> int:
+    """Return how many tokens calibrate a prediction at least."""
+    return TOKENS_EACH * max(site.sum.weights[0].shape[1] for site in find_sites(model, [_kind()]))
+
+
+def trial_sequences(
+    tokenizer: Any, texts: Texts, tokens: int, window: int = WINDOW, *, at_least: int = 0
+) -> list[Tensor]:
+    """Return the sequences that trials read, each int64 `[length]`: more than usual if they calibrate on `at_least`.
 
     Raises:
         ConfigError, TextError: Too little text for trials, or for the calibration of so many tokens that follows.
     """
     calibration_sequences(tokenizer, texts, tokens, window)
-    sequences = calibration_sequences(tokenizer, texts, min(tokens, TRIAL_TOKENS), window)
+    # Rounds of those that calibrate and the one that judges.
+    enough = max(TRIAL_TOKENS, -(-at_least // ((JUDGING - 1) * window)) * JUDGING * window)
+    sequences = calibration_sequences(tokenizer, texts, min(tokens, enough), window)
     if len(sequences) < JUDGING:
         raise ConfigError(
             f"picking a method takes {JUDGING} sequences of text or more, and there are {len(sequences)}: give more "
@@ -335,12 +409,18 @@ def _token_read(model: nn.Module, profile: Profile) -> float:
     return 1 - saved / token_bytes(model, ()).total
 
 
-def _highest(judge: Callable[[float], Trial], max_loss: float) -> Trial:
-    """Return the trial of the highest of `LEVELS` whose loss is small enough, or of the lowest."""
-    low, high, best = 0, len(LEVELS), judge(LEVELS[0])
+def _levels(config: Recipe) -> list[float]:
+    """Return where the largest loss is looked for; nothing is predicted below the first sparsity that is fitted."""
+    first = FITTED[0] if config.entries[0].method.fitted else 0.0
+    return [level for level in LEVELS if level >= first]
+
+
+def _highest(judge: Callable[[float], Trial], max_loss: float, levels: Sequence[float]) -> Trial:
+    """Return the trial of the highest of ascending levels whose loss is small enough, or of the lowest."""
+    low, high, best = 0, len(levels), judge(levels[0])
     while best.loss <= max_loss and high - low > 1:
         middle = (low + high) // 2
-        found = judge(LEVELS[middle])
+        found = judge(levels[middle])
         low, high, best = (middle, high, found) if found.loss <= max_loss else (low, middle, best)
     return best
 
@@ -358,13 +438,6 @@ def _best(trials: Sequence[Trial], max_loss: float | None) -> Trial:
                 f"{nearest.sparsity:g} costs {nearest.loss:+.1%} already; allow more."
             )
     return min(good, key=lambda trial: (trial.token_read, trial.kl))
-
-
-def _better(trial: Trial, best: Trial, max_loss: float | None) -> bool:
-    """Return whether a change of the best method is better: it reads as much, or keeps the loss."""
-    if max_loss is None:
-        return trial.kl < best.kl
-    return trial.loss <= max_loss and (trial.token_read, trial.kl) < (best.token_read, best.kl)
 
 
 def _batch(sequences: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, 
 from countdown.calibration.sketch import MagnitudeSketch
 from countdown.compensation.affine import fits
 from countdown.errors import TextError
-from countdown.memory import memory_for
+from countdown.memory import memory_for, memory_of
 from countdown.ops.reference import drop_smallest
+from countdown.progress import say
 from countdown.sites import Site
 from countdown.sums import Sum
 from countdown.sums._base import product_of
@@ -36,7 +37,7 @@ class AffinePass(Pass):
     name, rank = "affine", 2
 
     def check(self, run: Run) -> None:
-        """See `Pass.check`.
+        """Say how much memory sums take.
 
         Raises:
             TextError: Too little text for so many inputs.
@@ -48,22 +49,51 @@ class AffinePass(Pass):
                 f"the text has {tokens} tokens, and to predict from {widest} inputs what is dropped takes "
                 f"{TOKENS_EACH * widest} at least: give more text or --tokens, or --compensate none."
             )
+        groups = _groups(run)
+        if run.progress:
+            most = max(sum(map(_bytes_of, group)) for group in groups)
+            how = f", in {len(groups)} readings of the text" if len(groups) > 1 else ""
+            say(f"predicting what is dropped: sums take {most / 1e9:.2f} GB beside the model's weights{how}")
+
+    def readings(self, run: Run) -> int:
+        """See `Pass.readings`."""
+        return len(_groups(run))
 
     def run(self, run: Run) -> None:
-        wanting = run.wanting(self.name)
-        sums = {one.site.name: _Sums(one, _levels(run, one)) for one in wanting}
+        for group in _groups(run):
+            self._fit(run, group)
+
+    def _fit(self, run: Run, group: Sequence[Assignment]) -> None:
+        sums = {one.site.name: _Sums(one, _levels(run, one)) for one in group}
 
         def observe(site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> None:
             sums[site.name].add(sum_, x, factors)
 
-        feeding = decoding(run.model, [one.site for one in wanting], observe)
         how = {"doing": "adding up sums of what is dropped", "instead": "take compensate 'none'"}
-        with memory_for(sum(found.nbytes for found in sums.values()), **how):
-            with feeding as feed:
+        with memory_for(sum(map(_bytes_of, group)), **how):
+            with decoding(run.model, [one.site for one in group], observe) as feed:
                 for batch in run.track(run.batches(run.sequences), "what is dropped"):
                     feed(batch)
-            for one in wanting:
+            for one in group:
                 one.artifacts |= sums.pop(one.site.name).fits()
+
+
+def _groups(run: Run) -> list[list[Assignment]]:
+    """Return the sites, as many together as half of the memory holds sums of that the model leaves."""
+    device = next(run.model.parameters()).device
+    room = (memory_of(device) - sum(parameter.nbytes for parameter in run.model.parameters())) // 2
+    groups: list[list[Assignment]] = [[]]
+    for one in run.wanting(AffinePass.name):
+        if groups[-1] and sum(map(_bytes_of, [*groups[-1], one])) > room:
+            groups.append([])
+        groups[-1].append(one)
+    return groups
+
+
+def _bytes_of(one: Assignment) -> int:
+    """Return the bytes of a site's sums, for as many sparsities as there may be."""
+    d, outputs = one.site.sum.weights[0].shape[1], one.site.sum.outputs
+    return 4 * (d + 1) * (d + 1 + (1 + len(LEVELS)) * outputs)
 
 
 def _levels(run: Run, one: Assignment) -> list[float]:
@@ -82,8 +112,6 @@ class _Sums:
 
     def __init__(self, one: Assignment, levels: Sequence[float]) -> None:
         self._one, self._levels = one, levels
-        d, outputs = one.site.sum.weights[0].shape[1], one.site.sum.outputs
-        self.nbytes = 4 * (d + 1) * (d + 1 + len(levels) * outputs)
         self._inputs: Tensor | None = None
         self._dropped: list[Tensor] = []
         self._sketch = MagnitudeSketch(one.site.device)
