@@ -18,6 +18,7 @@ from countdown.benchmark.ffn import FFNBenchmark
 from countdown.benchmark.speedup import paired
 from countdown.benchmark.timing import Rounds, in_turn, relative_error
 from countdown.cli import printing
+from countdown.compensation.affine import Affine
 from countdown.errors import ConfigError
 from countdown.methods import method
 from countdown.modules import sparse_modules
@@ -89,6 +90,21 @@ def test_what_computes_wrong_has_no_speed(device, monkeypatch):
     assert record["error"] == 1
     assert "time_us" not in record
     assert "speedup" not in record
+
+
+def test_what_is_predicted_is_checked_and_its_bytes_counted(device, monkeypatch):
+    names = ["d-proxy", "d-proxy:compensate=affine"]
+    benchmark = FFNBenchmark(shapes=[(64, 96)], methods=names, sparsities=[0.5], dtype="float32")
+    plain, predicting = ffn.run(benchmark, progress=False)
+    assert (plain["method"], plain["compensate"]) == ("d-proxy", "")
+    assert (predicting["method"], predicting["compensate"]) == ("d-proxy", "affine")
+    assert predicting["error"] < 1e-5
+    matrices = predicting["weights_read"] - plain["weights_read"]
+    assert matrices * 3 * 64 * 96 * 4 == pytest.approx(Affine.bytes_of(64, 64))
+    monkeypatch.setattr(Affine, "added", lambda x, *_: torch.zeros_like(x))
+    _, wrong = ffn.run(benchmark, progress=False)
+    assert wrong["error"] > 0.1
+    assert "time_us" not in wrong
 
 
 def test_nan_is_the_largest_error():
@@ -277,7 +293,7 @@ def test_no_neuron_stands_at_a_threshold_where_rounding_would_decide(device, nam
     monkeypatch.setattr(ffn, "_sizes", lambda _: (10**6, 10**9))
     benchmark = FFNBenchmark(shapes=[(64, 2048)], sparsities=(0.9,), device=torch.device("cpu"))
     layers = ffn._Layers(64, 2048, benchmark)
-    case = ffn._Deciding(layers, name, 0.9, layers.inputs(1, 0.9))
+    case = ffn._Deciding(layers, method(name), 0.9, layers.inputs(1, 0.9))
     for layer, thresholds in enumerate(case.thresholds):
         rounded = case._value(layer)
         assert not (rounded == thresholds[0]).any()

@@ -18,14 +18,16 @@ from countdown.benchmark.timing import floor_rate, in_turn, relative_error, requ
 from countdown.config import check_choice
 from countdown.errors import ConfigError
 from countdown.loading import DTYPES
-from countdown.methods import DEFAULT_METHOD, method, method_class, method_names
+from countdown.methods import DEFAULT_METHOD, Method, method, method_names
 from countdown.ops import backends
+from countdown.profiles.recipe import Recipe
 from countdown.progress import Steps, say
 from countdown.replay import recorded
 from countdown.selectors import Selector
 from countdown.sums.activations import ACTIVATIONS
 from countdown.sums.gated import Gated
 from countdown.weights import Plain, Weight
+from countdown.weights.symmetric import quantise
 
 GIVEN = "given"  # in place of a method: the active set is known, gate, up and down are read at it
 FUSED = "cuBLAS, gate and up fused"
@@ -44,7 +46,8 @@ class FFNBenchmark:
 
     Args:
         shapes: (d, h) of each FFN.
-        methods: Names of methods that decide by one projection or by a proxy, or `given`. [all of them, and `given`]
+        methods: Names of methods that decide by one projection or by a proxy, with settings if any
+            (`d-proxy:compensate=affine`), or `given`. [all of them, and `given`]
         sparsities: Shares of inactive neurons, of every token; 1 is the decision alone.
         tokens: Tokens in a call, 1 to 8.
         union: By number of tokens, the share of neurons that some token of a call needs; inputs of the tokens are
@@ -73,7 +76,7 @@ class FFNBenchmark:
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("activation", self.activation, ACTIVATIONS)
         for name in self.methods:
-            if name != GIVEN and not _has_kernel(name):
+            if name != GIVEN and not _has_kernel(_parsed(name)):
                 raise ConfigError(
                     f"{name} decides neither by one projection of an FFN nor by a proxy; there is no kernel to measure."
                 )
@@ -88,14 +91,18 @@ class FFNBenchmark:
 
 def measurable() -> list[str]:
     """Return the methods that decide by one projection of an FFN or by a proxy, for which there are kernels."""
-    return [name for name in method_names() if _has_kernel(name)]
+    return [name for name in method_names() if _has_kernel(method(name))]
 
 
-def _has_kernel(name: str) -> bool:
-    if method_class(name).kind != Gated.kind:
+def _parsed(name: str) -> Method:
+    """Return what a name on the command line stands for; of a recipe the first method."""
+    return Recipe.parse(name).entries[0].method
+
+
+def _has_kernel(config: Method) -> bool:
+    if config.kind != Gated.kind:
         return False
-    selector = method(name).selector
-    return len(selector.reads) == 1 or selector.indicator == "proxy"
+    return len(config.selector.reads) == 1 or config.selector.indicator == "proxy"
 
 
 def run(benchmark: FFNBenchmark, *, progress: bool = True) -> Iterator[dict[str, Any]]:
@@ -123,7 +130,9 @@ def _measure(layers: _Layers, tokens: int, rate: Callable[[], float], label: str
     for sparsity in layers.benchmark.sparsities:
         x = layers.inputs(tokens, sparsity)
         for name in layers.benchmark.methods:
-            cases.append(_Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, name, sparsity, x))
+            cases.append(
+                _Given(layers, sparsity, x) if name == GIVEN else _Deciding(layers, _parsed(name), sparsity, x)
+            )
     # What computes wrong is not timed.
     errors = {case: case.error() for case in cases}
     right = [case for case in cases if errors[case] <= TOLERANCE[layers.dtype]]
@@ -161,6 +170,7 @@ def _described(case: _Given | _Deciding, bytes_s: float) -> dict[str, Any]:
         **({} if x.is_cuda else {"threads": torch.get_num_threads()}),
         "tokens": len(x),
         "method": case.name,
+        "compensate": case.compensate,
         "indicator": case.indicator,
         "decision": "threshold",
         "sparsity": case.sparsity,
@@ -219,24 +229,34 @@ class _Layers:
         self.count = min(-(-wanted // max(1, int(least))), MOST_LAYERS, fit)
         self.both = [self._draw(2 * h, d) for _ in range(self.count)]
         self.down = [self._draw(h, d).t() for _ in range(self.count)]
-        self._parts: dict[Selector, list[Sequence[Weight]]] = {}
+        self._parts: dict[tuple[Selector, str], list[Sequence[Weight]]] = {}
 
     def sum(self, layer: int) -> Gated:
         """What a layer computes."""
         weights = (self.both[layer][: self.h], self.both[layer][self.h :], self.down[layer])
         return Gated([Plain([weight]) for weight in weights], [None] * 3, self.benchmark.activation)
 
-    def parts(self, selector: Selector) -> list[Sequence[Weight]]:
-        """The selector's own weights of every layer, made for inputs that are all as large."""
-        if selector not in self._parts:
+    def parts(self, selector: Selector, compensation: str) -> list[Sequence[Weight]]:
+        """The weights of every layer that selector and compensation have: made for inputs that are all as large, and
+        random ones.
+        """
+        key = selector, compensation
+        if key not in self._parts:
             even = {one.name: torch.ones(self.d, device=self.device, dtype=torch.float32) for one in selector.artifacts}
-            self._parts[selector] = [self._laid_out(self.sum(layer), selector, even) for layer in range(self.count)]
-        return self._parts[selector]
+            self._parts[key] = [self._laid_out(self.sum(n), selector, even, compensation) for n in range(self.count)]
+        return self._parts[key]
 
-    @staticmethod
-    def _laid_out(sum_: Gated, selector: Selector, artifacts: Artifacts) -> Sequence[Weight]:
-        parts = selector.make(sum_, artifacts)
-        return backends.choose(sum_, selector, parts, "threshold").lay_out(sum_, parts)[1]
+    def _laid_out(self, sum_: Gated, selector: Selector, artifacts: Artifacts, compensation: str) -> Sequence[Weight]:
+        parts = [*selector.make(sum_, artifacts), *(self._predicting() if compensation else ())]
+        own = len(selector.shapes(self.d, self.h))
+        chosen = backends.choose(sum_, selector, parts[:own], "threshold", compensation=compensation)
+        return chosen.lay_out(sum_, parts)[1]
+
+    def _predicting(self) -> Sequence[Weight]:
+        """Return random weights for `compensation.affine`."""
+        ones = torch.ones(self.d, device=self.device, dtype=torch.float32)
+        matrix = quantise(self._draw(self.d, self.d).float(), ones, 4)
+        return matrix, Plain([ones[None]]), Plain([self._draw(1, self.d).float()])
 
     def inputs(self, tokens: int, sparsity: float) -> Tensor:
         """Return x `[tokens, d]`, correlated so far that active sets overlap as the benchmark wants."""
@@ -302,13 +322,17 @@ def _arguments(sum_: Gated, parts: Sequence[Weight] = ()) -> tuple[tuple[Any, ..
 class _Deciding:
     """A method that decides by one projection, which is not read again, or by a proxy."""
 
-    def __init__(self, layers: _Layers, name: str, sparsity: float, x: Tensor) -> None:
-        self.layers, self.name, self.sparsity, self.x = layers, name, sparsity, x
-        self.selector = method(name).selector
+    def __init__(self, layers: _Layers, config: Method, sparsity: float, x: Tensor) -> None:
+        self.layers, self.name, self.sparsity, self.x = layers, config.name, sparsity, x
+        self.selector = config.selector
+        self.compensation = None if config.compensation is None else type(config.compensation)
+        self.compensate = self.compensation.name if self.compensation else ""
         self.indicator = self.selector.indicator
-        self.how = {"selector": self.selector.name, "rule": "threshold", "drop": int(sparsity * layers.h)}
+        drop = int(sparsity * layers.h)
+        decided = {"selector": self.selector.name, "rule": "threshold", "drop": drop}
+        self.how = {**decided, "compensation": self.compensate}
         self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
-        self.parts = layers.parts(self.selector)
+        self.parts = layers.parts(self.selector, self.compensate)
         own = sum(part.nbytes for part in self.parts[0]) / (layers.d * layers.h * x.element_size())
         self.decides, self.reused = len(self.selector.reads) + own, len(self.selector.reads)
         self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
@@ -336,8 +360,8 @@ class _Deciding:
     def _value(self, layer: int, scale: float = 1.0) -> Tensor:
         """Return the indicator of all tokens' neurons `[tokens·h]`, what it is rounded from times `scale`."""
         sum_ = self.layers.sum(layer)
-        if self.parts[layer]:
-            return (scale * self.selector.score(sum_, self.x, self.parts[layer], ())).flatten()
+        if own := self.parts[layer][: len(self.selector.shapes(self.layers.d, self.layers.h))]:
+            return (scale * self.selector.score(sum_, self.x, own, ())).flatten()
         role = sum_.roles.index(self.selector.reads[0])
         rounded = (scale * F.linear(self.x.float(), sum_.weights[role].values().float())).to(self.layers.dtype)
         activated = ACTIVATIONS[sum_.activation](rounded) if sum_.roles[role] == "gate" else rounded
@@ -370,19 +394,29 @@ class _Deciding:
         return 1 - active / (tokens * self.layers.h)
 
     def error(self) -> float:
-        return _error(self.layers, self.x, self.active(0), self.run(0))
+        return _error(self.layers, self.x, self.active(0), self.run(0), self._added())
+
+    def _added(self) -> Tensor | float:
+        """Return what the first layer predicts of dropped neurons."""
+        if self.compensation is None:
+            return 0.0
+        tokens = len(self.x)
+        dropped = torch.ones((tokens, self.layers.h), dtype=torch.bool, device=self.x.device)
+        added = self.parts[0][len(self.selector.shapes(self.layers.d, self.layers.h)) :]
+        return self.compensation.added(self.x.float(), dropped, dropped[:, :1], added).double()
 
 
 class _Given:
     """Active sets that are known, one for each layer and token."""
 
     name = indicator = GIVEN
+    compensate = ""
     decides, reused = 0.0, 0
 
     def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
         self.layers, self.sparsity, self.x = layers, sparsity, x
         keep = layers.h - int(sparsity * layers.h)
-        deciding = _Deciding(layers, DEFAULT_METHOD, sparsity, x)
+        deciding = _Deciding(layers, method(DEFAULT_METHOD), sparsity, x)
         order = [deciding.active(layer) for layer in range(layers.count)]
         self.sets = [self._exactly(mask, keep) for mask in order] if len(x) == 1 else order
 
@@ -427,8 +461,8 @@ class _Given:
         return _error(self.layers, self.x, self.sets[0], self.run(0))
 
 
-def _error(layers: _Layers, x: Tensor, active: Tensor, y: Tensor) -> float:
+def _error(layers: _Layers, x: Tensor, active: Tensor, y: Tensor, added: Tensor | float = 0.0) -> float:
     gate, up, down = [weight.values().double() for weight in layers.sum(0).weights]
     x = x.double()
     a = ACTIVATIONS[layers.benchmark.activation](x @ gate.t())
-    return relative_error(y, torch.where(active, a * (x @ up.t()), 0) @ down.t())
+    return relative_error(y, torch.where(active, a * (x @ up.t()), 0) @ down.t() + added)

@@ -170,7 +170,8 @@ def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
     header = ["d × h", "tokens", "method", "sparsity", "realised", "µs", "dense µs", "× dense", "floor µs", "of floor"]
     rows = []
     for r in records:
-        what = (f"{r['d']} × {r['h']}", str(r["tokens"]), r["method"], f"{r['sparsity']:.0%}")
+        method = f"{r['method']} + {r['compensate']}" if r["compensate"] else r["method"]
+        what = (f"{r['d']} × {r['h']}", str(r["tokens"]), method, f"{r['sparsity']:.0%}")
         if "time_us" not in r:
             rows.append((*what, "WRONG", f"error {r['error']:.1e}", "", "", "", ""))
             continue
