@@ -263,6 +263,25 @@ def _of_engine(r: dict[str, Any]) -> str:
     return f"{r['seconds'] * 1e3:,.0f} ms" + (f" ({r['ratio']:.2f})" if "ratio" in r else "")
 
 
+def predicting(names: Sequence[str]) -> str:
+    """Return µs without and with what is predicted, and the difference over the time that its bytes take."""
+    rows, sources = [], ""
+    for name in names:
+        document = load(name)
+        found = {(r["method"], r["compensate"], r["sparsity"]): r for r in document["records"]}
+        sparsities = sorted({key[2] for key in found})
+        for method in dict.fromkeys(key[0] for key in found):
+            cells = [_term(found[method, "", s], found[method, "affine", s]) for s in sparsities]
+            rows.append([f"`{method}`", str(document["records"][0]["threads"]), *cells])
+        sources += f"\n{_shape(document['records'][0])}, one token; {_source(name, document)}"
+    return table(["", "threads", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + sources
+
+
+def _term(plain: dict[str, Any], predicted: dict[str, Any]) -> str:
+    more, bytes_ = (predicted[key] - plain[key] for key in ("time_us", "floor_us"))
+    return f"{plain['time_us']:.0f} → {predicted['time_us']:.0f} ({more / bytes_:.2f})"
+
+
 def contexts(names: Sequence[str]) -> str:
     """Return tokens/s, attention's share and the cache's size, by context."""
     rows, sources = [], ""
