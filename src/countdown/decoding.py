@@ -16,7 +16,7 @@ What was traced serves prompt after prompt in the same memory (`restart`); only 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -34,6 +34,7 @@ from countdown.ops import backends  # noqa: F401  (registers the ops)
 from countdown.phase import continuing, phases
 from countdown.replay import Recorded, recorded
 from countdown.static_cache import (
+    Held,
     check_filled,
     empty,
     holders_of,
@@ -151,7 +152,7 @@ class DecodeLoop:
             self.token.copy_(argmax(self.logits))
             for positions, first in zip(self._positions, self._prepared.positions_after(1), strict=False):
                 positions.copy_(first)
-            if self._traced_in != [id(tensor) for *_, tensor in tensors_in(self._holders)]:
+            if not _are_those(tensors_in(self._holders), self._traced_in):
                 self._prepare_steps()  # it works in other tensors now
             else:
                 self._check_lengths()
@@ -215,7 +216,7 @@ class DecodeLoop:
             self._replay()
             _check_agreement(self.model, self._logits, own)
         self._holders = holders_of(self.model, self.cache.layers)
-        self._traced_in = [id(tensor) for *_, tensor in tensors_in(self._holders)]
+        self._traced_in = tensors_in(self._holders)
 
     @contextmanager
     def _warming_up(self) -> Iterator[None]:
@@ -406,6 +407,11 @@ class _Prepared:
             positions = given.get("position_ids")
             if positions is not None and not all(torch.equal(positions, one) for one in self.positions_after(more)):
                 raise UnsupportedModelError(f"{_name(self._model)} counts positions otherwise than one by one.")
+
+
+def _are_those(found: Sequence[Held], before: Sequence[Held]) -> bool:
+    """Return whether the same tensors are held."""
+    return len(found) == len(before) and all(one[-1] is other[-1] for one, other in zip(found, before, strict=True))
 
 
 def _check_steps(model: Any) -> None:

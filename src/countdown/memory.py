@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,7 +66,12 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that a device has, those that are taken included."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not hasattr(os, "sysconf"):  # Windows: as if there were no end to it
+        return sys.maxsize
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    granted = limit.read_text(encoding="ascii").strip() if limit.exists() else ""
+    most = int(granted) if granted.isdigit() else sys.maxsize
+    return min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @contextmanager

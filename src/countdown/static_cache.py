@@ -14,6 +14,8 @@ from countdown.errors import UnsupportedModelError
 
 # Tokens that are computed before the first that counts: one to look at the linears, two to record, one to compile.
 WARM_UP = 4
+# A tensor that a step may change: the dictionary that it is in, its name there, and itself.
+Held = tuple[dict[Any, Any], Any, Tensor]
 # Names of what no step changes besides keys and values: what every module has, looked at for every prompt otherwise.
 _NO_TENSORS = {"keys", "values", *vars(nn.Module())}
 
@@ -118,8 +120,8 @@ def kept_as_it_was(model: nn.Module, layers: Sequence[Any] = (), *, only_if_it_f
             raise
 
 
-def tensors_in(holders: Sequence[dict[Any, Any]]) -> list[tuple[dict[Any, Any], Any, Tensor]]:
-    """Return the tensors that a step may change: the dictionary that one is in, its name there, and the tensor."""
+def tensors_in(holders: Sequence[dict[Any, Any]]) -> list[Held]:
+    """Return the tensors that a step may change."""
     return [
         (holder, name, value)
         for holder in holders

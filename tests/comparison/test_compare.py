@@ -175,6 +175,16 @@ def test_a_speed_up_that_cannot_be_is_measured_again(run, monkeypatch):
     assert measured(run.said) == ["m-countdown × rms at 0.6"]
 
 
+def test_usually_predictions_are_compared_where_they_are_fitted():
+    found = grid.configurations(None, None, effort.USUAL)
+    predicting = [one for one in found if "affine" in one.label]
+    assert {one.recipe.entries[0].method.name for one in predicting} == {"d-proxy", "m-countdown", "cats"}
+    # Below it would be the method without.
+    assert {one.sparsity for one in predicting} == {0.5, 0.7, 0.8}
+    assert 0.3 in {one.sparsity for one in found}
+    assert not any("affine" in one.label for one in grid.configurations(None, None, effort.QUICK))
+
+
 def test_what_is_quick_measures_less_and_is_called_rough(run, cache):
     found = run(quick=True, methods=["cats"], sparsities=None, windows=None, tokens=1024, speed=False, quantised=False)
     assert [cell.label for cell in found.cells] == ["dense", "cats at 0.5", "cats at 0.7"]

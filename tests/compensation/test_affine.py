@@ -10,7 +10,8 @@ import torch
 
 import countdown
 from calls import arguments
-from countdown.calibration import passes
+from countdown.calibration.passes import Assignment
+from countdown.calibration.passes import affine as affine_pass
 from countdown.compensation import affine
 from countdown.compensation.affine import Affine
 from countdown.errors import ConfigError, ProfileError, TextError
@@ -20,6 +21,8 @@ from countdown.modules import running, sparse_modules
 from countdown.phase import PADDING, PROMPT
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
+from countdown.sites import find_sites
+from countdown.sums._base import product_of
 from countdown.text import windows
 from countdown.weights import Plain
 from countdown.weights.symmetric import Symmetric4, quantise
@@ -200,7 +203,7 @@ def test_sites_are_read_in_groups_where_memory_is_short(allocation, tokenizer, t
     assert "predicting what is dropped: sums take 0.00 GB beside the model's weights\n" in said
     # Room for the sums of two of three sites: with a 1, 25 inputs and 24 outputs at 4 sparsities each.
     weights = sum(parameter.nbytes for parameter in llama().parameters())
-    monkeypatch.setattr(passes.affine, "memory_of", lambda _: weights + 2 * 2 * 4 * 25 * (25 + 4 * 24))
+    monkeypatch.setattr(affine_pass, "memory_of", lambda _: weights + 2 * 2 * 4 * 25 * (25 + 4 * 24))
     parts = found()
     said = capsys.readouterr().err
     assert "beside the model's weights, in 2 readings of the text\n" in said
@@ -286,6 +289,23 @@ def test_in_a_recipe_only_some_methods_have_it(tokenizer, text):
     assert Recipe.named("d-proxy+wina", compensate="affine").entries[0].method.compensate == "affine"
     with pytest.raises(ConfigError, match="'teal' has no field 'compensate'"):
         Recipe.named("teal", compensate="none")
+
+
+def test_tokens_with_small_outputs_are_not_disturbed(tokenizer, text):
+    """What normalises the output of an FFN makes a large one of a small one, errors included."""
+    model = llama()
+    (site, *_) = find_sites(model, ["ffn"])
+    one = Assignment(site, method("m-countdown", sparsity=0.7, compensate="affine"))
+    sums = affine_pass._Sums(one, [0.7])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 24, generator=generator) + 2
+    # One token in a hundred has next to no output.
+    x[::100] = 0.03 * torch.randn(24, generator=generator)
+    with torch.inference_mode():
+        sums.add(site.sum, x, factors := site.sum.project(x))
+    added = Affine.added(x[::100], None, torch.ones(4, 1, dtype=torch.bool), Affine(0.7).make(site.sum, sums.fits()))
+    y = site.sum.combine(product_of(factors)[::100])
+    assert added.norm() < 2 * y.norm()
 
 
 def test_inputs_that_the_text_leaves_at_nothing(tokenizer, text):

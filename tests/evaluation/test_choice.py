@@ -13,6 +13,7 @@ from countdown.evaluation.choice import Trial, choose
 from countdown.methods import method
 from countdown.modules import sparse_modules
 from countdown.profiles.recipe import Recipe
+from countdown.text import Text
 from tiny import llama
 
 
@@ -60,7 +61,7 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
     )
     assert re.search(r"reads \d\d% of a token's weights", first)
     assert re.search(r"m-countdown × rms at 0.7: KL 0.1000, reads \d\d%; .*cats × rms at 0.7: KL 0.3000", second)
-    assert second.count("d-proxy") == 1  # with attention
+    assert second.count("d-proxy") == 2  # with attention, and with a prediction
 
 
 @pytest.mark.parametrize(("factor", "taken"), [(0.95, False), (0.5, True)])
@@ -71,7 +72,9 @@ def test_a_prediction_is_taken_where_it_wins_at_the_same_bytes(factor, taken, ju
     chosen = found.chosen.recipe.entries[0].method
     assert (chosen.name, chosen.compensate) == ("d-proxy", "affine" if taken else "none")
     assert found.profile.entries[0].method.compensate == chosen.compensate
-    assert ("+ affine" in found.reason.splitlines()[0]) is taken
+    first, second = found.reason.splitlines()
+    assert ("+ affine" in first) is taken
+    assert ("d-proxy × column-norm, global, 4 bits at 0." if taken else "global + affine, 4 bits at 0.7") in second
     predicting, alone = judged[-2:]
     assert (predicting.compensate, predicting.sparsity, alone.compensate) == ("affine", 0.7, "none")
     model = llama(hidden_size=64)
@@ -96,9 +99,11 @@ def test_text_that_is_too_short_for_a_prediction_tries_none(judged, tokenizer, t
     assert not any(config.fitted for config in judged)
 
 
-def test_trials_read_more_text_for_wide_inputs(judged, tokenizer, text, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_trials_read_more_text_for_wide_inputs(count, judged, tokenizer, text, monkeypatch):
     monkeypatch.setattr(choice, "TRIAL_TOKENS", 96)
-    choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=512, window=16, progress=False)
+    texts = [Text(f"part {n}", "calibration", text[n * 8000 : (n + 1) * 8000]) for n in range(count)]
+    choose(llama(hidden_size=64), tokenizer, texts, sparsity=0.7, tokens=768, window=16, progress=False)
     assert any(config.fitted for config in judged)
 
 
@@ -185,6 +190,7 @@ def test_a_loss_that_nothing_keeps_is_refused(judged, tokenizer, text):
     [
         ({"sparsity": 0.5, "max_loss": 0.1}, "not both"),
         ({"max_loss": 0.0}, "expected more than 0"),
+        ({"sparsity": 0.0}, "at a sparsity of 0 nothing is skipped"),
         ({"tokens": 1024}, "takes 3 sequences of text or more, and there are 2"),
     ],
 )

@@ -95,8 +95,18 @@ def measurable() -> list[str]:
 
 
 def _parsed(name: str) -> Method:
-    """Return what a name on the command line stands for; of a recipe the first method."""
-    return Recipe.parse(name).entries[0].method
+    """Return the method that a name on the command line stands for, `NAME` or `NAME:compensate=affine`.
+
+    Raises:
+        ConfigError: It is a recipe of several, or has settings that make no difference here.
+    """
+    entries = Recipe.parse(name).entries
+    config = entries[0].method
+    # Random weights are not calibrated, sparsities are those of the benchmark, and copies those of the kernels.
+    predicted = {} if config.compensation is None else {"compensate": config.compensation.name}
+    if len(entries) > 1 or config != method(config.name, **predicted):
+        raise ConfigError(f"'{name}' is more than a method and what it predicts (`d-proxy:compensate=affine`).")
+    return config
 
 
 def _has_kernel(config: Method) -> bool:

@@ -13,7 +13,7 @@ from countdown.comparison import quantised
 from countdown.comparison.comparison import Cell
 from countdown.comparison.effort import USUAL, Effort
 from countdown.errors import ConfigError
-from countdown.evaluation.choice import PREDICTING, can_predict, candidates
+from countdown.evaluation.choice import PREDICTING, can_predict, candidates, first_level
 from countdown.methods import COMBINED_RECIPE, DEFAULT_METHOD, Method, method, method_class
 from countdown.profiles.recipe import SUFFIXES, Recipe
 
@@ -124,6 +124,7 @@ def configurations(
         Configuration(f"{label} at {sparsity:g}", "sparse", sparsity, recipe.with_settings(sparsity=sparsity))
         for label, recipe in recipes
         for sparsity in (effort.sparsities if sparsities is None else sparsities)
+        if sparsities is not None or sparsity >= first_level(recipe)
     ]
     labels = [configuration.label for configuration in found]
     if twice := [label for label in labels if labels.count(label) > 1]:

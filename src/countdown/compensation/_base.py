@@ -13,6 +13,7 @@ from countdown.registry import Registry, classes_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from countdown.artifacts import Artifacts
     from countdown.sums import Sum
     from countdown.weights import Weight
 
@@ -53,6 +54,10 @@ class Compensation(Keeper):
             sparse: Which tokens are neither of these, bool `[..., 1]`.
             parts: The compensation's own weights.
         """
+
+    def taken(self, artifacts: Artifacts) -> object:
+        """Return what of the artifacts `make` takes: it makes the same of the same."""
+        return self
 
     @abstractmethod
     def cut(self, sum_: Sum, parts: Sequence[Weight]) -> tuple[Weight, ...]:

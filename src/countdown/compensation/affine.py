@@ -76,7 +76,7 @@ class Affine(Compensation):
 
     def make(self, sum_: Sum, artifacts: Artifacts) -> tuple[Weight, ...]:
         """Return L `[outputs, d]`, what its columns are times `[1, d]`, and b `[1, outputs]`."""
-        place = self.fit(artifacts)
+        place = self.taken(artifacts)
         assert place is not None
         d, outputs, device = sum_.weights[0].shape[1], sum_.outputs, sum_.weights[0].device
         # Copies, which do not hold on to the other fits.
@@ -84,7 +84,7 @@ class Affine(Compensation):
         channels = artifacts[CHANNELS.name].to(device, copy=True)
         return Symmetric4([levels, scales], (outputs, d)), Plain([channels[None]]), Plain([bias[None]])
 
-    def fit(self, artifacts: Artifacts) -> int | None:
+    def taken(self, artifacts: Artifacts) -> int | None:
         """Return the place of the fit that it takes, None where all are for higher sparsities."""
         below = int((artifacts[AT.name] <= self.sparsity + 1e-6).sum())
         return below - 1 if below else None

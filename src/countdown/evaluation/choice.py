@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,7 +25,7 @@ from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
 from countdown.progress import Steps, about, say
-from countdown.sites import SITES, check_untouched, find_sites
+from countdown.sites import SITES, Site, check_untouched, find_sites
 from countdown.sparsify import restore_, sparsify_
 from countdown.text import WINDOW, as_texts
 from countdown.wrappers import base_model
@@ -92,7 +92,7 @@ class Choice:
     def reason(self) -> str:
         """Two lines that say why."""
         one = self.chosen
-        best: dict[tuple[str, ...], Trial] = {}
+        best: dict[Hashable, Trial] = {}
         for trial in sorted(self.others, key=lambda trial: trial.kl):
             best.setdefault(_names(trial.recipe), trial)
         others = "; ".join(str(trial) for names, trial in best.items() if names != _names(one.recipe))
@@ -140,25 +140,30 @@ def choose(
     check_dense(dense)
     texts = texts if isinstance(texts, Mapping) else as_texts(texts)
     window = window_length(context_of(dense.config), window)
-    sequences = trial_sequences(tokenizer, texts, tokens, window, at_least=_to_predict(dense))
+    needed = _to_predict(dense)
+    sequences = trial_sequences(tokenizer, texts, tokens, window, at_least=needed)
     seen = [sequence for place, sequence in enumerate(sequences) if place % JUDGING]
 
     first = [Recipe.of(config) for config in candidates({} if sparsity is None else {"sparsity": sparsity})]
     longer = _tokens(calibration_sequences(tokenizer, texts, tokens, window)) / _tokens(seen)
     course = _Course(first, longer, progress)
     trials = _Trials(model, tokenizer, (_batch(seen), _batch(sequences[::JUDGING])), max_loss, course, progress)
-    found = [trials.of(config) for config in first]
+    found = [trials.of(config, _kind_of(config)) for config in first]
     best = _best(found, max_loss)
-    predicting = partial(_predicting, tokens=_tokens(seen), needed=_to_predict(dense))
-    changes: list[Change] = [*_changes(best.recipe), partial(_with_others, dense), predicting]
-    for place, change in enumerate(changes):
-        course.expect(best.recipe, changes[place:])
-        if (config := change(best.recipe)) is not None:
-            found.append(trials.of(config))
-            best = found[-1] if trials.are_better(found[-1], best) else best
+    predicting = partial(_predicting, tokens=_tokens(seen), needed=needed)
+    changes: list[tuple[str, Change]]
+    changes = [*_changes(best.recipe), ("global", partial(_with_others, dense)), ("prediction", predicting)]
+    course.expect([kind for kind, _ in changes])
+    for kind, change in changes:
+        config = change(best.recipe)
+        if config is None:
+            course.skip(kind)
+            continue
+        found.append(trials.of(config, kind))
+        best = found[-1] if trials.is_better(found[-1], best) else best
     course.last(best.recipe)
     profile = calibrate(model, tokenizer, texts, best.recipe, tokens=tokens, window=window, progress=progress)
-    return Choice(profile, best, [other for other in found if other is not best])
+    return Choice(profile, best, [other for other in (*found, *trials.rivals) if other is not best])
 
 
 class _Trials:
@@ -184,10 +189,11 @@ class _Trials:
         self._seen, self._held_out = texts
         self._course, self._progress = course, progress
         self._profiles: dict[str, Profile] = {}
+        self.rivals: list[Trial] = []  # what was the best, where it reads as much as what it was changed to
 
-    def of(self, config: Recipe) -> Trial:
-        """Try it, at its sparsity or at the highest that keeps the loss."""
-        with self._course.trial(config):
+    def of(self, config: Recipe, kind: str) -> Trial:
+        """Try it, at its sparsity or at the highest that keeps the loss; `kind` is what makes that long or short."""
+        with self._course.trial(config, kind):
             with self._course.calibration(config):
                 profile = calibrate(self._model, self._tokenizer, self._seen, config, progress=self._progress)
             self._profiles[_label(config)] = profile
@@ -199,21 +205,23 @@ class _Trials:
         profile = self._profiles[_label(config)].with_settings(sparsity=sparsity)
         return _judged(self._model, profile, self._held_out, self._progress)
 
-    def are_better(self, trial: Trial, best: Trial) -> bool:
+    def is_better(self, trial: Trial, best: Trial) -> bool:
         """Return whether what the best was changed to is better: at the same bytes, or with less that keep the loss."""
         if self._max_loss is not None:
             return trial.loss <= self._max_loss and (trial.token_read, trial.kl) < (best.token_read, best.kl)
         if trial.token_read > best.token_read + ALIKE:
-            best = self._reading(trial.token_read, best)
+            best = self._at_same_bytes(trial.token_read, best)
+            self.rivals.append(best)
         return trial.kl < best.kl
 
-    def _reading(self, share: float, one: Trial) -> Trial:
+    def _at_same_bytes(self, share: float, one: Trial) -> Trial:
         """Judge it at the sparsity at which it reads this share of a token's weights."""
         profile, model = self._profiles[_label(one.recipe)], base_model(self._model)
+        sites = find_sites(model, profile.kinds)
         low, high = 0.0, one.sparsity
         while high - low > NEAR:
             middle = (low + high) / 2
-            more = _token_read(model, profile.with_settings(sparsity=middle)) > share
+            more = _token_read(model, profile.with_settings(sparsity=middle), sites) > share
             low, high = (middle, high) if more else (low, middle)
         return self._at(one.recipe, high)
 
@@ -231,19 +239,18 @@ class _Course:
 
     def __init__(self, tried: Sequence[Recipe], longer: float, show: bool) -> None:
         most = max((_changes(config) for config in tried), key=len)
-        others = [config for change in most if (config := change(tried[0])) is not None]
-        lengths = [*map(_length, [*tried, *others]), "global", "prediction"]
-        self._trials = Steps(lengths, {"global": GLOBAL})
+        kinds = [*map(_kind_of, tried), *(kind for kind, _ in most), "global", "prediction"]
+        self._trials = Steps(kinds, {"global": GLOBAL})
         self._longer, self._show = longer, show
         self._took: dict[str, float] = {}  # seconds of a trial's calibration, by label
         self._longest = 0.0  # that which the last one may take
 
     @contextmanager
-    def trial(self, config: Recipe) -> Iterator[None]:
+    def trial(self, config: Recipe, kind: str) -> Iterator[None]:
         """Within the context, a method is tried."""
         if self._show:
             say(f"trying {_label(config)} ({self})")
-        with self._trials.step(_length(config)):
+        with self._trials.step(kind):
             yield
 
     @contextmanager
@@ -254,9 +261,13 @@ class _Course:
         took = self._took[_label(config)] = time.perf_counter() - started
         self._longest = max(self._longest, self._longer * took * (1 if _is_global(config) else GLOBAL))
 
-    def expect(self, best: Recipe, changes: Sequence[Change]) -> None:
-        """Take note of what is still to be tried: the best so far, changed like this."""
-        self._trials.left = [_length(config) for change in changes if (config := change(best)) is not None]
+    def expect(self, kinds: Sequence[str]) -> None:
+        """Take note of what is still to be tried."""
+        self._trials.left = list(kinds)
+
+    def skip(self, kind: str) -> None:
+        """Take note that one of these is not tried."""
+        self._trials.left.remove(kind)
 
     def last(self, best: Recipe) -> None:
         """Say that the best is calibrated on all of the text."""
@@ -271,10 +282,8 @@ class _Course:
         return f"{place}, at most {about(self._trials.seconds + self._longest)} left"
 
 
-def _length(config: Recipe) -> str:
-    """Return what makes a trial long or short."""
-    method = config.entries[0].method
-    return "global" if _is_global(config) else "prediction" if method.fitted else method.name
+def _kind_of(config: Recipe) -> str:
+    return config.entries[0].method.name
 
 
 def _is_global(config: Recipe) -> bool:
@@ -286,19 +295,21 @@ def _label(recipe: Recipe) -> str:
     return f"{first}, and {', '.join(others)} with the other linears" if others else first
 
 
-def _names(recipe: Recipe) -> tuple[str, ...]:
-    return tuple(entry.method.name for entry in recipe.entries)
+def _names(recipe: Recipe) -> tuple[tuple[str, bool], ...]:
+    """Return the methods' names, and which of them predict."""
+    return tuple((entry.method.name, bool(entry.method.fitted)) for entry in recipe.entries)
 
 
 def _tokens(sequences: Sequence[Tensor]) -> int:
     return sum(len(sequence) for sequence in sequences)
 
 
-def _changes(best: Recipe) -> list[Change]:
-    """Return how the best method is changed to see whether that is better."""
+def _changes(best: Recipe) -> list[tuple[str, Change]]:
+    """Return what makes a change of the best's settings long or short, and the change."""
     method = best.entries[0].method
-    others = [{"weighting": name} for name in method.weightings if name != method.weighting]
-    return [partial(_with, settings) for settings in (*others, {"allocation": "global"})]
+    others = [name for name in method.weightings if name != method.weighting]
+    weighted = [(method.name, partial(_with, {"weighting": name})) for name in others]
+    return [*weighted, ("global", partial(_with, {"allocation": "global"}))]
 
 
 def _with(settings: Mapping[str, str], best: Recipe) -> Recipe:
@@ -351,8 +362,10 @@ def trial_sequences(
         ConfigError, TextError: Too little text for trials, or for the calibration of so many tokens that follows.
     """
     calibration_sequences(tokenizer, texts, tokens, window)
-    # Rounds of those that calibrate and the one that judges.
-    enough = max(TRIAL_TOKENS, -(-at_least // ((JUDGING - 1) * window)) * JUDGING * window)
+    # Rounds of those that calibrate and the one that judges, as many of each text.
+    count = 1 if isinstance(texts, Mapping) else len(as_texts(texts))
+    rounds = -(-at_least // ((JUDGING - 1) * window * count)) * count
+    enough = max(TRIAL_TOKENS, rounds * JUDGING * window)
     sequences = calibration_sequences(tokenizer, texts, min(tokens, enough), window)
     if len(sequences) < JUDGING:
         raise ConfigError(
@@ -368,6 +381,8 @@ def check_wishes(sparsity: float | None, max_loss: float | None) -> None:
     """Raise ConfigError unless at most one of them is wished for, and can be had."""
     if sparsity is not None:
         candidates({"sparsity": sparsity})
+    if sparsity == 0:
+        raise ConfigError("at a sparsity of 0 nothing is skipped: give a higher one, or --method.")
     if sparsity is not None and max_loss is not None:
         raise ConfigError("give a sparsity or a largest loss, not both: one follows from the other.")
     if max_loss is not None and not max_loss > 0:
@@ -399,19 +414,30 @@ def _judged(model: nn.Module, profile: Profile, held_out: Mapping[str, Tensor], 
     return Trial(profile.recipe, found.kl, loss, _token_read(base_model(model), profile))
 
 
-def _token_read(model: nn.Module, profile: Profile) -> float:
-    """Return the share of a token's weight bytes that is read, as far as methods meet their targets."""
-    sites = {site.name: site for site in find_sites(model, profile.kinds)}
+def _token_read(model: nn.Module, profile: Profile, sites: Sequence[Site] | None = None) -> float:
+    """Return the share of a token's weight bytes that is read, as far as methods meet their targets.
+
+    Args:
+        model: Dense.
+        profile: Says which.
+        sites: Those of its kinds, where they are known: to find them takes time.
+    """
+    by_name = {site.name: site for site in sites or find_sites(model, profile.kinds)}
     saved = 0.0
     for entry in profile.entries:
-        own = [sites[name] for name in entry.sites]
+        own = [by_name[name] for name in entry.sites]
         saved += sum(site.nbytes for site in own) * (1 - weights_read(own, entry.method))
     return 1 - saved / token_bytes(model, ()).total
 
 
+def first_level(config: Recipe) -> float:
+    """Return from which sparsity on a prediction is fitted, if there is one, beside that for the recipe's own."""
+    return FITTED[0] if config.entries[0].method.fitted else 0.0
+
+
 def _levels(config: Recipe) -> list[float]:
-    """Return where the largest loss is looked for; nothing is predicted below the first sparsity that is fitted."""
-    first = FITTED[0] if config.entries[0].method.fitted else 0.0
+    """Return where the largest loss is looked for: not where nothing would be predicted."""
+    first = min(first_level(config), config.entries[0].method.sparsity)
     return [level for level in LEVELS if level >= first]
 
 

@@ -70,7 +70,11 @@ class Predicting(Method):
         from countdown.compensation.affine import AT, Affine
 
         compensation = self.compensation
-        if not isinstance(compensation, Affine) or AT.name not in artifacts or compensation.fit(artifacts) is not None:
+        if (
+            not isinstance(compensation, Affine)
+            or AT.name not in artifacts
+            or compensation.taken(artifacts) is not None
+        ):
             return self
         return replace(self, compensate="none")
 

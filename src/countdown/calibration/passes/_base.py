@@ -49,7 +49,7 @@ class Assignment:
     artifacts: dict[str, Tensor] = field(default_factory=dict)
     parts: Sequence[Weight] = ()
     added: Sequence[Weight] = ()
-    _made: dict[Compensation, Sequence[Weight]] = field(default_factory=dict)
+    _made: dict[object, Sequence[Weight]] = field(default_factory=dict, init=False)
 
     def make_parts(self) -> None:
         """Make the weights of the selector and of the compensation."""
@@ -73,9 +73,10 @@ class Assignment:
     def _added_by(self, compensation: Compensation) -> Sequence[Weight]:
         if compensation.derived:
             return compensation.cut(self.site.sum, self.added)
-        if compensation not in self._made:
-            self._made[compensation] = compensation.make(self.site.sum, self.artifacts)
-        return self._made[compensation]
+        key = compensation.taken(self.artifacts)
+        if key not in self._made:
+            self._made[key] = compensation.make(self.site.sum, self.artifacts)
+        return self._made[key]
 
     def indicator(self, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
         """Return the weighted indicator, float32 `[..., terms]`, for the site's input and factors."""
