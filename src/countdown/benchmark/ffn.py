@@ -105,7 +105,10 @@ def _parsed(name: str) -> Method:
     # Random weights are not calibrated, sparsities are those of the benchmark, and copies those of the kernels.
     predicted = {} if config.compensation is None else {"compensate": config.compensation.name}
     if len(entries) > 1 or config != method(config.name, **predicted):
-        raise ConfigError(f"'{name}' is more than a method and what it predicts (`d-proxy:compensate=affine`).")
+        raise ConfigError(
+            f"'{name}' is more than a method and what it predicts (`d-proxy:compensate=affine`); `benchmark decode` "
+            "measures others."
+        )
     return config
 
 
