@@ -336,7 +336,7 @@ def test_without_a_method_one_is_picked_and_the_reason_said(model_folder, tmp_pa
     assert picked.startswith("picked ")
     assert "threshold at 0.6: KL 0." in picked
     assert instead.startswith("instead of ")
-    assert instead.count(": KL ") == 3  # of them one with attention
+    assert instead.count(": KL ") == 4  # of them one with attention, and one with a prediction
     (entry,) = json.loads((tmp_path / "p" / "profile.json").read_text())["entries"]
     assert entry["method"]["name"] in picked
     assert entry["method"]["sparsity"] == 0.6
