@@ -316,7 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
-    "compensation": lambda: compensation_tables.rises(["smollm2"]),
+    "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3"]),
     "compensation-time": lambda: speed.predicting(["cpu-ffn-affine", "cpu-ffn-affine-1-thread"]),
     "together": lambda: speed.together("together-smollm2"),
     "contexts": lambda: speed.contexts(["contexts-cpu-1.5b"]),
