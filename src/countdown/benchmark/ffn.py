@@ -46,7 +46,7 @@ class FFNBenchmark:
 
     Args:
         shapes: (d, h) of each FFN.
-        methods: Names of methods that decide by one projection or by a proxy, with settings if any
+        methods: Names of methods that decide by one projection or by a proxy, with what they predict if anything
             (`d-proxy:compensate=affine`), or `given`. [all of them, and `given`]
         sparsities: Shares of inactive neurons, of every token; 1 is the decision alone.
         tokens: Tokens in a call, 1 to 8.
@@ -102,7 +102,6 @@ def _parsed(name: str) -> Method:
     """
     entries = Recipe.parse(name).entries
     config = entries[0].method
-    # Random weights are not calibrated, sparsities are those of the benchmark, and copies those of the kernels.
     predicted = {} if config.compensation is None else {"compensate": config.compensation.name}
     if len(entries) > 1 or config != method(config.name, **predicted):
         raise ConfigError(
@@ -341,11 +340,15 @@ class _Deciding:
         self.compensation = None if config.compensation is None else type(config.compensation)
         self.compensate = self.compensation.name if self.compensation else ""
         self.indicator = self.selector.indicator
-        drop = int(sparsity * layers.h)
-        decided = {"selector": self.selector.name, "rule": "threshold", "drop": drop}
-        self.how = {**decided, "compensation": self.compensate}
+        self.how = {
+            "selector": self.selector.name,
+            "rule": "threshold",
+            "drop": int(sparsity * layers.h),
+            "compensation": self.compensate,
+        }
         self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
         self.parts = layers.parts(self.selector, self.compensate)
+        self.own = len(self.selector.shapes(layers.d, layers.h))  # of these, the selector's come first
         own = sum(part.nbytes for part in self.parts[0]) / (layers.d * layers.h * x.element_size())
         self.decides, self.reused = len(self.selector.reads) + own, len(self.selector.reads)
         self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
@@ -373,7 +376,7 @@ class _Deciding:
     def _value(self, layer: int, scale: float = 1.0) -> Tensor:
         """Return the indicator of all tokens' neurons `[tokens·h]`, what it is rounded from times `scale`."""
         sum_ = self.layers.sum(layer)
-        if own := self.parts[layer][: len(self.selector.shapes(self.layers.d, self.layers.h))]:
+        if own := self.parts[layer][: self.own]:
             return (scale * self.selector.score(sum_, self.x, own, ())).flatten()
         role = sum_.roles.index(self.selector.reads[0])
         rounded = (scale * F.linear(self.x.float(), sum_.weights[role].values().float())).to(self.layers.dtype)
@@ -413,10 +416,8 @@ class _Deciding:
         """Return what the first layer predicts of dropped neurons."""
         if self.compensation is None:
             return 0.0
-        tokens = len(self.x)
-        dropped = torch.ones((tokens, self.layers.h), dtype=torch.bool, device=self.x.device)
-        added = self.parts[0][len(self.selector.shapes(self.layers.d, self.layers.h)) :]
-        return self.compensation.added(self.x.float(), dropped, dropped[:, :1], added).double()
+        dropped = torch.ones((len(self.x), self.layers.h), dtype=torch.bool, device=self.x.device)
+        return self.compensation.added(self.x.float(), dropped, dropped[:, :1], self.parts[0][self.own :]).double()
 
 
 class _Given:

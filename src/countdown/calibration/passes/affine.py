@@ -5,7 +5,7 @@ serves all sparsities. By threshold it is what lies below the quantile of all th
 thresholds that serve are estimated afterwards, with what is predicted in place.
 
 A token counts by how small its output is, as what comes behind an FFN feels errors relative to that: Gemma normalises
-the output, and that of a text's first token is a thousandth of others'.
+the output, and there are tokens whose is smaller by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class AffinePass(Pass):
     name, rank = "affine", 2
 
     def check(self, run: Run) -> None:
-        """Say how much memory sums take.
+        """See `Pass.check`; also says how much memory sums take.
 
         Raises:
             TextError: Too little text for so many inputs.

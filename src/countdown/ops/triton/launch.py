@@ -349,8 +349,7 @@ def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens:
 def reduction(d: int, programs: int, tokens: int, how: tuple[int, int, int, bool] | None = None) -> Launch:
     """Return the launch of `reduce`; of what is predicted with the rows that registers hold, `packed` like this."""
     columns = 32 if how is None else _clamp(16384 // how[1], 1, 32)
-    constants = {"P": _power(programs), "COLUMNS": columns, "HOW": how}
-    return Launch((_ceil(d, columns), tokens), constants, 8)
+    return Launch((_ceil(d, columns), tokens), {"P": _power(programs), "COLUMNS": columns, "HOW": how}, 8)
 
 
 def _row(d: int, itemsize: int) -> tuple[int, int]:
