@@ -268,7 +268,8 @@ def predicting(names: Sequence[str]) -> str:
     rows, sources = [], ""
     for name in names:
         document = load(name)
-        found = {(r["method"], r["compensate"], r["sparsity"]): r for r in document["records"]}
+        of_one_look = (r for r in document["records"] if not r.get("second_look"))
+        found = {(r["method"], r["compensate"], r["sparsity"]): r for r in of_one_look}
         sparsities = sorted({key[2] for key in found})
         for method in dict.fromkeys(key[0] for key in found):
             cells = [_term(found[method, "", s], found[method, "affine", s]) for s in sparsities]

@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 11
+#define COUNTDOWN_ABI 12
 
 /* Tokens of a call, which may lie anywhere. */
 #define COUNTDOWN_MOST_TOKENS 8
@@ -62,6 +62,7 @@ typedef struct {
 typedef struct {
     int64_t by;
     const float *per_term; /* [h] thresholds, or NULL where active sets are given */
+    const float *second;   /* [h] thresholds of a second look, at the coefficients of what the first leaves; or NULL */
     const uint8_t *active; /* [T, h], each 0 or 1: those that are given, of a linear by input too */
     const uint8_t *phases; /* [T], read anew at each run; NULL where all are generated */
     int64_t words, groups; /* of a row of the copies, 0 without them */
@@ -92,7 +93,7 @@ typedef struct {
     countdown_compensation added; /* of a linear */
     countdown_affine affine;      /* of an FFN */
     uint8_t *selected; /* [T, h]: if there, only the active sets are computed, into it */
-    int64_t *counters; /* [2] or NULL: += generated tokens and their active neurons */
+    int64_t *counters; /* [2], or [3] of two looks, or NULL: += generated tokens, and what each look leaves of theirs */
     void *y[COUNTDOWN_MOST_TOKENS]; /* of each token, [outputs] */
     void *workspace;                /* countdown_workspace bytes */
 } countdown_sum_call;

@@ -12,6 +12,9 @@ struct Decider {
     // what `score` left of them.
     void (*coefficients)(const Terms &terms, const Block &block, const Rows &down, float *factors);
     const Matrix Terms::*first_read;  // of whose rows `coefficients` reads a block first
+    // Coefficients of a block as the dense FFN rounds their factors, [count, T], while the rows of `first_read` that come
+    // `next` are fetched; for a second look.
+    void (*look_again)(const Terms &terms, const Block &block, const Rows &next, float *out);
 };
 
 struct ByUp {
@@ -24,6 +27,14 @@ struct ByUp {
         terms.project(terms.gate, block, factors, down);
         terms.activate(factors, block.count);
         terms.multiply(factors, block.values, block.count);
+    }
+
+    static void look_again(const Terms &terms, const Block &block, const Rows &next, float *out) {
+        terms.project(terms.gate, block, out, next);
+        terms.round(out, block.count);
+        terms.activate(out, block.count);
+        terms.round(out, block.count);
+        terms.multiply(out, block.values, block.count);
     }
 };
 
@@ -38,6 +49,12 @@ struct ByGate {
     static void coefficients(const Terms &terms, const Block &block, const Rows &down, float *factors) {
         terms.project(terms.up, block, factors, down);
         terms.multiply(factors, block.values, block.count);
+    }
+
+    static void look_again(const Terms &terms, const Block &block, const Rows &next, float *out) {
+        terms.project(terms.up, block, out, next);
+        terms.round(out, block.count);
+        terms.multiply(out, block.values, block.count);
     }
 };
 
@@ -85,12 +102,12 @@ struct ByCopy : Unknown {
 
 // In the order of countdown_decider. What is given is not compared.
 static constexpr Decider DECIDERS[] = {
-    {ByUp::score, ByUp::coefficients, &Terms::gate},
-    {ByGate::score, ByGate::coefficients, &Terms::up},
-    {ByCoefficient::score, ByCoefficient::coefficients, &Terms::down},
-    {ByCopy::score, ByCopy::coefficients, &Terms::gate},
-    {ByInput::score, ByInput::coefficients, &Terms::down},
-    {nullptr, Unknown::coefficients, &Terms::gate},
+    {ByUp::score, ByUp::coefficients, &Terms::gate, ByUp::look_again},
+    {ByGate::score, ByGate::coefficients, &Terms::up, ByGate::look_again},
+    {ByCoefficient::score, ByCoefficient::coefficients, &Terms::down, nullptr},
+    {ByCopy::score, ByCopy::coefficients, &Terms::gate, nullptr},
+    {ByInput::score, ByInput::coefficients, &Terms::down, nullptr},
+    {nullptr, Unknown::coefficients, &Terms::gate, nullptr},
 };
 
 }  // namespace countdown::VARIANT

@@ -19,7 +19,8 @@ class Sum {
     Sum(const countdown_sum_call &call, const SumSpace &space, const Part &part, int phase)
         : call_(call), space_(space), part_(part), phase_(phase),
           terms_(call, space, part.index, phase == FIND ? Terms::READ : Terms::WAS_READ),
-          decider_(DECIDERS[call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
+          decider_(DECIDERS[call.decision.by]),
+          known_(DECIDERS[call.decision.second ? int64_t(COUNTDOWN_BY_COEFFICIENT) : call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
           low_rank_(call, space, part), affine_(call, space, part, terms_),
           sums_(space.sums + part.index * call.tokens * space.width) {}
 
@@ -40,6 +41,7 @@ class Sum {
     const int phase_;
     const Terms terms_;
     const Decider &decider_;
+    const Decider &known_;  // what is known of listed neurons when their rows of W_down are read
     const int64_t rows_at_once_;
     const LowRank low_rank_;
     Affine affine_;
@@ -147,9 +149,16 @@ class Sum {
         add_to(&call_.counters[1], active);
     }
 
+    void count_left() const {
+        int64_t left = 0;
+        for (int part = 0; part < part_.count; ++part) left += space_.found[part].left;
+        add_to(&call_.counters[2], left);
+    }
+
     // This part's share of the neurons of all lists, taken together.
     void sum_active() const {
         if (part_.index == 0 && call_.counters) count();
+        space_.found[part_.index].left = 0;
         memset(sums_, 0, size_t(call_.tokens * space_.width) * sizeof(float));
         int64_t total = 0, before = 0;
         for (int part = 0; part < part_.count; ++part) total += space_.found[part].neurons;
@@ -162,8 +171,39 @@ class Sum {
 
     // Neurons from `from` to `stop` of the list that starts at a place.
     void sum_list(int64_t place, int64_t from, int64_t stop) const {
+        if (call_.decision.second && stop > from) stop = from + look_again(place + from, stop - from);
         for (int64_t at = from; at < stop; at += rows_at_once_)
             add(block_of(place + at, stop - at), block_of(place + at + rows_at_once_, stop - at - rows_at_once_));
+    }
+
+    // Of `count` neurons from a place on, list anew those whose coefficients some token needs, with these; return how
+    // many.
+    int64_t look_again(int64_t place, int64_t count) const {
+        int64_t kept = place;
+        for (int64_t at = 0; at < count; at += rows_at_once_) {
+            const Block block = block_of(place + at, count - at);
+            const int64_t rest = count - at - rows_at_once_;
+            const Block next = rest > 0 ? block_of(place + at + rows_at_once_, rest) : block;
+            float coefficients[BLOCK * MOST_TOKENS] = {};
+            decider_.look_again(terms_, block, (terms_.*decider_.first_read).rows(next), coefficients);
+            for (int64_t k = 0; k < block.count; ++k) kept = keep(kept, block, k, coefficients + k * call_.tokens);
+        }
+        return kept - place;
+    }
+
+    // List a block's k-th neuron at a place if some token needs its coefficient; return where the next one goes.
+    int64_t keep(int64_t place, const Block &block, int64_t k, const float *coefficients) const {
+        const int32_t neuron = block.neurons[k];
+        const float threshold = call_.decision.second[neuron];
+        int mask = terms_.seen.whole;
+        // NaN is active.
+        for (int64_t t = 0; t < call_.tokens; ++t) mask |= !(fabsf(coefficients[t]) <= threshold) << t;
+        mask &= block.masks[k];
+        space_.neurons[place] = neuron;
+        space_.masks[place] = uint8_t(mask);
+        memcpy(space_.values + place * call_.tokens, coefficients, size_t(call_.tokens) * sizeof(float));
+        space_.found[part_.index].left += bits(mask & terms_.seen.counted);
+        return place + (mask != 0);
     }
 
     Block block_of(int64_t place, int64_t left) const {
@@ -174,9 +214,9 @@ class Sum {
     void add(const Block &block, const Block &next) const {
         float factors[BLOCK * MOST_TOKENS] = {};
         Rows down = terms_.down.rows(block), later;
-        decider_.coefficients(terms_, block, down, factors);
+        known_.coefficients(terms_, block, down, factors);
         if (call_.tokens > 1) leave_others_out(block, factors);
-        if (next.count > 0) later = (terms_.*decider_.first_read).rows(next);
+        if (next.count > 0) later = (terms_.*known_.first_read).rows(next);
         terms_.down.loops.add(down, block.count, factors, call_.outputs, sums_, space_.width,
                               next.count > 0 ? &later : nullptr);
     }
@@ -195,6 +235,7 @@ class Sum {
         float added[Vec::width * MOST_TOKENS] = {};
         float predicted[MOST_TOKENS][Affine::OUTPUTS] = {};
         int64_t known = -1;
+        if (part_.index == 0 && call_.counters && call_.decision.second) count_left();
         if (low_rank_.is_there()) low_rank_.gather();
         if (affine_.is_there()) affine_.begin();
         for (int64_t c = first; c < stop; c += Vec::width) {

@@ -17,8 +17,9 @@ struct Tokens {
 
 struct Found {
     int64_t neurons, active;  // neurons that some token needs, and pairs of a counted token and a neuron it needs
+    int64_t left;             // such pairs after a second look, of the part's share of all
     Tokens tokens;            // as the part has read them
-    char padding[45];         // a line of its own for each part
+    char padding[37];         // a line of its own for each part
 };
 
 // The dtype in which tokens are multiplied: that of x where products with both matrices take it, else float32, as of a

@@ -66,14 +66,21 @@ def _of_rows(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels:
         "proxy": {**by_proxy, "READ": deciders.rounded_here},
         "sets": {"by": ("*i8", SIZE), "DECIDE": deciders.given, "READ": deciders.as_they_are, "HOW": ()},
     }  # fmt: skip
-    read = {"projection": None, "proxy": 8 * how[1], "sets": 2}
+    by["second look"] = by["projection"] | {"second": "*fp32"}
+    read = {"proxy": 8 * how[1], "sets": 2}
     some = {"partial": "*fp32", "counters": "*i64", "phases": "*u8", "x_stride": SIZE}
     for name, arguments in by.items():
         for tokens in (1, 2):
-            config = launch.row_blocks(d, h, ITEMSIZE[w], tokens, h // 3, found, read=read[name])
+            looks = 1 + ("second" in arguments)
+            config = launch.row_blocks(d, h, ITEMSIZE[w], tokens, h // 3, found, read=read.get(name), looks=looks)
             assert config is not None
-            more = {"d": d, "KNOWN": name == "projection", "GATE_FIRST": False}
-            yield f"{name} {tokens}", kernels.decide_and_sum, config, weights | some | arguments | more
+            more = {"d": d, "KNOWN": name not in read, "GATE_FIRST": False}
+            yield (
+                f"{name} {tokens}",
+                kernels.decide_and_sum,
+                config,
+                weights | some | {"second": None} | arguments | more,
+            )
     rounded = {"x": ("*i32", "*fp32", "*fp32"), "READ": deciders.rounded_before}
     config = launch.row_selection(h, 8, read["proxy"], found)
     yield "select", kernels.select_rows, config, some | by_proxy | rounded | {
@@ -124,7 +131,9 @@ def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels
         "active_set": None, "s": f"*{x}", "needs": "*i8", "counters": "*i64", "tokens": INT, "d": SIZE,
         "GATE_FIRST": True,
     }  # fmt: skip
-    yield "coefficients", kernels.coefficients, launch.tiled(d, h, ITEMSIZE[w], found, mixed=mixed), tiled
+    for second in (None, "*fp32"):
+        config = launch.tiled(d, h, ITEMSIZE[w], found, mixed=mixed)
+        yield f"coefficients {second}", kernels.coefficients, config, tiled | {"second": second}
     columns, _ = launch.columns(d, h, ITEMSIZE[w], found, mixed=mixed)
     yield "columns", kernels.sum_columns, columns, {
         "s": f"*{x}", "needs": "*i8", "down": weights["down"], "partial": "*fp32", "tokens": INT, "d": SIZE,

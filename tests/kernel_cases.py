@@ -113,6 +113,39 @@ def check_sparse(
     assert oracle.relative_error(given.cpu(), expected) <= tolerance(dtype, ops)
 
 
+def check_second_look(
+    tokens: int, d: int, h: int, dtype: torch.dtype, device: str, *, indicator: str, activation: str,
+    shares: tuple[float, float], bias: bool = False, form: str = "split", seed: int = 0, phases: Tensor | None = None,
+    ops: Ops = TRITON,
+) -> None:  # fmt: skip
+    """`sparse_ffn` by two looks against float64: values, and counters of both.
+
+    shares: Of the first token's neurons, about how many each look leaves out of all.
+    """
+    weights, biases = ffn(d, h, dtype, device, bias=bias, seed=seed, form=form)
+    x = inputs(tokens, d, dtype, device, seed)
+    cpu_weights, cpu_biases = on_cpu(weights), on_cpu(biases)
+    a, u = oracle.projections(x.cpu(), cpu_weights, cpu_biases, activation)
+    indicators = {"up": u, "gate": a}[indicator], a * u
+    thresholds = [clear_thresholds(value, share) for value, share in zip(indicators, shares, strict=True)]
+    phase = torch.full((tokens,), GENERATED, dtype=torch.uint8) if phases is None else phases
+    first, second = (~(v.abs() <= t.double()) for v, t in zip(indicators, thresholds, strict=True))
+    active = ((first & second) | (phase == PROMPT)[:, None]) & (phase != PADDING)[:, None]
+    expected = oracle.combine(a, u, active, cpu_weights, cpu_biases)
+    counted = (phase == GENERATED)[:, None]
+    left = (int((some & counted).sum()) for some in (first, first & second))
+    wanted = torch.tensor([3 + int(counted.sum()), *left])
+    counters = torch.tensor([3, 0, 0], device=device)
+    how = {"decision": "threshold", "drop": int(shares[0] * h), "indicator": indicator, "activation": activation}
+    how |= {"phases": None if phases is None else phases.to(device)}
+    with poisoned():
+        y = ops.sparse_ffn(x, weights, biases, torch.stack(thresholds).to(device), counters, **how)
+    # As in `check_sparse`; a neuron at its threshold is one of the smallest.
+    steps = int((counters.cpu() - wanted).abs().sum())
+    assert steps <= (0 if dtype == torch.float32 else 0.04 * tokens * h + 1)
+    assert oracle.relative_error(y.cpu(), expected) <= (tolerance(dtype, ops) if steps == 0 else 0.1)
+
+
 def proxy_of(weights: list[Tensor], bits: int = 4) -> list[Symmetric]:
     """Gate and up in few bits, all inputs as important."""
     return [quantise(weight, torch.ones(weight.shape[1]), bits) for weight in weights[:2]]

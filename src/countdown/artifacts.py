@@ -122,6 +122,10 @@ def value_at(curve: Tensor, sparsity: float) -> float:
 MULTIPLIERS = Artifact("multipliers", ("terms",), non_negative)
 # τ at sparsities 0, 0.001, ..., 0.999.
 THRESHOLDS = Artifact("thresholds", ("points",), curve_from(-1.0), optional=True)
+# The τ of a second look, where the site's sparsity, that of both looks together, is 0, 0.001, ..., 0.999.
+SECOND_THRESHOLDS = Artifact("second_thresholds", ("points",), curve_from(-1.0))
+# What a second look multiplies coefficients by: the norms of the columns that are summed.
+NORMS = Artifact("norms", ("terms",), non_negative)
 # The estimated error of the output at those sparsities.
 ERRORS = Artifact("errors", ("points",), curve_from(0.0), optional=True)
 # The site's own sparsity at those of what it is allocated with.

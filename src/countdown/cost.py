@@ -73,22 +73,22 @@ def _part_bytes(site: Site, method: Method) -> int:
     return sum(keeper.part_bytes(site.sum) for keeper in method.keepers.values())
 
 
-def weights_read(sites: Sequence[Site], method: Method, active: float | None = None) -> float:
+def weights_read(sites: Sequence[Site], method: Method, active: Sequence[float] | None = None) -> float:
     """Return the share of these sites' weight bytes that a token reads.
 
     Args:
         sites: Some.
         method: Theirs.
-        active: The share of their terms that is active; None for what the method aims at.
+        active: The share of their terms that is left after each look; None for what the method aims at.
     """
     read = (_bytes_read(site, method.at(site.name, method.sparsity), active) for site in sites)
     return sum(read) / sum(site.nbytes for site in sites)
 
 
-def _bytes_read(site: Site, method: Method, active: float | None) -> float:
+def _bytes_read(site: Site, method: Method, active: Sequence[float] | None) -> float:
     sum_, added = site.sum, method.compensation
-    share = 1 - method.dropped if active is None else active
-    return method.selector.bytes_read(sum_, share) + (0.0 if added is None else added.bytes_read(sum_, share))
+    left = [1 - share for share in method.drops] if active is None else active
+    return method.selector.bytes_read(sum_, left) + (0.0 if added is None else added.bytes_read(sum_, left[-1]))
 
 
 def saved_bytes(site: Site, method: Method) -> int:
@@ -96,7 +96,7 @@ def saved_bytes(site: Site, method: Method) -> int:
     weights, selector = site.weights, method.selector
     # Adapters that are around them are refused where it matters, by name.
     sum_ = site.sum_class(weights, (None,) * len(weights))
-    return round(selector.bytes_read(sum_, 1.0) - selector.bytes_read(sum_, 0.0))
+    return round(selector.bytes_read(sum_, [1.0]) - selector.bytes_read(sum_, [0.0]))
 
 
 def ceiling(bytes_: TokenBytes, parts: Sequence[tuple[Sequence[Site], Method]], name: str) -> Ceiling:

@@ -42,7 +42,8 @@ class SparseModule(nn.Module):
     Args:
         site: What to replace; its module is kept and gives the dense path.
         method: What decides, with its settings for this site.
-        per_term: float32 `[terms]`: the thresholds τ_i of a threshold decision, the multipliers m_i of topk.
+        per_term: float32 `[terms]`: the thresholds τ_i of a threshold decision, the multipliers m_i of topk; of two
+            looks, `[2, terms]`.
         phases: Of the tokens of the model's present call.
         apply_to: `decode` (the prompt is dense) or `all`.
         artifacts: What calibration left for the site.
@@ -91,7 +92,7 @@ class SparseModule(nn.Module):
         # Made under inference_mode, the counters could not be counted up outside of it.
         with torch.inference_mode(False):
             self.register_buffer("per_term", per_term.to(site.device).clone(), persistent=False)
-            counters = torch.zeros(2, dtype=torch.int64, device=site.device)
+            counters = torch.zeros(1 + len(method.drops), dtype=torch.int64, device=site.device)
             self.register_buffer("counters", counters, persistent=False)
         self.parts = tuple(part.to(site.device) for part in parts or ())
         self.added = tuple(part.to(site.device) for part in added or ())

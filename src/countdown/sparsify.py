@@ -253,7 +253,9 @@ class SiteStatus:
         backend_reason: Why the reference does, None where it does not.
         apply_to: `decode` or `all`.
         target_sparsity: Asked for, of this module: global allocation gives each its own.
-        realised_sparsity: Share of inactive terms over the tokens counted; None before the first.
+        realised_sparsity: Share of inactive terms over the tokens counted; None before the first. Of two looks, the
+            mean of what they leave inactive, which the target is too.
+        looks: Share of terms that each look leaves; None before the first token.
         tokens: Tokens computed sparsely since `sparsify_` or `reset_counters`.
         weights_read: Share of the dense weight bytes that the method reads at the realised sparsity.
         beside_bytes: What weights derived from the model's take beside them: a proxy, a low rank.
@@ -274,6 +276,7 @@ class SiteStatus:
     apply_to: str
     target_sparsity: float
     realised_sparsity: float | None
+    looks: list[float] | None
     tokens: int
     weights_read: float | None
     beside_bytes: int
@@ -356,8 +359,8 @@ def _replacements(sites: Sequence[Site], profile: Profile, phases: Phases, apply
 
 
 def _site_status(name: str, module: SparseModule) -> SiteStatus:
-    tokens, active = module.counters.tolist()
-    share = active / (tokens * module.terms) if tokens else None
+    tokens, *active = module.counters.tolist()
+    looks = [left / (tokens * module.terms) for left in active] if tokens else None
     method = module.method
     return SiteStatus(
         name=name,
@@ -374,9 +377,10 @@ def _site_status(name: str, module: SparseModule) -> SiteStatus:
         backend_reason=module.refusal,
         apply_to=module.apply_to,
         target_sparsity=method.sparsity,
-        realised_sparsity=None if share is None else 1 - share,
+        realised_sparsity=None if looks is None else 1 - sum(looks) / len(looks),
+        looks=looks,
         tokens=tokens,
-        weights_read=None if share is None else weights_read([module.site], method, share),
+        weights_read=None if looks is None else weights_read([module.site], method, looks),
         beside_bytes=module.part_bytes,
     )
 

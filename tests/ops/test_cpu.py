@@ -28,6 +28,7 @@ if library.missing():
 pytestmark = pytest.mark.usefixtures("variant")
 HOW = {"decision": "threshold", "drop": 0, "indicator": "up", "activation": "silu"}
 NONE = [None, None, None]
+CPU_ACTIVATIONS = [name for name in library.ACTIVATIONS if name]
 
 
 def counted() -> torch.Tensor:
@@ -47,6 +48,38 @@ def test_the_portable_variant_is_always_there(variant):
 def test_against_float64(indicator, shape, dtype, tokens):
     how = {"indicator": indicator, "activation": "silu", "share": 0.6, "bias": True, "ops": CPU}
     cases.check_sparse(tokens, *shape, dtype, "cpu", **how)
+
+
+@crossed(
+    indicator=["up", "gate"],
+    shape=[(1, 1), (3, 7), (65, 33), (577, 301)],
+    dtype=cases.TOLERANCE,
+    shares=[(0.0, 0.0), (0.0, 0.5), (0.4, 0.6), (0.9, 0.95)],
+    phases=[None, [PROMPT], [PADDING, GENERATED], [GENERATED, GENERATED, PADDING, PROMPT, GENERATED], [GENERATED] * 8],
+)
+def test_a_second_look_against_float64(indicator, shape, dtype, shares, phases):
+    given = None if phases is None else torch.tensor(phases, dtype=torch.uint8)
+    how = {"indicator": indicator, "activation": "silu", "shares": shares, "bias": True, "ops": CPU}
+    cases.check_second_look(1 if phases is None else len(phases), *shape, dtype, "cpu", phases=given, **how)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("activation", CPU_ACTIVATIONS)
+def test_a_second_look_on_threads(activation, tokens, threads):
+    how = {"indicator": "up", "activation": activation, "shares": (0.6, 0.7), "form": "fused", "ops": CPU}
+    cases.check_second_look(tokens, 576, 1536, torch.bfloat16, "cpu", **how)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_second_look_at_a_token_that_is_not_finite_drops_nothing(bad):
+    weights, biases = cases.ffn(64, 100, torch.float32, "cpu")
+    x = cases.inputs(2, 64, torch.float32, "cpu", 1)
+    thresholds, counters = torch.full((2, 100), torch.inf), torch.zeros(3, dtype=torch.int64)
+    x[1, 5] = bad
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, counters, **HOW)
+    assert counters.tolist() == [2, 100, 100]
+    assert not y[0].any()
+    assert not y[1].isfinite().any()
 
 
 @pytest.mark.parametrize("indicator", ["up", "gate"])

@@ -29,6 +29,28 @@ def test_against_float64(activation, indicator, share, tokens):
     cases.check_sparse(tokens, 37, 91, torch.float32, DEVICE, indicator=indicator, activation=activation, share=share)
 
 
+SHARES = [(0.0, 0.0), (0.0, 0.5), (0.4, 0.6), (0.9, 0.95)]
+
+
+@crossed(activation=Triton.activations, indicator=["up", "gate"], shares=SHARES, tokens=[1, 2, 3, 8])
+def test_a_second_look_against_float64(activation, indicator, shares, tokens):
+    how = {"indicator": indicator, "activation": activation, "shares": shares, "bias": tokens != 2}
+    cases.check_second_look(tokens, 37, 91, torch.float32, DEVICE, **how)
+
+
+@crossed(shape=[(1, 1), (16, 8), (64, 256), (129, 67)], dtype=cases.TOLERANCE, tokens=[1, 2, 5])
+def test_a_second_look_of_shapes_and_dtypes(shape, dtype, tokens):
+    how = {"indicator": "up", "activation": "silu", "shares": (0.5, 0.6), "form": "fused", "seed": sum(shape)}
+    cases.check_second_look(tokens, *shape, dtype, DEVICE, **how)
+
+
+@crossed(tokens=[1, 2, 4], indicator=["up", "gate"], first=[GENERATED, PROMPT, PADDING])
+def test_a_second_look_minds_phases(tokens, indicator, first):
+    phases = torch.tensor([first, PROMPT, GENERATED, PADDING][:tokens], dtype=torch.uint8)
+    how = {"indicator": indicator, "activation": "silu", "shares": (0.5, 0.6), "phases": phases}
+    cases.check_second_look(tokens, 37, 91, torch.float32, DEVICE, **how)
+
+
 @crossed(
     form=["split", "fused", "interleaved"],
     tokens=[1, 2],
@@ -78,6 +100,11 @@ def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, 
     assert active[-1].all()
     assert torch.equal(active[:-1], clean[:-1])
     assert not y[-1].isfinite().any()
+    counted = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    twice = TRITON.sparse_ffn(x, weights, biases, thresholds.expand(2, -1), counted, **how)
+    assert not twice[-1].isfinite().any()
+    assert counted.tolist()[:2] == counters.tolist()
+    assert counted[2] >= 29
     assert y[:-1].isfinite().all()
     assert counters.tolist() == [tokens, int(active.sum())]
 

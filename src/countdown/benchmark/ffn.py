@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from countdown.errors import ConfigError
 from countdown.loading import DTYPES
 from countdown.methods import DEFAULT_METHOD, Method, method, method_names
 from countdown.ops import backends
+from countdown.ops.reference import size_of
 from countdown.profiles.recipe import Recipe
 from countdown.progress import Steps, say
 from countdown.replay import recorded
@@ -36,6 +37,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # kernels take milliseconds, fewer.
 CACHE_TIMES = {"cuda": 25, "cpu": 4}
 MOST_LAYERS = 512
+# Settings of methods that change what runs.
+SETTINGS = ("compensate", "second_look")
 # Relative errors of sums in float32 that should decide nothing at a threshold: a wide one and a likely one.
 SUMMING_ERRORS = (1e-5, 1e-6)
 
@@ -47,7 +50,8 @@ class FFNBenchmark:
     Args:
         shapes: (d, h) of each FFN.
         methods: Names of methods that decide by one projection or by a proxy, with what they predict if anything
-            (`d-proxy:compensate=affine`), or `given`. [all of them, and `given`]
+            (`d-proxy:compensate=affine`) and their second look if they have one (`m-countdown:second_look=0.15`), or
+            `given`. [all of them, and `given`]
         sparsities: Shares of inactive neurons, of every token; 1 is the decision alone.
         tokens: Tokens in a call, 1 to 8.
         union: By number of tokens, the share of neurons that some token of a call needs; inputs of the tokens are
@@ -95,18 +99,18 @@ def measurable() -> list[str]:
 
 
 def _parsed(name: str) -> Method:
-    """Return the method that a name on the command line stands for, `NAME` or `NAME:compensate=affine`.
+    """Return the method that a name on the command line stands for, `NAME` or with settings that change what runs.
 
     Raises:
         ConfigError: It is a recipe of several, or has settings that make no difference here.
     """
     entries = Recipe.parse(name).entries
     config = entries[0].method
-    predicted = {} if config.compensation is None else {"compensate": config.compensation.name}
-    if len(entries) > 1 or config != method(config.name, **predicted):
+    settings = {name: getattr(config, name) for name in SETTINGS if config.has(name)}
+    if len(entries) > 1 or config != method(config.name, **settings):
         raise ConfigError(
-            f"'{name}' is more than a method and what it predicts (`d-proxy:compensate=affine`); `benchmark decode` "
-            "measures others."
+            f"'{name}' is more than a method and what changes what runs ({', '.join(SETTINGS)}: "
+            "`d-proxy:compensate=affine`); `benchmark decode` measures others."
         )
     return config
 
@@ -170,9 +174,9 @@ def _again(step: Callable[[], object], device: torch.device) -> Callable[[], obj
 def _described(case: _Given | _Deciding, bytes_s: float) -> dict[str, Any]:
     """Return what a case is, and its floor."""
     layers, x = case.layers, case.x
-    union = case.union()
-    # In matrices: what is read to decide, and what of the others at active neurons.
-    matrices = case.decides + (3 - case.reused) * union
+    *others, union = case.unions()
+    # In matrices: what is read to decide, W_down at active neurons, and the others at those that the first look leaves.
+    matrices = case.decides + union + (2 - case.reused) * (others[0] if others else union)
     return {
         "d": layers.d,
         "h": layers.h,
@@ -183,6 +187,7 @@ def _described(case: _Given | _Deciding, bytes_s: float) -> dict[str, Any]:
         "tokens": len(x),
         "method": case.name,
         "compensate": case.compensate,
+        "second_look": case.second_look,
         "indicator": case.indicator,
         "decision": "threshold",
         "sparsity": case.sparsity,
@@ -340,18 +345,30 @@ class _Deciding:
         self.compensation = None if config.compensation is None else type(config.compensation)
         self.compensate = self.compensation.name if self.compensation else ""
         self.indicator = self.selector.indicator
+        self.second_look = getattr(config, "second_look", 0.0)
         self.how = {
             "selector": self.selector.name,
             "rule": "threshold",
             "drop": int(sparsity * layers.h),
             "compensation": self.compensate,
         }
-        self.counters = torch.zeros(2, dtype=torch.int64, device=x.device)
+        drops = replace(config, sparsity=sparsity).drops if sparsity < 1 else (sparsity,)
+        self.counters = torch.zeros(1 + len(drops), dtype=torch.int64, device=x.device)
         self.parts = layers.parts(self.selector, self.compensate)
         self.own = len(self.selector.shapes(layers.d, layers.h))  # of these, the selector's come first
         own = sum(part.nbytes for part in self.parts[0]) / (layers.d * layers.h * x.element_size())
         self.decides, self.reused = len(self.selector.reads) + own, len(self.selector.reads)
-        self.thresholds = [self._threshold(layer, sparsity) for layer in range(layers.count)]
+        self.thresholds = [self._threshold(layer, drops[0]) for layer in range(layers.count)]
+        if len(drops) > 1:
+            self.thresholds = [self._with_second(layer, drops[1]) for layer in range(layers.count)]
+
+    def _with_second(self, layer: int, sparsity: float) -> Tensor:
+        """Return the thresholds of a layer with those of a second look that leaves so many neurons inactive."""
+        first = self.thresholds[layer]
+        sizes = size_of(self.layers.sum(layer).project(self.x))
+        left = torch.where(self._value(layer).view_as(sizes) > first, sizes, -1.0).flatten()
+        second = left.kthvalue(max(1, int(sparsity * len(left)))).values
+        return torch.stack([first, second.expand_as(first)])
 
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
         if sparsity in (0, 1):
@@ -393,21 +410,27 @@ class _Deciding:
         for layer in range(self.layers.count):
             self.run(layer)
 
-    def active(self, layer: int) -> Tensor:
+    def active(self, layer: int, *, looks: int | None = None) -> Tensor:
         arguments, options = _arguments(self.layers.sum(layer), self.parts[layer])
+        thresholds = self.thresholds[layer][0] if looks == 1 < len(self.counters) - 1 else self.thresholds[layer]
         return torch.ops.countdown.select(  # type: ignore[no-any-return]
-            self.x, *arguments, self.thresholds[layer], None, **options, **self.how
+            self.x, *arguments, thresholds, None, **options, **self.how
         )
 
-    def union(self) -> float:
-        shares = [self.active(layer).any(dim=0).float().mean() for layer in range(self.layers.count)]
-        return float(torch.stack(shares).mean())
+    def unions(self) -> list[float]:
+        """Return the share of neurons that some token needs after each look."""
+        found = []
+        for looks in range(1, len(self.counters)):
+            every = range(self.layers.count)
+            shares = [self.active(layer, looks=looks).any(dim=0).float().mean() for layer in every]
+            found.append(float(torch.stack(shares).mean()))
+        return found
 
     def realised(self) -> float:
         self.counters.zero_()
         self.step()
-        tokens, active = (int(number) for number in self.counters)
-        return 1 - active / (tokens * self.layers.h)
+        tokens, *looks = (int(number) for number in self.counters)
+        return 1 - sum(looks) / (len(looks) * tokens * self.layers.h)
 
     def error(self) -> float:
         return _error(self.layers, self.x, self.active(0), self.run(0), self._added())
@@ -424,7 +447,7 @@ class _Given:
     """Active sets that are known, one for each layer and token."""
 
     name = indicator = GIVEN
-    compensate = ""
+    compensate, second_look = "", 0.0
     decides, reused = 0.0, 0
 
     def __init__(self, layers: _Layers, sparsity: float, x: Tensor) -> None:
@@ -465,8 +488,8 @@ class _Given:
         for layer in range(self.layers.count):
             self.run(layer)
 
-    def union(self) -> float:
-        return float(torch.stack([mask.any(dim=0).float().mean() for mask in self.sets]).mean())
+    def unions(self) -> list[float]:
+        return [float(torch.stack([mask.any(dim=0).float().mean() for mask in self.sets]).mean())]
 
     def realised(self) -> float:
         return 1 - float(torch.stack([mask.float().mean() for mask in self.sets]).mean())

@@ -39,6 +39,7 @@ def calibrate(
     bits: o.Bits = None,
     alpha: o.Alpha = None,
     compensate: o.Compensate = None,
+    second_look: o.SecondLook = None,
     search: Annotated[bool, typer.Option("--search", help="Of r-sparse: search α of every linear first.")] = False,
     population: Annotated[int | None, typer.Option(help="Candidates of --search at a time. [32]")] = None,
     generations: Annotated[int | None, typer.Option(help="How often --search tries them. [5]")] = None,
@@ -63,7 +64,7 @@ def calibrate(
     from countdown.profiles.profile import check_free
     from countdown.sites import find_sites
 
-    settings = inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate)
+    settings = inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate, second_look)
     searched = _searched(search, population, generations, seed)
     way = _way(method_name, settings, max_loss, searched)
     if include_derived and not way.may_derive:

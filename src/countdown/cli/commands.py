@@ -143,6 +143,7 @@ def evaluate(
     bits: o.Bits = None,
     alpha: o.Alpha = None,
     compensate: o.Compensate = None,
+    second_look: o.SecondLook = None,
     text: Annotated[str | None, typer.Option("--text", help=f"{o.TEXT_HELP} [python-docs]")] = None,
     text_dir: o.TextDir = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows of text to score. [16]")] = None,
@@ -186,7 +187,7 @@ def evaluate(
     chosen = inputs.chosen(
         profile,
         method_name,
-        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate),
+        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate, second_look),
         source,
     )
     if chosen is None:
@@ -223,6 +224,7 @@ def generate(
     bits: o.Bits = None,
     alpha: o.Alpha = None,
     compensate: o.Compensate = None,
+    second_look: o.SecondLook = None,
     compare: Annotated[bool, typer.Option("--compare", help="Dense first, then sparse, and where they part.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="Draw tokens: divide logits by this. [greedy]")] = None,
@@ -259,7 +261,7 @@ def generate(
     chosen = inputs.chosen(
         profile,
         method_name,
-        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate),
+        inputs.given_settings(sparsity, decision, weighting, allocation, bits, alpha, compensate, second_look),
         source,
     )
     if compare and chosen is None:

@@ -47,10 +47,11 @@ def given_settings(
     bits: int | None,
     alpha: float | None,
     compensate: str | None = None,
+    second_look: float | None = None,
 ) -> dict[str, Any]:
     """Return the settings that were given."""
     settings = {"sparsity": sparsity, "decision": decision, "weighting": weighting, "allocation": allocation}
-    settings |= {"bits": bits, "alpha": alpha, "compensate": compensate}
+    settings |= {"bits": bits, "alpha": alpha, "compensate": compensate, "second_look": second_look}
     return {name: value for name, value in settings.items() if value is not None}
 
 

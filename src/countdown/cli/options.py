@@ -125,6 +125,12 @@ Alpha = Annotated[float | None, typer.Option(help="Share of r-sparse's budget fo
 Compensate = Annotated[
     str | None, typer.Option(help="affine: of FFNs, add what is predicted of dropped neurons; or none, as published.")
 ]
+SecondLook = Annotated[
+    float | None,
+    typer.Option(
+        help="Of m-countdown and cats: so many more neurons that a second look then leaves out; 0.15 is usual. [0]"
+    ),
+]
 TEXT_HELP = "wikitext2, python-docs, or a text file."
 TEXTS_HELP = "wikitext2, python-docs, or a text file; give it again for a second kind. [python-docs]"
 TextDir = Annotated[Path | None, path(help="Folder with WikiText-2's valid.txt and test.txt.")]

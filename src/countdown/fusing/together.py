@@ -88,8 +88,9 @@ class _Counted:
     def add(self, call: Call) -> None:
         """Add a call of which every term of every token is active."""
         assert call.counters is not None
-        for number, counter in zip((call.tokens, call.tokens * call.terms), call.counters, strict=True):
-            self._counters.setdefault(number, []).append(counter)
+        tokens, *looks = call.counters
+        self._counters.setdefault(call.tokens, []).append(tokens)
+        self._counters.setdefault(call.tokens * call.terms, []).extend(looks)
 
     def count(self) -> None:
         """Count all, few operations."""

@@ -165,6 +165,16 @@ class Method:
         return self.sparsity
 
     @property
+    def drops(self) -> tuple[float, ...]:
+        """The share of inactive terms that it aims at after each look, of one site; their mean is `dropped`."""
+        return (self.dropped,)
+
+    @property
+    def one_look(self) -> Self:
+        """The method with one look at each term, by which a budget is divided."""
+        return self
+
+    @property
     def compensation(self) -> Compensation | None:
         """What is added for inactive terms, of one site; None for nothing."""
         return None

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from countdown.methods import register
-from countdown.methods._predicting import Predicting
+from countdown.methods._looking import Looking
 from countdown.selectors import GATE
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Cats(Predicting):
+class Cats(Looking):
     """Keep the neurons with large |a_i| = |act(g_i)| (CATS, arXiv 2404.08763).
 
     Reads W_gate densely, W_up and W_down at the active neurons. Weighting `rms` ranks by |a_i|·√E[u_i²]: the

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from countdown.methods import register
-from countdown.methods._predicting import Predicting
+from countdown.methods._looking import Looking
 from countdown.selectors import UP
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MCountdown(Predicting):
+class MCountdown(Looking):
     """Keep the neurons with large |u_i|, the indirect coefficient (M-COUNTDOWN, EMNLP 2025, arXiv 2505.17701).
 
     Reads W_up densely, W_gate and W_down at the active neurons: (1 + 2ρ)·d·h weights, ρ the active share.

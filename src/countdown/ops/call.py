@@ -10,8 +10,9 @@ them: neurons h of an FFN, input channels of a linear.
 |         | compensation's                                             | that of x                              |
 | biases | one for each weight of the sum, [rows] or None | added to its product |
 | per_term | [terms], float32 | rule threshold: τ_i; rule topk: multipliers m_i |
+|          | or [2, terms] | rule threshold, of a selector that sees one of two factors: also those of a second look |
 | counters | [2], int64 | incremented by the generated tokens and by the active terms summed over these |
-|          |                 | (`given`: or None) |
+|          | or [3] | (`given`: or None); of two looks, by what is left after each |
 | phases | [T], uint8, or None | of each token, see `phase`; None: all are generated. A prompt token is dense and not |
 |        |                     | counted; of padding nothing is computed, and the result is the bias alone |
 | active | [..., terms], bool | the active set of each token, if it is generated |
@@ -23,6 +24,9 @@ them: neurons h of an FFN, input channels of a linear.
 | drop | int, 0 ≤ drop ≤ terms | used by topk; of a threshold, about how many are inactive, for launches |
 | activation | a key of `sums.activations.ACTIVATIONS`, "" without one | act |
 | compensation | a name of `compensation.COMPENSATIONS`, "" without one | what is added for inactive terms |
+
+A second look is at the terms that the first one leaves: of these, term i is inactive iff |c_i| ≤ τ_i, its coefficient
+against the second row. What is left then is the active set.
 
 Of a generated token whose x holds a NaN or an infinity, every term is active: it is computed as in the dense model.
 Not so where active sets are given: there they say all.
@@ -143,6 +147,22 @@ class Call:
         """T."""
         return self.x.shape[:-1].numel()
 
+    @property
+    def looks(self) -> int:
+        """How often terms are looked at before their columns are read."""
+        return 2 if self.per_term is not None and self.per_term.dim() == 2 else 1
+
+    @property
+    def first(self) -> Tensor:
+        """Thresholds or multipliers of the first look, `[terms]`."""
+        assert self.per_term is not None
+        return self.per_term if self.looks == 1 else self.per_term[0]
+
+    @property
+    def second(self) -> Tensor | None:
+        """Thresholds of the second look, `[terms]`, if there is one."""
+        return None if self.looks == 1 or self.per_term is None else self.per_term[1]
+
     def empty(self) -> Tensor:
         """Return a tensor of the result's shape and dtype, contiguous."""
         if self.op == "select":
@@ -184,15 +204,24 @@ class Call:
     def _check_decision(self) -> None:
         per_term = self.per_term
         assert per_term is not None
-        if per_term.shape != (self.terms,) or per_term.dtype != torch.float32:
+        expected = (self.terms,) if self.looks == 1 else (2, self.terms)
+        if per_term.shape != expected or per_term.dtype != torch.float32:
             raise ValueError(
-                f"thresholds or multipliers are {per_term.dtype} {tuple(per_term.shape)}, expected float32 "
-                f"{(self.terms,)}"
+                f"thresholds or multipliers are {per_term.dtype} {tuple(per_term.shape)}, expected float32 {expected}"
+            )
+        if self.looks == 2 and not self._may_look_again():
+            raise ValueError(
+                f"thresholds are for two looks, and rule '{self.rule}' of selector "
+                f"'{self.selector and self.selector.name}' has one: a second is for thresholds on one of two factors"
             )
         if self.rule not in RULES:
             raise ValueError(f"rule is '{self.rule}', expected 'threshold' or 'topk'")
         if not 0 <= self.drop <= self.terms:
             raise ValueError(f"drop is {self.drop}, expected 0 ≤ drop ≤ {self.terms}")
+
+    def _may_look_again(self) -> bool:
+        factors = len(self.sum.factors)
+        return self.rule == "threshold" and self.selector is not None and 0 < len(self.selector.reads) < factors
 
     def _check_parts(self) -> None:
         formats = [part.format for part in self.parts]
@@ -207,8 +236,9 @@ class Call:
         if found is None and self.op != "sparse":
             return
         assert found is not None
-        if found.shape != (2,) or found.dtype != torch.int64 or not found.is_contiguous():
-            raise ValueError(f"counters is {found.dtype} {tuple(found.shape)}, expected contiguous int64 (2,)")
+        expected = (1 + self.looks,)
+        if found.shape != expected or found.dtype != torch.int64 or not found.is_contiguous():
+            raise ValueError(f"counters is {found.dtype} {tuple(found.shape)}, expected contiguous int64 {expected}")
 
     def _check_active(self) -> None:
         shape = (*self.x.shape[:-1], self.terms)

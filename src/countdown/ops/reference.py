@@ -7,6 +7,7 @@ the dense module's bits, because it rounds where that rounds.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,11 +42,12 @@ def drop_smallest(scores: Tensor, drop: int) -> Tensor:
 def run(call: Call) -> Tensor:
     """Return the result of a checked call; see `ops.call`."""
     factors = call.sum.project(call.x)
-    active = _phased(call, _given(call) if call.op == "given" else _decided(call, factors))
+    looks = [_phased(call, active) for active in _looks(call, factors)]
+    active = looks[-1]
     if call.op == "select":
         return active
     if call.counters is not None:
-        _count(call, active)
+        _count(call, looks)
     y = call.sum.combine(torch.where(active, product_of(factors), 0))
     if call.compensation is None:
         return y
@@ -68,20 +70,29 @@ def _sparse(call: Call) -> Tensor:
     return finite if call.phases is None else finite & (call.phases.view(finite.shape) == GENERATED)
 
 
-def _given(call: Call) -> Tensor:
-    assert call.active is not None
-    return call.active
+def _looks(call: Call, factors: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return what each look leaves of each token, bool `[..., terms]`, all of them generated; last the active set."""
+    if call.op == "given":
+        assert call.active is not None
+        return [call.active]
+    # An input that is not finite says nothing about which terms matter: that token is dense.
+    whole = ~call.x.isfinite().all(dim=-1, keepdim=True)
+    left = _decided(call, factors) | whole
+    if call.second is None:
+        return [left]
+    return [left, left & (whole | ~(size_of(factors) <= call.second))]
+
+
+def size_of(factors: Sequence[Tensor]) -> Tensor:
+    """Return the size of coefficients as a second look sees it, float32 `[..., terms]`, from their factors."""
+    return product_of([factor.float() for factor in factors]).abs()
 
 
 def _decided(call: Call, factors: tuple[Tensor, ...]) -> Tensor:
-    """Return the active set of each token, bool `[..., terms]`, all of them generated."""
-    x, per_term, selector = call.x, call.per_term, call.selector
-    assert per_term is not None
-    assert selector is not None
-    value = selector.score(call.sum, x, call.parts, factors)
-    active = ~(value <= per_term) if call.rule == "threshold" else drop_smallest(value * per_term, call.drop)
-    # An input that is not finite says nothing about which terms matter: that token is dense.
-    return active | ~x.isfinite().all(dim=-1, keepdim=True)
+    """Return what the first look leaves of tokens that are finite."""
+    assert call.selector is not None
+    value = call.selector.score(call.sum, call.x, call.parts, factors)
+    return ~(value <= call.first) if call.rule == "threshold" else drop_smallest(value * call.first, call.drop)
 
 
 def _phased(call: Call, active: Tensor) -> Tensor:
@@ -92,12 +103,13 @@ def _phased(call: Call, active: Tensor) -> Tensor:
     return (active | (phases == PROMPT)) & (phases != PADDING)
 
 
-def _count(call: Call, active: Tensor) -> None:
+def _count(call: Call, looks: Sequence[Tensor]) -> None:
     assert call.counters is not None
     tokens: int | Tensor = call.tokens
     if call.phases is not None:
         generated = call.phases.view(call.x.shape[:-1]) == GENERATED
-        tokens, active = generated.sum(), active & generated[..., None]
+        tokens, looks = generated.sum(), [left & generated[..., None] for left in looks]
     with _COUNTING:
         call.counters[0] += tokens
-        call.counters[1] += active.sum()
+        for place, left in enumerate(looks, start=1):
+            call.counters[place] += left.sum()

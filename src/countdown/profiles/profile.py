@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from countdown.allocation import ALLOCATIONS, Problem
-from countdown.artifacts import MULTIPLIERS, POINTS, THRESHOLDS, Artifacts, value_at
+from countdown.artifacts import MULTIPLIERS, NORMS, POINTS, SECOND_THRESHOLDS, THRESHOLDS, Artifacts, value_at
 from countdown.config import check_fields
 from countdown.cost import saved_bytes
 from countdown.errors import OVERWRITE, AccidentError, ConfigError, ProfileError, ProfileWarning
@@ -55,7 +55,7 @@ class Setting:
 
     Args:
         method: The method, its sparsity the module's own share of what is allocated.
-        per_term: Thresholds or multipliers, float32 `[terms]`; see `ops.call`.
+        per_term: Thresholds or multipliers, float32 `[terms]` or `[2, terms]`; see `ops.call`.
         artifacts: What calibration left for the site.
         stored: Parts that are stored, by what keeps them; see `Method.keepers`.
     """
@@ -525,7 +525,13 @@ def _per_term(name: str, method: Method, found: Artifacts, terms: int) -> Tensor
         return torch.full_like(multipliers, torch.inf)
     if THRESHOLDS.name not in found:
         raise ProfileError(f"the profile has no thresholds for {name}; calibrate again.")
-    return _thresholds(value_at(found[THRESHOLDS.name], method.dropped), multipliers)
+    first, *others = method.drops
+    thresholds = _thresholds(value_at(found[THRESHOLDS.name], first), multipliers)
+    if not others:
+        return thresholds
+    norms = found.get(NORMS.name, torch.ones_like(multipliers))
+    second = _thresholds(value_at(found[SECOND_THRESHOLDS.name], method.dropped), norms)
+    return torch.stack([thresholds, second])
 
 
 def _thresholds(tau: float, multipliers: Tensor) -> Tensor:

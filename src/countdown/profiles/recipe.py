@@ -38,7 +38,7 @@ from countdown.methods import Method, NamedRecipe, method, method_class, named, 
 
 SUFFIXES = (".yaml", ".yml", ".json")
 # Settings that only some methods have, and that others of a recipe let pass.
-SOME_HAVE = ("compensate", "ridge")
+SOME_HAVE = ("compensate", "ridge", "second_look")
 # What is said once of entries that have one budget.
 _BUDGET = ("allocation", "sparsity")
 _EXAMPLES = {"YAML": "- {pattern: '*.mlp', method: cats}", "JSON": '[{"pattern": "*.mlp", "method": "cats"}]'}

@@ -63,11 +63,17 @@ class Selector(Keeper):
     def part_bytes(self, sum_: Sum) -> int:
         return 0
 
-    def bytes_read(self, sum_: Sum, active: float) -> float:
-        """Return the bytes of weights that a token reads where this share of the terms is active, its own included."""
-        own = self.part_bytes(sum_)
-        pairs = zip(sum_.roles, sum_.weights, strict=True)
-        return own + sum(weight.nbytes * (1.0 if role in self.reads else active) for role, weight in pairs)
+    def bytes_read(self, sum_: Sum, active: Sequence[float]) -> float:
+        """Return the bytes of weights that a token reads, its own included.
+
+        Args:
+            sum_: What is summed.
+            active: The share of the terms that is left after each look at them. The columns that are summed are read of
+                what is left at last, of other weights what is left at first.
+        """
+        *others, columns = zip(sum_.roles, sum_.weights, strict=True)
+        own = self.part_bytes(sum_) + columns[1].nbytes * active[-1]
+        return own + sum(weight.nbytes * (1.0 if role in self.reads else active[0]) for role, weight in others)
 
 
 SELECTORS: Registry[Selector] = Registry("selector", "countdown.selectors", check=instances_of(Selector))

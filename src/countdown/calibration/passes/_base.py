@@ -12,7 +12,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from countdown.artifacts import MULTIPLIERS
+from countdown.artifacts import MULTIPLIERS, NORMS
 from countdown.compensation import Compensation
 from countdown.cost import saved_bytes
 from countdown.errors import CountdownError, UnsupportedModelError, told
@@ -20,6 +20,7 @@ from countdown.finite import not_finite
 from countdown.memory import batches
 from countdown.methods import Method
 from countdown.modules import Adder, Observer, observed
+from countdown.ops.reference import size_of
 from countdown.profiles.profile import Entry, allocated
 from countdown.profiles.recipe import Recipe
 from countdown.progress import track
@@ -83,6 +84,13 @@ class Assignment:
         value = self.method.selector.score(sum_, x, self.parts, factors)
         multipliers = self.artifacts.get(MULTIPLIERS.name)
         return value if multipliers is None else value * multipliers.to(value.device)
+
+    def second_indicator(self, factors: tuple[Tensor, ...]) -> Tensor | None:
+        """Return what a second look compares, likewise; None where there is one look."""
+        if len(self.method.drops) == 1:
+            return None
+        norms = self.artifacts.get(NORMS.name)
+        return size_of(factors) if norms is None else size_of(factors) * norms.to(factors[0].device)
 
 
 @dataclass

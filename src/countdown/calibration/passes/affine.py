@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from countdown.calibration.looks import Looks
 from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
-from countdown.calibration.sketch import MagnitudeSketch
 from countdown.compensation.affine import fits
 from countdown.errors import TextError
 from countdown.memory import memory_for, memory_of
@@ -119,7 +119,7 @@ class _Sums:
         self._one, self._levels = one, levels
         self._inputs: Tensor | None = None
         self._dropped: list[Tensor] = []
-        self._sketch = MagnitudeSketch(one.site.device)
+        self._looks = Looks(len(one.method.drops), one.site.device)
         self._squares: Tensor | float = 0.0  # ‖y‖², added up over tokens
         self._tokens = 0
 
@@ -133,9 +133,11 @@ class _Sums:
         weighted = self._weights(sum_.weights[-1].product(coefficients)) * inputs
         self._inputs.addmm_(weighted.T, inputs)
         indicator = self._one.indicator(sum_, x, factors).flatten(0, -2)
-        self._sketch.add(indicator)
+        second = self._one.second_indicator(factors)
+        again = None if second is None else second.flatten(0, -2)
+        self._looks.add(indicator, again)
         for level, dropped in zip(self._levels, self._dropped, strict=True):
-            rest = torch.where(self._active(indicator, level), 0, coefficients)
+            rest = torch.where(self._active(level, indicator, again), 0, coefficients)
             dropped.addmm_(sum_.weights[-1].product(rest).float().T, weighted)
 
     def _weights(self, y: Tensor) -> Tensor:
@@ -146,11 +148,11 @@ class _Sums:
         mean = self._squares / self._tokens
         return torch.where(mean > 0, mean / (squares + SMALL * mean), 1.0)
 
-    def _active(self, indicator: Tensor, level: float) -> Tensor:
+    def _active(self, level: float, indicator: Tensor, again: Tensor | None) -> Tensor:
         method = self._one.method.at(self._one.site.name, level)
         if method.decision == "topk":
             return drop_smallest(indicator, method.drop(indicator.shape[-1]))
-        return indicator > self._sketch.quantile(method.dropped).float()
+        return self._looks.active(method.drops, indicator, again)
 
     def fits(self) -> dict[str, Tensor]:
         """Return the artifacts."""

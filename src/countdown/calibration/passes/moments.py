@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from countdown.artifacts import GROUP, MULTIPLIERS, Moment
+from countdown.artifacts import GROUP, MULTIPLIERS, NORMS, Moment
 from countdown.calibration.passes._base import Assignment, Pass, Run, decoding, never_ran, register
 from countdown.config import check_choice
 from countdown.cost import beside_bytes
@@ -116,6 +116,8 @@ def _prepare(one: Assignment, moments: Mapping[Moment, Tensor], norms: Mapping[s
         multipliers = method.multipliers(moments, norms[one.site.name])
         # Sparse modules compare in float32, so that is what is sketched and stored.
         one.artifacts |= {} if multipliers is None else {MULTIPLIERS.name: multipliers.float()}
+        if NORMS in method.artifacts():
+            one.artifacts[NORMS.name] = norms[one.site.name].float()
     one.artifacts |= method.selector.prepare(moments)
     one.make_parts()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from countdown.artifacts import THRESHOLDS
-from countdown.calibration.passes._base import Pass, Run, register
+from countdown.artifacts import SECOND_THRESHOLDS, THRESHOLDS
+from countdown.calibration.passes._base import Assignment, Pass, Run, register
 from countdown.calibration.passes.sketches import sketch_sparse
 
 # The sparsities at which the sparse pass runs the model, beside the one that was asked for.
@@ -25,7 +26,14 @@ class ThresholdsPass(Pass):
         label = f"thresholds of {'; '.join(run.recipe.labels())}"
         sketches = sketch_sparse(run, run.sequences, _schedule(run.allocated), label=label)
         for one in wanting:
-            one.artifacts[THRESHOLDS.name] = sketches[one.site.name].thresholds()
+            found = sketches[one.site.name]
+            one.artifacts[THRESHOLDS.name] = found.thresholds()
+            if len(one.method.drops) > 1:
+                one.artifacts[SECOND_THRESHOLDS.name] = found.second_thresholds(partial(_drops, one))
+
+
+def _drops(one: Assignment, sparsity: float) -> tuple[float, ...]:
+    return one.method.at(one.site.name, sparsity).drops
 
 
 def _schedule(levels: Callable[[float | None], dict[str, float]]) -> Iterator[dict[str, float]]:

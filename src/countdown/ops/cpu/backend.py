@@ -151,6 +151,8 @@ def _done(
     for name, tensor in zip(TENSORS[op], tensors, strict=True):
         if tensor is not None:
             setattr(call if name == "counters" else decision, name, tensor.data_ptr())
+            if name == "per_term" and tensor.dim() == 2:
+                decision.second = tensor.data_ptr() + tensor.nbytes // 2
     result = _result(call, op, x)
     library.library().run(call, [x, *weights, *biases, *tensors, result], weights=call.h * call.outputs)
     return result

@@ -16,7 +16,7 @@ from torch import Tensor
 from countdown.ops import cpu
 from countdown.ops.base import MOST_TOKENS
 
-ABI = 11
+ABI = 12
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
@@ -59,7 +59,7 @@ class Decision(ctypes.Structure):
 
     _fields_ = (
         ("by", _Int),
-        *((name, _Pointer) for name in ("per_term", "active", "phases")),
+        *((name, _Pointer) for name in ("per_term", "second", "active", "phases")),
         *((name, _Int) for name in ("words", "groups")),
         *((name, CopyView) for name in ("gate", "up")),
     )
@@ -205,7 +205,7 @@ class Ran:
 def _all_active(call: SumCall) -> Tensor:
     """Let all terms of a call be active; return the sets, which the call has the address of."""
     every = torch.ones(call.tokens * call.h, dtype=torch.uint8, device="cpu")
-    call.decision.active = every.data_ptr()
+    call.decision.active, call.decision.second = every.data_ptr(), None
     call.affine.words = 0  # nothing is left to be predicted
     if call.gate.data:  # of an input channel its input is the coefficient all the same
         call.decision.by, call.decision.words = DECIDERS[None], 0

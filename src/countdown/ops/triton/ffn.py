@@ -80,6 +80,7 @@ class Decider(NamedTuple):
         how: The constants of both.
         gate_first: Whether the gate is what decides. [up, or neither]
         size: Bytes that it reads of a neuron; None for a row of the first weight, which gives one of the two factors.
+        second: Thresholds of a second look, if there is one.
     """
 
     read: Any
@@ -88,6 +89,7 @@ class Decider(NamedTuple):
     how: Argument = ()
     gate_first: bool = False
     size: int | None = None
+    second: Tensor | None = None
 
     @property
     def known(self) -> bool:
@@ -96,16 +98,15 @@ class Decider(NamedTuple):
 
 
 def _by_projection(ffn: FFN, call: Call, *, gate_first: bool) -> Decider:
-    assert call.per_term is not None
-    by = (ffn.biases(gate_first)[0], call.per_term.contiguous())
-    return Decider(deciders.as_they_are, deciders.by_projection, by, (gate_first,), gate_first)
+    by = (ffn.biases(gate_first)[0], call.first.contiguous())
+    second = None if call.second is None else call.second.contiguous()
+    return Decider(deciders.as_they_are, deciders.by_projection, by, (gate_first,), gate_first, second=second)
 
 
 def _by_proxy(ffn: FFN, call: Call) -> Decider:
-    assert call.per_term is not None
     gate, up = ((part.parts[0].view(torch.int32), part.parts[1]) for part in (part.in_rows() for part in call.parts))
     how = launch.packed(ffn.d, ffn.found)
-    by = (gate, up, (ffn.gate_bias, ffn.up_bias), call.per_term.contiguous())
+    by = (gate, up, (ffn.gate_bias, ffn.up_bias), call.first.contiguous())
     return Decider(deciders.rounded_here, deciders.by_proxy, by, how, size=8 * how[1])
 
 
@@ -203,7 +204,8 @@ def _sum_given(ffn: FFN, active: Tensor, counters: Tensor | None = None) -> Tens
 
 
 def _row_blocks(ffn: FFN, decider: Decider, expected: int) -> launch.Launch | None:
-    return launch.row_blocks(ffn.d, ffn.h, ffn.itemsize, ffn.tokens, expected, ffn.found, read=decider.size)
+    sizes = ffn.d, ffn.h, ffn.itemsize, ffn.tokens, expected, ffn.found
+    return launch.row_blocks(*sizes, read=decider.size, looks=1 if decider.second is None else 2)
 
 
 def _sum_rows(
@@ -213,7 +215,7 @@ def _sum_rows(
     partial_sums = ffn.x.new_empty((*config.grid, ffn.tokens, ffn.d), dtype=torch.float32)
     kernels.decide_and_sum[config.grid](
         ffn.x, ffn.x.stride(0), decider.by, *ffn.weights(decider.gate_first), ffn.biases(decider.gate_first),
-        phases, partial_sums, counters, ffn.h, ffn.d,
+        decider.second, phases, partial_sums, counters, ffn.h, ffn.d,
         READ=decider.read, DECIDE=decider.decide, HOW=decider.how, KNOWN=decider.known, GATE_FIRST=decider.gate_first,
         ACT=ffn.activation, **config.options(ffn.found),
     )  # fmt: skip
@@ -263,8 +265,8 @@ def _coefficients(
     counters = counters if call is None else call.counters
     kernels.coefficients[config.grid](
         ffn.x, ffn.x.stride(0), *ffn.weights(decider.gate_first)[:2], ffn.biases(decider.gate_first), thresholds,
-        phases, None if active is None else active.view(torch.int8), s, needs, counters, ffn.tokens, ffn.d, ffn.h,
-        GATE_FIRST=decider.gate_first, ACT=ffn.activation, **config.options(ffn.found),
+        decider.second, phases, None if active is None else active.view(torch.int8), s, needs, counters, ffn.tokens,
+        ffn.d, ffn.h, GATE_FIRST=decider.gate_first, ACT=ffn.activation, **config.options(ffn.found),
     )  # fmt: skip
     return s, needs  # type: ignore[return-value]
 

@@ -5,6 +5,9 @@ rows of the matrices that are left: no list of active neurons in memory, no seco
 tokens. More tokens: rows are read once for all, by tiles, those that no token needs masked out. Either way a program
 leaves a partial sum of its own and `reduce` adds them in a fixed order, so the same call gives the same bits.
 
+A second look is at whole coefficients, by thresholds `second`: what remains of the first one computes the other factor,
+and what that leaves goes on to W_down. The same two ways: a list in registers, made anew, and tiles.
+
 What decides is a function of `deciders`, how a row is read one of `loaders`; kernels are compiled for each combination
 and name none. `first` is the weight that decides where one does, else up; `other` is the other of gate and up. Rows are
 W_gate[i], W_up[i] and W_down[:, i]. Loads that are used once are marked to leave the cache first; partial sums are
@@ -24,10 +27,12 @@ from countdown.ops.triton.kernel_parts import (
     add_bias,
     begin,
     count,
+    count_more,
     dot,
     dots,
     factor,
     in_phase,
+    is_above,
     is_active,
     is_inside,
     load,
@@ -152,7 +157,7 @@ def _in_memory(kept, active, values, phase, i, here, to, h):
 
 @triton.jit
 def decide_and_sum(
-    x, x_stride, by, first, other, down, biases, phases, partial, counters, h, d: tl.constexpr,
+    x, x_stride, by, first, other, down, biases, second, phases, partial, counters, h, d: tl.constexpr,
     READ: tl.constexpr, DECIDE: tl.constexpr, HOW: tl.constexpr, KNOWN: tl.constexpr, GATE_FIRST: tl.constexpr,
     ACT: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr,
     MINE: tl.constexpr, STAGES: tl.constexpr, GATHER_STAGES: tl.constexpr, PDL: tl.constexpr,
@@ -160,7 +165,8 @@ def decide_and_sum(
     """One token or two: Σ over the active neurons of this program's rows.
 
     x [T, d] → partial [P, T, d] float32; counters += (generated tokens, their active neurons). KNOWN: what decides
-    finds one of the two factors. D ≥ d and MINE ≥ a program's rows are powers of two.
+    finds one of the two factors. second: thresholds [h] of a second look, or None; then counters += what that leaves,
+    too. D ≥ d and MINE ≥ a program's rows are powers of two.
     """
     c = tl.arange(0, D)
     inside = is_inside(c, d, D)
@@ -172,13 +178,26 @@ def decide_and_sum(
         DECIDE, _in_registers, HOW, ACT, T, ROWS, STAGES,
     )  # fmt: skip
     if counters is not None:
-        _count_kept(counters, kept, phase, T)
-    ys = _gather_and_sum(xs, first, other, down, biases, kept, c, inside, KNOWN, GATE_FIRST, ACT, GATHER, GATHER_STAGES)
+        tokens_counted, active = _counted(kept, phase, T)
+        count(counters, tokens_counted, active)
+    if second is None:
+        ys = _gather_and_sum(
+            xs, first, other, down, biases, kept, c, inside, KNOWN, GATE_FIRST, ACT, GATHER, GATHER_STAGES
+        )
+    else:
+        kept = _look_again(
+            xs, x, other, biases[1], second, kept, phase, c, inside, GATE_FIRST, ACT, GATHER, GATHER_STAGES
+        )
+        if counters is not None:
+            _, active = _counted(kept, phase, T)
+            count_more(counters + 2, active)
+        ys = _sum_known(xs, down, kept, c, inside, GATHER, GATHER_STAGES)
     _leave(partial, ys, c, inside, d)
 
 
 @triton.jit
-def _count_kept(counters, kept, phase, T: tl.constexpr):
+def _counted(kept, phase, T: tl.constexpr):
+    """How many tokens are counted, and how many neurons of a list these need."""
     index, n, _ = kept
     tokens = _one_if_generated(phase, 0)
     if T == 1:
@@ -187,7 +206,69 @@ def _count_kept(counters, kept, phase, T: tl.constexpr):
         active = tl.sum(index & 1, 0) * tokens
         tokens += _one_if_generated(phase, 1)
         active += tl.sum((index >> 1) & 1, 0) * _one_if_generated(phase, 1)
-    count(counters, tokens, active)
+    return tokens, active
+
+
+@triton.jit
+def _look_again(
+    xs, like, other, bias, second, kept, phase, c, inside,
+    GATE_FIRST: tl.constexpr, ACT: tl.constexpr, GATHER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of neurons kept in registers with one factor, those whose coefficient some token needs, with that."""
+    index, n, values = kept
+    k = tl.arange(0, index.shape[0])
+    found = tl.zeros(index.shape, tl.int32)  # bit t: token t needs it
+    coefficients = ()
+    for _ in tl.static_range(len(xs)):
+        coefficients = coefficients + (tl.zeros(index.shape, tl.float32),)
+    for start in tl.range(0, n, GATHER, num_stages=STAGES):
+        o = start + tl.arange(0, GATHER)
+        here = o < n
+        entry = pick(index, k, o)
+        i = _row_of(entry, len(xs))
+        z = dots(load_rows(other, i, c, here[:, None] & inside[None, :]), xs)
+        threshold = tl.load(second + i, mask=here, other=0.0)
+        place = here[:, None] & (o[:, None] == k[None, :])
+        needed = tl.zeros(o.shape, tl.int32)
+        more = ()
+        for t in tl.static_range(len(xs)):
+            s = pick(values[t], k, o) * factor(add_bias(z[t], bias, i, here), like, not GATE_FIRST, ACT)
+            active = is_above(s, threshold)
+            if len(phase) != 0:
+                active = in_phase(active, phase[t])
+            active = active & _is_needed(entry, t, len(xs))
+            needed = needed | (active.to(tl.int32) << t)
+            more = more + (coefficients[t] + tl.sum(tl.where(place & active[:, None], s[:, None], 0.0), 0),)
+        coefficients = more
+        found += tl.sum(tl.where(place, needed[:, None], 0), 0)
+    entries = index
+    if len(xs) == 2:
+        entries = ((index >> 2) << 2) | found
+    zeros = tl.zeros(index.shape, tl.int32)
+    index, n, where = _appended(zeros, tl.full([], 0, tl.int32), entries, found != 0)
+    left = ()
+    for t in tl.static_range(len(xs)):
+        left = left + (tl.sum(tl.where(where, coefficients[t][:, None], 0.0), 0),)
+    return index, n, left
+
+
+@triton.jit
+def _sum_known(xs, down, kept, c, inside, GATHER: tl.constexpr, STAGES: tl.constexpr):
+    """Σ over the neurons that are kept in registers with their coefficients, float32 [D] for each token."""
+    index, n, coefficients = kept
+    k = tl.arange(0, index.shape[0])
+    ys = ()
+    for _ in tl.static_range(len(xs)):
+        ys = ys + (tl.zeros(c.shape, tl.float32),)
+    for start in tl.range(0, n, GATHER, num_stages=STAGES):
+        o = start + tl.arange(0, GATHER)
+        i = _row_of(pick(index, k, o), len(xs))
+        column = load_rows(down, i, c, (o < n)[:, None] & inside[None, :])
+        sums = ()
+        for t in tl.static_range(len(xs)):
+            sums = sums + (ys[t] + tl.sum(column * pick(coefficients[t], k, o)[:, None], 0),)
+        ys = sums
+    return ys
 
 
 @triton.jit
@@ -324,7 +405,7 @@ def _project(x, weight, bias, i, here, tokens, d, x_stride, BLOCK: tl.constexpr,
 
 @triton.jit
 def coefficients(
-    x, x_stride, first, other, biases, per_neuron, phases, active_set, s, needs, counters, tokens, d, h,
+    x, x_stride, first, other, biases, per_neuron, second, phases, active_set, s, needs, counters, tokens, d, h,
     GATE_FIRST: tl.constexpr, ACT: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -332,7 +413,8 @@ def coefficients(
 
     x [tokens, d] → s [h, T] in the dtype of x; needs [h] int8, whether any token needs a neuron. Without thresholds
     per_neuron, active_set [tokens, h] int8 says what is active. Else `first` and they do, and where there are counters,
-    those += (generated tokens, their active neurons). Without s, active_set is written, and no more.
+    those += (generated tokens, their active neurons). second: see `decide_and_sum`. Without s, active_set is written,
+    and no more.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = i < h
@@ -347,28 +429,53 @@ def coefficients(
         read = here
     z = _project(x, first, biases[0], i, read, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
     v = factor(z, x, GATE_FIRST, ACT)
+    phase = _phases_of(phases, t, tokens)[None, :]
     if per_neuron is not None:
         active = is_active(v, z, tl.load(per_neuron + i, mask=here, other=0.0)[:, None])
-        if phases is not None:
-            phase = tl.load(phases + t, mask=t < tokens, other=PADDING)
-            active = in_phase(active, phase[None, :])
-        active = valid & active
+        active = here[:, None] & in_phase(active, phase)
+    left = active
     if s is None:
         tl.store(active_set + place, active.to(tl.int8), mask=valid)
     else:
         needed = tl.sum(active.to(tl.int32), 1) > 0
         w = _project(x, other, biases[1], i, needed, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
-        if not GATE_FIRST:
-            w = activate(rounded(w, x), ACT)
-        product = tl.where(active, v * w, 0.0)
+        w = _other_factor(w, x, second, GATE_FIRST, ACT)
+        if second is not None:
+            above = is_above(v * w, tl.load(second + i, mask=here, other=0.0)[:, None])
+            left = active & in_phase(above, phase)
+        product = tl.where(left, v * w, 0.0)
         tl.store(s + i[:, None] * T + t[None, :], product.to(s.dtype.element_ty), mask=here[:, None])
-        tl.store(needs + i, needed.to(tl.int8), mask=here)
+        tl.store(needs + i, (tl.sum(left.to(tl.int32), 1) > 0).to(tl.int8), mask=here)
     if counters is not None:
-        generated = tokens
-        if phases is not None:
-            active = active & (phase == GENERATED)[None, :]
-            generated = tl.sum((phase == GENERATED).to(tl.int32), 0)
-        count(counters, generated, tl.sum(tl.sum(active.to(tl.int32), 1), 0))
+        generated = phase == GENERATED
+        count(counters, tl.sum(tl.sum(generated.to(tl.int32), 1), 0), _sum_of(active & generated))
+        if second is not None:
+            count_more(counters + 2, _sum_of(left & generated))
+
+
+@triton.jit
+def _phases_of(phases, t, tokens):
+    """Of each token of a tile; those beyond the last are padding."""
+    if phases is None:
+        phase = tl.where(t < tokens, GENERATED, PADDING)
+    else:
+        phase = tl.load(phases + t, mask=t < tokens, other=PADDING)
+    return phase
+
+
+@triton.jit
+def _other_factor(w, like, second, GATE_FIRST: tl.constexpr, ACT: tl.constexpr):
+    # As the dense FFN rounds it where it decides.
+    if second is not None:
+        w = factor(w, like, not GATE_FIRST, ACT)
+    elif not GATE_FIRST:
+        w = activate(rounded(w, like), ACT)
+    return w
+
+
+@triton.jit
+def _sum_of(flags):
+    return tl.sum(tl.sum(flags.to(tl.int32), 1), 0)
 
 
 @triton.jit

@@ -133,6 +133,7 @@ def row_blocks(
     found: Hardware,
     *,
     read: int | None = None,
+    looks: int = 1,
 ) -> Launch | None:
     """Return the launch of `decide_and_sum`, None where registers do not hold that many tokens of this width.
 
@@ -142,6 +143,7 @@ def row_blocks(
         expected: About how many neurons are active.
         found: Where.
         read: Bytes that are read of a neuron to decide on it; None for a row of one weight, whose product is kept.
+        looks: One or two; of two, each of the matrices that are left is gathered alone.
     """
     width, row = _row(d, itemsize)
     if tokens > 2 or (tokens == 2 and width > PAIR_WIDTH):
@@ -149,6 +151,8 @@ def row_blocks(
     # Two tokens hold more in registers; one whose factor is known has a third less to gather.
     block = 16 if tokens == 2 and read is None else 32
     budget, matrices = (16, 2) if tokens == 1 and read is None else (8, 3)
+    if looks == 2:
+        budget, matrices = 2 * budget, 1
     stages = 3 if tokens == 1 else 4
     read = row if read is None else read
     rows = _clamp(block * _KB // read, 1, 16)
