@@ -141,7 +141,7 @@ def _of_tiles(d: int, h: int, x: str, w: str, found: launch.Hardware) -> Kernels
     }  # fmt: skip
     predicted = ("*i32", "*fp16", "*fp32", "*fp32", f"*{x}", SIZE)
     for added, how in ((None, None), (predicted, launch.packed(d, found))):
-        yield f"reduce {how}", kernels.reduce, launch.reduction(d, 200, 8, how), {
+        yield f"reduce {how}", kernels.reduce, launch.reduction(d, 200, 8, how, early=True), {
             "partial": "*fp32", "down_bias": f"*{w}", "y": f"*{x}", "programs": INT, "tokens": INT, "d": SIZE,
             "predicted": added, "phases": "*u8",
         }  # fmt: skip

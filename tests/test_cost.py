@@ -43,12 +43,19 @@ def test_ceiling():
     [("m-countdown", 0.3, 1.6 / 3), ("cats", 0.1, 1.2 / 3), ("d-countdown", 0.3, 2.3 / 3), ("cats", 1.0, 1.0)],
 )
 def test_weights_read(name, active, expected):
-    assert weights_read(find_ffns(llama()), method(name), active) == pytest.approx(expected)
+    assert weights_read(find_ffns(llama()), method(name), [active]) == pytest.approx(expected)
+
+
+def test_of_two_looks_columns_are_read_of_what_the_second_leaves():
+    ffns, config = find_ffns(llama()), method("m-countdown", sparsity=0.6, second_look=0.25)
+    assert weights_read(ffns, config) == pytest.approx((1 + 0.5 + 0.3) / 3)
+    assert weights_read(ffns, config, [0.9, 0.1]) == pytest.approx(2 / 3)
+    assert weights_read(ffns, method("cats", sparsity=0.1, second_look=0.25)) == pytest.approx((1 + 1.0 + 0.8) / 3)
 
 
 def test_a_proxy_counts_as_read():
     # 4 bits and a 16-bit scale for 64 weights, of two matrices out of three.
     ffns = find_ffns(llama(torch.bfloat16, hidden_size=64))
-    assert weights_read(ffns, method("d-proxy"), 0.2) == pytest.approx(0.2 + 2 / 3 * 4.25 / 16)
+    assert weights_read(ffns, method("d-proxy"), [0.2]) == pytest.approx(0.2 + 2 / 3 * 4.25 / 16)
     ffns = find_ffns(llama(hidden_size=64))
-    assert weights_read(ffns, method("d-proxy", bits=3), 0.2) == pytest.approx(0.2 + 2 / 3 * 3.25 / 32)
+    assert weights_read(ffns, method("d-proxy", bits=3), [0.2]) == pytest.approx(0.2 + 2 / 3 * 3.25 / 32)

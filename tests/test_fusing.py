@@ -11,10 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import oracle
-from calls import made_sparse
+from calls import made_sparse, sparse_module
 from countdown.decoding import DecodeLoop
 from countdown.fusing.fused import Fused, fused
+from countdown.methods import method
+from countdown.phase import Phases
 from countdown.replay import tensors_in
+from countdown.sites import find_sites
+from countdown.sites.decoder import decoder_of
 from fused_loop import FusedLoop
 from test_decoding import HYBRIDS, IDS, causal_lm, own_text
 from tiny import gemma3, llama
@@ -117,15 +121,27 @@ def test_windows_and_norms_before_and_after(window):
     assert loop.operations["add_and_normalise"] == 3 * 2
 
 
-def test_before_sparse_sums_nothing_starts_early():
+def started_early(model) -> list[bool]:
+    """Of each sparse sum of a step, whether it may start while the norm before it waits."""
+    operations = FusedLoop(model, IDS, new_tokens=4).traced.operations
+    norms = {one.makes[-1][0]: one for one in operations if one.name.endswith("normalise")}
+    sums = [one for one in operations if one.name == "countdown::sparse" and one.args[0] in norms]
+    return [norms[one.args[0]].args[-1] is not False for one in sums]
+
+
+def test_sparse_sums_of_neurons_start_early_and_those_of_channels_do_not():
     model = llama()
     made_sparse(model, per_term=0.3)
-    loop = FusedLoop(model, IDS, new_tokens=4)
-    sparse = [one.args[0] for one in loop.traced.operations if one.name == "countdown::sparse"]
-    assert len(sparse) == model.config.num_hidden_layers
-    for one in loop.traced.operations:
-        if one.name == "countdown::add_and_normalise":
-            assert (one.args[5:] == (False,)) == (one.makes[1][0] in sparse)
+    assert started_early(model) == [True] * model.config.num_hidden_layers
+    model, config = llama(), method("teal")
+    phases = Phases()
+    phases.watch(decoder_of(model)[0])
+    for site in find_sites(model, ["linear"]):
+        module = sparse_module(site, config, torch.full((site.terms,), 0.3), apply_to="decode", phases=phases)
+        model.set_submodule(site.name, module)
+    found = started_early(model)
+    assert found
+    assert not any(found)
 
 
 @pytest.mark.parametrize("rounded", [True, False])

@@ -13,8 +13,8 @@ import torch
 import countdown
 from countdown.artifacts import Moment
 from countdown.calibration.calibrate import calibrate, calibration_sequences
+from countdown.calibration.looks import Looks
 from countdown.calibration.passes.sketches import SiteSketches, _SparsePass
-from countdown.calibration.sketch import MagnitudeSketch
 from countdown.errors import ConfigError, CountdownError, TextError, UnsupportedModelError
 from countdown.methods import Method, method, method_class, method_names
 from countdown.selectors import COEFFICIENT
@@ -100,19 +100,19 @@ def test_a_method_without_threshold_has_none(llama_model, tokenizer, text):
     assert all("thresholds" not in site for site in profile.entries[0].sites.values())
 
 
-def sketch_of(values: torch.Tensor) -> MagnitudeSketch:
-    sketch = MagnitudeSketch()
-    sketch.add(values)
-    return sketch
+def seen(values: torch.Tensor) -> Looks:
+    looks = Looks(1)
+    looks.add(values)
+    return looks
 
 
-def thresholds(by_level: dict[float, MagnitudeSketch]) -> torch.Tensor:
-    return SiteSketches(by_level).thresholds()
+def thresholds(by_level: dict[float, Looks]) -> torch.Tensor:
+    return SiteSketches({(level,): looks for level, looks in by_level.items()}).thresholds()
 
 
 def test_a_curve_lies_between_the_levels_it_was_made_at():
     uniform = torch.linspace(0, 1, 100_001)
-    curve = thresholds({0.2: sketch_of(uniform), 0.6: sketch_of(uniform * 3)})
+    curve = thresholds({0.2: seen(uniform), 0.6: seen(uniform * 3)})
     assert curve.shape == (1000,)
     assert curve[0] == -1
     expected = {1: 0.001, 100: 0.1, 200: 0.2, 400: (0.4 + 1.2) / 2, 500: 0.25 * 0.5 + 0.75 * 1.5, 600: 1.8, 900: 2.7}
@@ -122,7 +122,7 @@ def test_a_curve_lies_between_the_levels_it_was_made_at():
 
 def test_a_curve_never_falls():
     uniform = torch.linspace(0, 1, 10_001)
-    curve = thresholds({0.4: sketch_of(uniform), 0.5: sketch_of(uniform / 10)})
+    curve = thresholds({0.4: seen(uniform), 0.5: seen(uniform / 10)})
     assert (curve.diff() >= 0).all()
 
 
@@ -140,7 +140,7 @@ def test_the_model_is_left_as_it_was_when_interrupted(llama_model, tokenizer, te
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("countdown.calibration.passes.sketches.MagnitudeSketch.add", interrupt)
+    monkeypatch.setattr("countdown.calibration.passes.sketches.Looks.add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(llama_model, tokenizer, text, method("cats"), tokens=512, progress=False)
     assert llama_model.model.layers[1].mlp is original

@@ -47,7 +47,7 @@ def read(model, profile):
     found = {s.name: s for s in countdown.status(model)}
     countdown.restore_(model)
     entries = {name: entry.method.selector for entry in profile.entries for name in entry.sites}
-    return {n: entries[n].bytes_read(sites[n].sum, 1 - s.target_sparsity) for n, s in found.items()}, found
+    return {n: entries[n].bytes_read(sites[n].sum, [1 - s.target_sparsity]) for n, s in found.items()}, found
 
 
 def test_what_is_saved_are_bytes_of_what_only_active_terms_need():

@@ -42,8 +42,8 @@ class Looks:
             drops: The share of terms that is inactive after each look; see `Method.drops`.
             first, second: As for `add`.
         """
-        if drops[-1] >= 1:
-            return torch.zeros_like(first, dtype=torch.bool)
+        if drops[-1] in (0, 1):
+            return torch.full_like(first, drops[-1] == 0, dtype=torch.bool)
         threshold = self._first_threshold(drops[0])
         active = first > threshold.float()
         if self.both is None:

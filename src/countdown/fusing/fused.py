@@ -40,7 +40,7 @@ def fused(step: Callable[[], object], results: Callable[[], list[Tensor]]) -> Fu
     done = _counted_last(done)
     for find in (gated, attention, norms, angles):
         done = put_together(find, done, wanted)
-    return Fused(_apart_from_sparse(_needed(done, wanted), wanted), wanted)
+    return Fused(_apart_from_linears(_needed(done, wanted), wanted), wanted)
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,23 @@ class Fused:
         return [now[one] if isinstance(one, Slot) else one for one in self._results]
 
 
-def _apart_from_sparse(done: Sequence[Done], results: Sequence[Tensor]) -> list[Done]:
-    """Return the operations, those without `overlap` that sparse sums read."""
+def _apart_from_linears(done: Sequence[Done], results: Sequence[Tensor]) -> list[Done]:
+    """Return the operations, those without `overlap` that sparse linears read."""
     graph = Graph(done, results)
     ours = torch.ops.countdown
     small = (ours.normalise.default, ours.add_and_normalise.default, ours.attend_next.default)
 
     def apart(one: Done) -> Done:
         readers = {reader for tensor in tensors_in(one.made) for reader in graph.readers(tensor)}
-        if one.op not in small or not any(reader.is_sparse_sum for reader in readers):
+        if one.op not in small or not any(_is_sparse_linear(reader) for reader in readers):
             return one
         return replace(one, args=(*one.args, False))
 
     return [apart(one) for one in done]
+
+
+def _is_sparse_linear(one: Done) -> bool:
+    return one.name == "countdown::sparse_together" or (one.is_sparse_sum and one.kwargs["kind"] == "linear")
 
 
 def _needed(done: Sequence[Done], results: Sequence[Tensor]) -> list[Done]:

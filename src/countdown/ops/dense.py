@@ -13,8 +13,8 @@
   position is an integer with one entry.
 - `largest_one`: the place [1, 1] of the largest of logits [1, n]: of NaN if there is one; of several the first.
 
-`overlap`: what comes next in a stream may start while this waits, which is faster unless that is a sparse sum. No value
-depends on it. Arguments that do not fit raise ValueError.
+`overlap`: what comes next in a stream may start while this waits, which is faster unless that is a sparse linear. No
+value depends on it. Arguments that do not fit raise ValueError.
 """
 
 from __future__ import annotations

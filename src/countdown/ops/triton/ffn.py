@@ -219,7 +219,7 @@ def _sum_rows(
         READ=decider.read, DECIDE=decider.decide, HOW=decider.how, KNOWN=decider.known, GATE_FIRST=decider.gate_first,
         ACT=ffn.activation, **config.options(ffn.found),
     )  # fmt: skip
-    return _reduce(ffn, partial_sums)
+    return _reduce(ffn, partial_sums, early=True)
 
 
 def _select_rows(ffn: FFN, decider: Decider, phases: Tensor | None, active: Tensor, counters: Tensor | None) -> None:
@@ -280,12 +280,12 @@ def _sum_tiles(ffn: FFN, s: Tensor, needs: Tensor) -> Tensor:
     return _reduce(ffn, partial_sums)
 
 
-def _reduce(ffn: FFN, partial_sums: Tensor) -> Tensor:
-    """Return y `[T, d]` from partial sums `[P, T, d]`."""
+def _reduce(ffn: FFN, partial_sums: Tensor, *, early: bool = False) -> Tensor:
+    """Return y `[T, d]` from partial sums `[P, T, d]`; early: those of `decide_and_sum`."""
     y = ffn.x.new_empty((ffn.tokens, ffn.d))
     programs = len(partial_sums)
     how = None if ffn.predicted is None else launch.packed(ffn.d, ffn.found)
-    config = launch.reduction(ffn.d, programs, ffn.tokens, how)
+    config = launch.reduction(ffn.d, programs, ffn.tokens, how, early=early)
     kernels.reduce[config.grid](
         partial_sums, ffn.down_bias, y, ffn.predicted, ffn.phases, programs, ffn.tokens, ffn.d,
         **config.options(ffn.found),

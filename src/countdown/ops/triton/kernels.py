@@ -217,10 +217,7 @@ def _look_again(
     """Of neurons kept in registers with one factor, those whose coefficient some token needs, with that."""
     index, n, values = kept
     k = tl.arange(0, index.shape[0])
-    found = tl.zeros(index.shape, tl.int32)  # bit t: token t needs it
-    coefficients = ()
-    for _ in tl.static_range(len(xs)):
-        coefficients = coefficients + (tl.zeros(index.shape, tl.float32),)
+    left = _none_in_registers(index.shape[0], len(xs), True)
     for start in tl.range(0, n, GATHER, num_stages=STAGES):
         o = start + tl.arange(0, GATHER)
         here = o < n
@@ -228,28 +225,18 @@ def _look_again(
         i = _row_of(entry, len(xs))
         z = dots(load_rows(other, i, c, here[:, None] & inside[None, :]), xs)
         threshold = tl.load(second + i, mask=here, other=0.0)
-        place = here[:, None] & (o[:, None] == k[None, :])
-        needed = tl.zeros(o.shape, tl.int32)
-        more = ()
+        active = ()
+        coefficients = ()
         for t in tl.static_range(len(xs)):
             s = pick(values[t], k, o) * factor(add_bias(z[t], bias, i, here), like, not GATE_FIRST, ACT)
-            active = is_above(s, threshold)
+            above = is_above(s, threshold)
             if len(phase) != 0:
-                active = in_phase(active, phase[t])
-            active = active & _is_needed(entry, t, len(xs))
-            needed = needed | (active.to(tl.int32) << t)
-            more = more + (coefficients[t] + tl.sum(tl.where(place & active[:, None], s[:, None], 0.0), 0),)
-        coefficients = more
-        found += tl.sum(tl.where(place, needed[:, None], 0), 0)
-    entries = index
-    if len(xs) == 2:
-        entries = ((index >> 2) << 2) | found
-    zeros = tl.zeros(index.shape, tl.int32)
-    index, n, where = _appended(zeros, tl.full([], 0, tl.int32), entries, found != 0)
-    left = ()
-    for t in tl.static_range(len(xs)):
-        left = left + (tl.sum(tl.where(where, coefficients[t][:, None], 0.0), 0),)
-    return index, n, left
+                above = in_phase(above, phase[t])
+            above = above & here & _is_needed(entry, t, len(xs))
+            active = active + (above,)
+            coefficients = coefficients + (tl.where(above, s, 0.0),)
+        left = _in_registers(left, active, coefficients, phase, i, here, None, None)
+    return left
 
 
 @triton.jit
@@ -507,12 +494,13 @@ def sum_columns(
 @triton.jit
 def reduce(
     partial, down_bias, y, predicted, phases, programs, tokens, d,
-    P: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, PDL: tl.constexpr,
+    P: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial [programs, tokens, d] → y [tokens, d], added in order.
 
     predicted: None, or what is added to sparse tokens, see `compensation.affine`: levels and scales of L, channels [d],
-    b [d], and the tokens x with their stride. Rows of L are fetched before this waits. HOW: see `deciders.quantised`.
+    b [d], and the tokens x with their stride. Rows of L are fetched before this waits; EARLY: all is computed then, as
+    the kernel before does not let this start before x is there. HOW: see `deciders.quantised`.
     """
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     t = tl.program_id(1)
@@ -520,19 +508,32 @@ def reduce(
     here = c < d
     if predicted is not None:
         rows = load_levels((predicted[0], predicted[1]), c, here, HOW)
-    begin(PDL)
+        if EARLY:
+            z = _predicted(rows, predicted, phases, c, t, here, d, HOW)
+            begin(PDL)
+        else:
+            begin(PDL)
+            z = _predicted(rows, predicted, phases, c, t, here, d, HOW)
+    else:
+        begin(PDL)
     v = tl.load(
         partial + (p[:, None] * tokens + t) * d + c[None, :],
         mask=(p < programs)[:, None] & here[None, :], other=0.0, eviction_policy="evict_last",
     )  # fmt: skip
     total = add_bias(tl.sum(v, 0), down_bias, c, here)
     if predicted is not None:
-        token = quantised(predicted[4] + t * predicted[5], predicted[2], d, HOW)
-        z = tl.sum(products_of_levels(rows, token, HOW), 1) * token[3]
-        z += tl.load(predicted[3] + c, mask=here, other=0.0)
-        # Of a token that is not finite the step is not.
-        sparse = tl.abs(token[3]) < float("inf")
-        if phases is not None:
-            sparse = sparse & (tl.load(phases + t) == GENERATED)
-        total += tl.where(sparse, z, 0.0)
+        total += z
     tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _predicted(rows, predicted, phases, c, t, here, d, HOW: tl.constexpr):
+    """What is added to token t in columns c, from these rows of L; 0 if it is not sparse."""
+    _, _, channels, bias, x, x_stride = predicted
+    token = quantised(x + t * x_stride, channels, d, HOW)
+    z = tl.sum(products_of_levels(rows, token, HOW), 1) * token[3] + tl.load(bias + c, mask=here, other=0.0)
+    # Of a token that is not finite the step is not.
+    sparse = tl.abs(token[3]) < float("inf")
+    if phases is not None:
+        sparse = sparse & (tl.load(phases + t) == GENERATED)
+    return tl.where(sparse, z, 0.0)

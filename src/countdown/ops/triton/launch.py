@@ -164,10 +164,21 @@ def row_blocks(
         "ROWS": rows,
         "GATHER": gather,
         "MINE": _power(mine),
-        "STAGES": _stages(rows * read, stages, found.shared // 2),
+        "STAGES": _of_two(rows * read, _stages(rows * read, stages, found.shared // 2), found),
         "GATHER_STAGES": _stages(matrices * gather * row, stages, found.shared // 2),
     }
     return Launch((programs,), constants, _warps(width))
+
+
+def _of_two(size: int, stages: int, found: Hardware) -> int:
+    """Return so many stages that two programs fit a multiprocessor, and no third if that can be.
+
+    Where small kernels around let this one start while their programs still run, some multiprocessors are taken, and
+    the others would get three. So would they of the next sum, if `reduce` begins early.
+    """
+    while found.dependent_launch and 3 * (stages - 1) * size <= found.shared and 2 * stages * size < found.shared:
+        stages += 1
+    return stages
 
 
 def row_selection(h: int, tokens: int, read: int, found: Hardware) -> Launch:
@@ -350,10 +361,16 @@ def finish(d: int, heights: list[int], ranks: list[int], form: Channels, tokens:
     return Launch(grid, constants, 4, fused=not ranks)
 
 
-def reduction(d: int, programs: int, tokens: int, how: tuple[int, int, int, bool] | None = None) -> Launch:
-    """Return the launch of `reduce`; of what is predicted with the rows that registers hold, `packed` like this."""
+def reduction(
+    d: int, programs: int, tokens: int, how: tuple[int, int, int, bool] | None = None, *, early: bool = False
+) -> Launch:
+    """Return the launch of `reduce`; of what is predicted with the rows that registers hold, `packed` like this.
+
+    early: It comes after `decide_and_sum`, of which no third program fits.
+    """
     columns = 32 if how is None else _clamp(16384 // how[1], 1, 32)
-    return Launch((_ceil(d, columns), tokens), {"P": _power(programs), "COLUMNS": columns, "HOW": how}, 8)
+    constants = {"P": _power(programs), "COLUMNS": columns, "HOW": how, "EARLY": early}
+    return Launch((_ceil(d, columns), tokens), constants, 8)
 
 
 def _row(d: int, itemsize: int) -> tuple[int, int]:
