@@ -1,6 +1,7 @@
 """Runs every kernel on shapes that no block divides, for NVIDIA's compute-sanitizer:
 
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src:tests
+python tests/gpu/sanitize.py  # compiles them, which takes much longer under a tool
 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize.py
 """
@@ -24,6 +25,10 @@ def main() -> None:
                 cases.check_proxy(tokens, d, h, dtype, "cuda", activation="gelu", share=0.5, bias=True)
                 cases.check_linear(tokens, d, h, dtype, "cuda", share=0.5, bias=True, phases=[0, 2, 1, 0, 0][:tokens])
                 cases.check_affine(tokens, d, h, dtype, "cuda", by="up", phases=[0, 2, 1, 0, 0][:tokens], bias=True)
+                look = {"shares": (0.4, 0.6), "phases": torch.tensor([0, 2, 1, 0, 0][:tokens], dtype=torch.uint8)}
+                cases.check_second_look(
+                    tokens, d, h, dtype, "cuda", indicator="up", activation="gelu", bias=True, **look
+                )
                 cases.check_phases([0, 2, 1, 0, 0][:tokens], d, h, dtype, "cuda", by="proxy-4")
         weights, biases = cases.ffn(d, h, torch.float16, "cuda", bias=True)
         dense_ops.project(cases.inputs(1, d, torch.float16, "cuda", 0), weights[:2], biases[:2])
