@@ -12,7 +12,8 @@ split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt 
     low-rank    r-sparse at several α, the same everywhere, on all linears and on those of attention
     chess       the recipe
     ridge       compensation by several λ, calibrated on both texts; and by L of 70% at 80%
-    compensation  with what is predicted of dropped neurons and without, calibrated on WikiText-2 and on python-docs
+    compensation  with what is predicted of dropped neurons, a second look, both and neither, calibrated on WikiText-2
+                and on python-docs
     budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
@@ -32,7 +33,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,7 +49,7 @@ from countdown.calibration.passes.sketches import sketch_sparse
 from countdown.cost import saved_bytes, token_bytes
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import Source, load_model, load_tokenizer
-from countdown.methods import Method, method, method_class, method_names
+from countdown.methods import SECOND_LOOK, Method, method, method_class, method_names
 from countdown.modules import SparseModule
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
@@ -234,14 +235,17 @@ def _budget(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield bench.measured(at, recipe_name=name, bytes_of_ffn_sparsity=sparsity)
 
 
-def _compensation(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _compensation(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     docs = load_text("python-docs", "calibration")
     for settings, sparsities in COMPENSATED:
-        for seen in (bench.valid, docs):
-            for compensate in ("none", "affine"):
-                profile = bench.calibrated(method(**settings, compensate=compensate), seen)
-                for sparsity in sparsities:
-                    yield bench.measured(profile.with_settings(sparsity=sparsity))
+        if arguments.only not in (None, settings["name"]):
+            continue
+        looks: list[dict[str, Any]] = [{}]
+        looks += [{"second_look": SECOND_LOOK}] if method_class(settings["name"]).has("second_look") else []
+        for seen, look, compensate in product((bench.valid, docs), looks, ("none", "affine")):
+            profile = bench.calibrated(method(**settings, **look, compensate=compensate), seen)
+            for sparsity in sparsities:
+                yield bench.measured(profile.with_settings(sparsity=sparsity))
 
 
 def _ridge(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -133,8 +133,8 @@ def configurations(
 
 
 def usual_methods(effort: Effort = USUAL) -> list[Method | Recipe]:
-    """Return what is compared: methods that could be picked, weighted as most do best; if much is measured, also as
-    published, with what they drop predicted, and FFNs and attention on one budget.
+    """Return what is compared: methods that could be picked, weighted and looking as most do best; if much is measured,
+    also as published, with what they drop predicted, and FFNs and attention on one budget.
     """
     weighted = candidates()
     if not effort.published:

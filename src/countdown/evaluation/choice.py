@@ -20,7 +20,15 @@ from countdown.cost import saved_bytes, token_bytes, weights_read
 from countdown.errors import ConfigError, UnsupportedModelError
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import context_of, window_length
-from countdown.methods import DEFAULT_METHOD, LINEAR_METHOD, Method, method, method_class, method_names
+from countdown.methods import (
+    DEFAULT_METHOD,
+    LINEAR_METHOD,
+    SECOND_LOOK,
+    Method,
+    method,
+    method_class,
+    method_names,
+)
 from countdown.modules import check_dense
 from countdown.profiles.profile import Profile
 from countdown.profiles.recipe import Recipe, RecipeEntry
@@ -116,11 +124,11 @@ def choose(
 ) -> Choice:
     """Pick method, weighting and allocation, and calibrate them.
 
-    Every method for FFNs that decides by threshold on half of the weights or less is tried; of the best, its other
-    weightings and global allocation; the best with `wina` on the linears outside of FFNs, on one budget that saves
-    as many bytes; and the best with what dropped neurons would add predicted, against itself at the lower sparsity at
-    which it reads as much. At a wanted sparsity, the best reads the fewest weights of those whose KL is at most
-    `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
+    Every method for FFNs that decides by threshold on half of the weights or less is tried, with a second look where it
+    offers one; of the best, its other weightings and global allocation; the best with `wina` on the linears outside of
+    FFNs, on one budget that saves as many bytes; and the best with what dropped neurons would add predicted, against
+    itself at the lower sparsity at which it reads as much. At a wanted sparsity, the best reads the fewest weights of
+    those whose KL is at most `WORSE` times the least; at a wanted loss, of all at the highest sparsity that keeps it.
 
     Args:
         model, tokenizer, texts, tokens, window, progress: As for `calibrate`.
@@ -390,13 +398,17 @@ def check_wishes(sparsity: float | None, max_loss: float | None) -> None:
 
 
 def candidates(wanted: Mapping[str, Any] | None = None) -> list[Method]:
-    """Return the methods to try, with these settings, weighted as most do best."""
-    classes = {name: method_class(name) for name in method_names()}
-    usual = {name: "rms" if "rms" in cls.weightings else "none" for name, cls in classes.items()}
-    fitting = [name for name, cls in classes.items() if cls.kind == _kind() and "threshold" in cls.decisions]
-    found = [method(name, weighting=usual[name], decision="threshold", **wanted or {}) for name in fitting]
+    """Return the methods to try, with these settings, else with those with which most do best."""
+    classes = [method_class(name) for name in method_names()]
+    fitting = [cls for cls in classes if cls.kind == _kind() and "threshold" in cls.decisions]
+    found = [method(cls.name, **_usual(cls) | dict(wanted or {})) for cls in fitting]
     roles = len(SITES.get(_kind()).site.sum_class.roles)
     return [config for config in found if len(config.selector.reads) / roles <= MOST_TO_DECIDE]
+
+
+def _usual(cls: type[Method]) -> dict[str, Any]:
+    look = {"second_look": SECOND_LOOK} if cls.has("second_look") else {}
+    return {"weighting": "rms" if "rms" in cls.weightings else "none", "decision": "threshold", **look}
 
 
 def _kind() -> str:

@@ -3,6 +3,7 @@ which is r-sparse's own.
 """
 
 from countdown.methods._base import Method
+from countdown.methods._looking import USUAL as SECOND_LOOK
 from countdown.methods._registry import (
     METHODS,
     NamedRecipe,
@@ -24,6 +25,7 @@ __all__ = [
     "DEFAULT_METHOD",
     "LINEAR_METHOD",
     "METHODS",
+    "SECOND_LOOK",
     "Method",
     "NamedRecipe",
     "method",

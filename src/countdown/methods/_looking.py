@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 MOST = 0.5
+# What did best on text held out of calibration.
+USUAL = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Looking(Predicting):
         number = isinstance(self.second_look, int | float) and not isinstance(self.second_look, bool)
         if not number or not 0 <= self.second_look <= MOST:
             raise ConfigError(
-                f"second_look of {self.name} is {str(self.second_look)[:20]}, expected 0 to {MOST:g} (0.15 is usual, "
-                "0 for none)."
+                f"second_look of {self.name} is {str(self.second_look)[:20]}, expected 0 to {MOST:g} ({USUAL:g} is "
+                "usual, 0 for none)."
             )
         if self.second_look and self.decision != "threshold":
             raise ConfigError(
