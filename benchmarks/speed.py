@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from countdown.methods import SECOND_LOOK
 from documents import load, table
 
 FUSED = "cuBLAS, gate and up fused"
@@ -265,22 +266,56 @@ def _of_engine(r: dict[str, Any]) -> str:
 
 def predicting(names: Sequence[str]) -> str:
     """Return µs without and with what is predicted, and the difference over the time that its bytes take."""
+
+    def term(plain: dict[str, Any], predicted: dict[str, Any]) -> str:
+        more, bytes_ = (predicted[key] - plain[key] for key in ("time_us", "floor_us"))
+        return f"{_us(plain)} → {_us(predicted)} ({more / bytes_:.2f})"
+
+    return _pairs(names, ("", 0.0), ("affine", 0.0), term)
+
+
+def looking(names: Sequence[str]) -> str:
+    """Return µs of one look and of two, and their ratio."""
+
+    def ratio(one: dict[str, Any], two: dict[str, Any]) -> str:
+        return f"{_us(one)} → {_us(two)} ({two['time_us'] / one['time_us']:.2f})"
+
+    return _pairs(names, ("", 0.0), ("", SECOND_LOOK), ratio)
+
+
+def _pairs(
+    names: Sequence[str],
+    first: tuple[str, float],
+    second: tuple[str, float],
+    cell: Callable[[dict[str, Any], dict[str, Any]], str],
+) -> str:
+    """Return cells of two records of each method and sparsity, told apart by compensation and second look."""
     rows, sources = [], ""
     for name in names:
         document = load(name)
-        of_one_look = (r for r in document["records"] if not r.get("second_look"))
-        found = {(r["method"], r["compensate"], r["sparsity"]): r for r in of_one_look}
+        found = {
+            (r["method"], (r["compensate"], r.get("second_look", 0.0)), r["sparsity"]): r for r in document["records"]
+        }
         sparsities = sorted({key[2] for key in found})
         for method in dict.fromkeys(key[0] for key in found):
-            cells = [_term(found[method, "", s], found[method, "affine", s]) for s in sparsities]
-            rows.append([f"`{method}`", str(document["records"][0]["threads"]), *cells])
+            if (method, second, sparsities[0]) not in found:
+                continue
+            cells = [cell(found[method, first, s], found[method, second, s]) for s in sparsities]
+            rows.append([f"`{method}`", _place(document), *cells])
         sources += f"\n{_shape(document['records'][0])}, one token; {_source(name, document)}"
-    return table(["", "threads", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + sources
+    return table(["", "", *(f"{s:.0%}" for s in sparsities)], rows, left=2) + sources
 
 
-def _term(plain: dict[str, Any], predicted: dict[str, Any]) -> str:
-    more, bytes_ = (predicted[key] - plain[key] for key in ("time_us", "floor_us"))
-    return f"{plain['time_us']:.0f} → {predicted['time_us']:.0f} ({more / bytes_:.2f})"
+def _us(r: dict[str, Any]) -> str:
+    return f"{r['time_us']:.0f}" if "threads" in r else f"{r['time_us']:.1f}"
+
+
+def _place(document: dict[str, Any]) -> str:
+    """Return what computed: a GPU's name, or so many threads."""
+    threads = document["records"][0].get("threads")
+    if threads is None:
+        return str(document["meta"]["hardware"]["gpu"])
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def contexts(names: Sequence[str]) -> str:

@@ -318,6 +318,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3"]),
     "compensation-time": lambda: speed.predicting(["cpu-ffn-affine", "cpu-ffn-affine-1-thread"]),
+    "compensation-time-gpu": lambda: speed.predicting(["gpu-ffn-looks-h200"]),
+    "second-look-time": lambda: speed.looking(["gpu-ffn-looks-h200"]),
     "together": lambda: speed.together("together-smollm2"),
     "contexts": lambda: speed.contexts(["contexts-cpu-1.5b"]),
     "gpu-together": lambda: speed.together("together-h200"),
