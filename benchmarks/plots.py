@@ -9,7 +9,8 @@ from typing import Any
 
 import matplotlib
 
-from documents import load
+from compensation_tables import MODELS
+from documents import RESULTS, load
 from speed import FUSED
 
 matplotlib.use("svg")
@@ -29,6 +30,13 @@ PROXY = {
     ("m-countdown", "none", None): ("m-countdown", BLUE, "--"),
     ("cats", "rms", None): ("cats, weighting rms", ORANGE, "-"),
 }
+BESIDE = {
+    ("d-proxy", "none", False): ("d-proxy", GREEN, "--"),
+    ("d-proxy", "affine", False): ("d-proxy + affine", GREEN, "-"),
+    ("m-countdown", "none", False): ("m-countdown, weighting rms", BLUE, "--"),
+    ("m-countdown", "none", True): ("its second look", BLUE, ":"),
+    ("m-countdown", "affine", True): ("and affine", BLUE, "-"),
+}
 SPEED = {
     "given": ("active set known", ORANGE),
     "d-proxy": ("d-proxy, 4 bits", GREEN),
@@ -46,6 +54,7 @@ def main() -> None:
     speed("gpu-ffn-h200", FUSED, "copy", "cuBLAS", "speed")
     speed("cpu-ffn", None, "read", "torch", "speed-cpu")
     proxy()
+    compensation()
 
 
 def front() -> None:
@@ -123,6 +132,32 @@ def proxy() -> None:
     both[0].set_ylabel("perplexity, WikiText-2")
     both[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _write(figure, "proxy")
+
+
+def compensation() -> None:
+    """Draw the rise of perplexity against weights read, with and without what is predicted and a second look."""
+    names = [name for name in MODELS if (RESULTS / f"quality-compensation-{name}.json").exists()]
+    figure, every = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 4), squeeze=False)
+    for axes, name in zip(every[0], names, strict=True):
+        records = [r for r in load(f"quality-compensation-{name}")["records"] if r["calibrated_on"] == ["wikitext2"]]
+        for (method, compensate, looks), (label, colour, style) in BESIDE.items():
+            points = sorted(
+                (r["weights_read"], r["perplexity"] / r["dense_perplexity"] - 1)
+                for r in records
+                if (r["method"], r["compensate"], bool(r.get("second_look"))) == (method, compensate, looks)
+            )
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker="o", color=colour, label=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_yscale("log")
+        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+        axes.set_yticks(ticks, labels=[f"{tick:+.0%}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(MODELS[name])
+        axes.set_xlabel("share of the FFN's weights read")
+    every[0][0].set_ylabel("perplexity over dense, WikiText-2")
+    every[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _write(figure, "compensation")
 
 
 def _axes() -> tuple[Any, Any]:

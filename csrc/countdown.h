@@ -65,6 +65,7 @@ typedef struct {
     const float *second;   /* [h] thresholds of a second look, at the coefficients of what the first leaves; or NULL */
     const uint8_t *active; /* [T, h], each 0 or 1: those that are given, of a linear by input too */
     const uint8_t *phases; /* [T], read anew at each run; NULL where all are generated */
+    int64_t looks;         /* that are counted, 1 or 2: all the same where nothing is decided */
     int64_t words, groups; /* of a row of the copies, 0 without them */
     countdown_copy gate, up;
 } countdown_decision;

@@ -147,6 +147,7 @@ class Sum {
         for (int part = 0; part < part_.count; ++part) active += space_.found[part].active;
         add_to(&call_.counters[0], bits(terms_.seen.counted));
         add_to(&call_.counters[1], active);
+        if (call_.decision.looks == 2 && !call_.decision.second) add_to(&call_.counters[2], active);
     }
 
     void count_left() const {

@@ -133,11 +133,17 @@ def test_what_is_joined_is_kept_for_few_groups_and_forgotten():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["m-countdown", "d-proxy", "teal", "d-proxy + affine"])
-def test_more_loops_than_sparse_ones_are_dense(name, kind, tokenizer, text):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "m-countdown"}, {"name": "d-proxy"}, {"name": "teal"}, {"name": "d-proxy", "compensate": "affine"},
+        {"name": "cats", "second_look": 0.2},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)  # fmt: skip
+def test_more_loops_than_sparse_ones_are_dense(settings, kind, tokenizer, text):
     model = llama()
-    name, *compensate = name.split(" + ")
-    config = method(name, sparsity=0.6, **({"compensate": compensate[0]} if compensate else {}))
+    config = method(**settings, sparsity=0.6)
     profile = countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False)
     expected = [DecodeLoop(model, prompt, new_tokens=5) for prompt in PROMPTS[:3]]
     texts = [loop.run(5).tolist() for loop in expected]
@@ -154,6 +160,27 @@ def test_more_loops_than_sparse_ones_are_dense(name, kind, tokenizer, text):
         torch.testing.assert_close(loop.current, dense.current)
     # Counted as what they are: dense.
     assert {(site.tokens, site.realised_sparsity) for site in countdown.status(model)} == {(3 * 4, 0.0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse_up_to", [2, 8])
+def test_loops_that_look_twice_advance_together(kind, sparse_up_to, tokenizer, text):
+    model = llama()
+    config = method("m-countdown", sparsity=0.6, second_look=0.2)
+    profile = countdown.calibrate(model, tokenizer, text, config, tokens=512, progress=False)
+    countdown.sparsify_(model, profile)
+    alone = [kind(model, prompt, new_tokens=5) for prompt in PROMPTS[:2]]
+    texts = [loop.run(5).tolist() for loop in alone]
+    looks = [site.looks for site in countdown.status(model)]
+    assert all(0.6 > first > second > 0.05 for first, second in looks)
+    countdown.reset_counters(model)
+    loops, joint = [kind(model, prompt, new_tokens=5) for prompt in PROMPTS[:2]], Joint(sparse_up_to=sparse_up_to)
+    for _ in range(5):
+        joint.advance(loops)
+    for loop, one in zip(loops, alone, strict=True):
+        torch.testing.assert_close(loop.current, one.current)
+    assert [int(loop.token) for loop in loops] == [text_[-1] for text_ in texts]
+    assert [site.looks for site in countdown.status(model)] == looks
 
 
 @pytest.mark.parametrize("kind", KINDS)

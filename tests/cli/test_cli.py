@@ -136,6 +136,23 @@ def test_a_proxy_from_calibration_to_generation(model_folder, tmp_path):
     assert "bits is part of a profile's calibration" in result.stderr
 
 
+def test_a_second_look_from_calibration_to_generation(model_folder, tmp_path):
+    options = ["--method", "cats", "--second-look", "0.15", "--sparsity", "0.7", "--tokens", "2048"]
+    calibrated = run("calibrate", model_folder, *options, "-o", "p", cwd=tmp_path)
+    assert calibrated.returncode == 0, calibrated.stderr
+    assert "profile of cats, second look, threshold at 0.7 written" in calibrated.stderr
+    result = run("evaluate", model_folder, "--profile", "p", *EVALUATE, "--json", "-", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (record,) = json.loads(result.stdout)["records"]
+    assert record["second_look"] == 0.15
+    assert record["weights_read"] == pytest.approx((1 + 2 * (1 - record["realised_sparsity"])) / 3, abs=0.001)
+    result = run("generate", model_folder, "hello", "--profile", "p", "--max-new-tokens", "4", "--raw", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    result = run("evaluate", model_folder, "--profile", "p", "--decision", "topk", *EVALUATE, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "decision 'topk' of cats does not go with a second look" in result.stderr
+
+
 def test_compensation_from_calibration_to_generation(model_folder, tmp_path):
     read = {}
     for compensate in ("affine", "none"):
@@ -444,6 +461,18 @@ MISTAKES = {
     "compensation": (
         ["calibrate", "{model}", "--method", "cats", "--compensate", "linear"],
         "compensate of cats is 'linear', expected one of: none, affine",
+    ),
+    "a second look of a method that has none": (
+        ["calibrate", "{model}", "--method", "d-proxy", "--second-look", "0.15"],
+        "method 'd-proxy' has no field 'second_look'",
+    ),
+    "too wide a second look": (
+        ["calibrate", "{model}", "--method", "cats", "--second-look", "1.15"],
+        "second_look of cats is 1.15, expected 0 to 0.5 (0.15 is usual, 0 for none)",
+    ),
+    "a second look at topk": (
+        ["calibrate", "{model}", "--method", "cats", "--second-look", "0.15", "--decision", "topk"],
+        "decision 'topk' of cats does not go with a second look, which compares with a threshold: take second_look 0",
     ),
     "compensation of linears": (
         ["calibrate", "{model}", "--method", "teal", "--compensate", "affine"],

@@ -36,7 +36,7 @@ def main() -> None:
         library.take_variant(draw.choice(library.variants))
         try:
             with library.watched() as row:
-                checks = [check_ffn, check_ffn, check_predicted, check_linear, check_dense, check_small]
+                checks = [check_ffn, check_ffn, check_looks, check_predicted, check_linear, check_dense, check_small]
                 draw.choice(checks)(draw, seed)
             check_again(draw, library, row)
         except Exception:
@@ -90,6 +90,19 @@ def check_ffn(draw: random.Random, seed: int) -> None:
     allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
     assert float((y.double() - expected).norm()) <= allowed
     assert float((given.double() - expected).norm()) <= allowed
+
+
+def check_looks(draw: random.Random, seed: int) -> None:
+    """Two looks at the neurons of an FFN of any size."""
+    tokens = draw.randint(1, 8)
+    phases = torch.tensor([draw.choice([GENERATED, GENERATED, PROMPT, PADDING]) for _ in range(tokens)]).byte()
+    cases.check_second_look(
+        tokens, draw.randint(1, 150), draw.randint(1, draw.choice([120, 600])), draw.choice(list(cases.TOLERANCE)),
+        "cpu", indicator=draw.choice(["up", "gate"]),
+        activation=draw.choice(backends.BACKENDS["cpu"].activations), shares=(draw.random(), draw.random()),
+        bias=draw.random() < 0.5, form=draw.choice(["split", "fused", "interleaved"]), seed=seed,
+        phases=draw.choice([None, phases]), ops=CPU,
+    )  # fmt: skip
 
 
 def check_predicted(draw: random.Random, seed: int) -> None:

@@ -104,7 +104,7 @@ def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
         view.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
     # What is known of an input channel without a selector, its coefficient, no FFN knows of a neuron.
     by = call.selector.name if call.selector else "input" if call.sum.kind == "linear" else None
-    form.decision.by = DECIDERS[by]
+    form.decision.by, form.decision.looks = DECIDERS[by], call.looks
     if call.parts:
         levels, scales = weights[3:5]
         form.decision.words, form.decision.groups = levels.shape[1], scales.shape[1]

@@ -60,7 +60,7 @@ class Decision(ctypes.Structure):
     _fields_ = (
         ("by", _Int),
         *((name, _Pointer) for name in ("per_term", "second", "active", "phases")),
-        *((name, _Int) for name in ("words", "groups")),
+        *((name, _Int) for name in ("looks", "words", "groups")),
         *((name, CopyView) for name in ("gate", "up")),
     )
 
