@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 12
+#define COUNTDOWN_ABI 13
 
 /* Tokens of a call, which may lie anywhere. */
 #define COUNTDOWN_MOST_TOKENS 8

@@ -138,8 +138,8 @@ def test_without_kernels_there_is_nothing_to_measure(on_reference):
     [
         ({"methods": ["d-countdown"]}, "d-countdown decides neither by one projection"),
         ({"methods": ["teal"]}, "teal decides neither by one projection"),
-        ({"methods": ["chess"]}, "'chess' is more than a method and what it predicts"),
-        ({"methods": ["d-proxy:bits=3"]}, "'d-proxy:bits=3' is more than a method and what it predicts"),
+        ({"methods": ["chess"]}, "'chess' is more than a method with compensate or second_look"),
+        ({"methods": ["d-proxy:bits=3"]}, "'d-proxy:bits=3' is more than a method with compensate or second_look"),
         ({"methods": ["cats:decision=topk"]}, "'cats:decision=topk' is more than a method"),
         ({"sparsities": [1.1]}, r"expected 0 ≤ sparsity ≤ 1"),
         ({"tokens": [9]}, "expected 1 to 8"),

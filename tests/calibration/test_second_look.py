@@ -24,13 +24,13 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(
-    share=st.floats(0.01, 0.99), kept=st.floats(0.05, 1.0), scale=st.sampled_from([1e-5, 1.0, 3e4]),
+    share=st.floats(0.01, 0.99), kept=st.floats(0.05, 1.0), scale=st.sampled_from([2.0**-90, 1e-5, 1.0, 2.0**60]),
     seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(deadline=None, max_examples=40)
 def test_a_share_of_all_pairs_lies_above_both_thresholds(share, kept, scale, seed):
     first = numbers(60_000, seed=seed).abs() * scale
-    second = first * numbers(60_000, seed=seed + 100).abs() * scale**-0.5
+    second = first * numbers(60_000, seed=seed + 100).abs() * scale**-0.3
     sketch = PairSketch()
     for some in torch.stack([first, second]).view(2, 3, -1).unbind(1):
         sketch.add(*some)
@@ -53,10 +53,24 @@ def test_of_all_pairs_nothing_is_left_out_by_the_first():
 
 def test_numbers_beyond_the_bins_are_the_smallest_and_the_largest():
     sketch = PairSketch()
-    sketch.add(torch.tensor([0.0, 1e-30, 1.0, 1e30]), torch.tensor([1.0, 2.0, 4.0, 8.0]))
+    sketch.add(torch.tensor([0.0, 1e-30, 1.0]), torch.tensor([1.0, 2.0, 4.0]))
+    sketch.add(torch.tensor([1e30]), torch.tensor([8.0]))
     assert int(sketch.counts.sum()) == 4
     found = sketch.second_quantiles(torch.tensor([0.5, -1.0]), torch.tensor([0.25, 0.25]))
     assert ((found > 4.0) & (found < 8.8)).all()
+    assert sketch.second_quantiles(torch.tensor([-1.0]), torch.tensor([0.0])).isfinite().all()
+
+
+def test_what_is_0_at_first_says_nothing_of_what_comes():
+    sketch = PairSketch()
+    sketch.add(torch.zeros(10), torch.zeros(10))
+    sketch.add(torch.linspace(0, 1, 1000), torch.linspace(0, 2, 1000))
+    assert sketch.second_quantiles(torch.tensor([0.5]), torch.tensor([0.25])).item() == pytest.approx(1.495, abs=0.02)
+
+
+def test_of_an_empty_sketch_nothing_follows():
+    with pytest.raises(ValueError, match="the sketch is empty"):
+        PairSketch().second_quantiles(torch.tensor([0.5]), torch.tensor([0.25]))
 
 
 def test_active_sets_follow_what_was_counted():

@@ -12,7 +12,7 @@ import countdown
 import oracle
 from calls import DISPATCHED, arguments
 from countdown.benchmark.timing import floor_rate
-from countdown.calibration.sketch import MagnitudeSketch
+from countdown.calibration.sketch import MagnitudeSketch, PairSketch
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method
 from countdown.weights.symmetric import quantise, token_steps
@@ -140,6 +140,17 @@ def test_sketches_are_those_of_the_cpu():
     assert torch.equal(on_gpu_.counts.cpu(), on_cpu.counts)
     torch.testing.assert_close(on_gpu_.losses.cpu(), on_cpu.losses)
     torch.testing.assert_close(on_gpu_.quantile(0.7).cpu(), on_cpu.quantiles(torch.tensor([0.7])))
+
+
+def test_sketches_of_pairs_are_those_of_the_cpu():
+    first, second = torch.randn(2, 3, 5000).abs()
+    on_cpu, on_gpu_ = PairSketch(), PairSketch("cuda")
+    on_cpu.add(first, second)
+    on_gpu_.add(first.cuda(), second.cuda())
+    assert torch.equal(on_gpu_.counts.cpu(), on_cpu.counts)
+    asked = torch.tensor([0.5, 1.5]), torch.tensor([0.3, 0.05])
+    found = on_gpu_.second_quantiles(*(one.cuda() for one in asked))
+    torch.testing.assert_close(found.cpu(), on_cpu.second_quantiles(*asked))
 
 
 def test_what_is_timed_keeps_its_memory():

@@ -67,7 +67,8 @@ def test_a_second_look_against_float64(indicator, shape, dtype, shares, phases):
 @pytest.mark.parametrize("activation", CPU_ACTIVATIONS)
 def test_a_second_look_on_threads(activation, tokens, threads):
     how = {"indicator": "up", "activation": activation, "shares": (0.6, 0.7), "form": "fused", "ops": CPU}
-    cases.check_second_look(tokens, 576, 1536, torch.bfloat16, "cpu", **how)
+    for dtype in (torch.float32, torch.bfloat16):
+        cases.check_second_look(tokens, 576, 1536, dtype, "cpu", **how)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

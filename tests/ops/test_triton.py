@@ -105,6 +105,10 @@ def test_a_token_that_is_not_finite_is_dense_and_alone(tokens, bad, activation, 
     assert not twice[-1].isfinite().any()
     assert counted.tolist()[:2] == counters.tolist()
     assert counted[2] >= 29
+    # Whatever the thresholds, also where a column is 0.
+    thresholds[:] = torch.inf
+    TRITON.sparse_ffn(x, weights, biases, thresholds.expand(2, -1), counted.zero_(), **how)
+    assert counted.tolist() == [tokens, 29, 29]
     assert y[:-1].isfinite().all()
     assert counters.tolist() == [tokens, int(active.sum())]
 
@@ -259,6 +263,25 @@ def test_launches_cover_every_neuron_and_fit(shape, itemsize, multiprocessors):
     assert config.grid[0] * config.constants["COLUMNS"] >= d
     assert config.grid[1] * each >= h > (config.grid[1] - 1) * each
     assert each % config.constants["ROWS"] == 0
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (3584, 14336), (4096, 14336), (8192, 28672)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_two_programs_of_a_sum_fit_a_multiprocessor_and_no_third(shape, tokens):
+    d, h = shape
+    found = launch.Hardware(multiprocessors=132, shared=227 * 1024, dependent_launch=True, dot4=True, tf32=True)
+    proxy = 8 * launch.packed(d, found)[1]
+    for read, looks in ((None, 1), (None, 2), (proxy, 1)):
+        config = launch.row_blocks(d, h, 2, tokens, h // 5, found, read=read, looks=looks)
+        if config is None:
+            assert d > launch.PAIR_WIDTH
+            continue
+        constants = config.constants
+        ahead = (constants["STAGES"] - 1) * constants["ROWS"] * (read or 2 * constants["D"])
+        assert 2 * ahead <= found.shared < 3 * ahead
+    # Sets are next to nothing to read.
+    config = launch.row_blocks(d, h, 2, tokens, h // 5, found, read=tokens)
+    assert config is None or config.constants["STAGES"] <= 4
 
 
 def test_strided_thresholds():

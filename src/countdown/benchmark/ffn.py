@@ -109,8 +109,8 @@ def _parsed(name: str) -> Method:
     settings = {name: getattr(config, name) for name in SETTINGS if config.has(name)}
     if len(entries) > 1 or config != method(config.name, **settings):
         raise ConfigError(
-            f"'{name}' is more than a method and what changes what runs ({', '.join(SETTINGS)}: "
-            "`d-proxy:compensate=affine`); `benchmark decode` measures others."
+            f"'{name}' is more than a method with {' or '.join(SETTINGS)} (`d-proxy:compensate=affine`); "
+            "`benchmark decode` measures others."
         )
     return config
 
@@ -367,7 +367,7 @@ class _Deciding:
         first = self.thresholds[layer]
         sizes = size_of(self.layers.sum(layer).project(self.x))
         left = torch.where(self._value(layer).view_as(sizes) > first, sizes, -1.0).flatten()
-        second = left.kthvalue(max(1, int(sparsity * len(left)))).values
+        second = torch.full_like(first, -1.0) if sparsity == 0 else _in_a_gap(left, int(sparsity * len(left)))
         return torch.stack([first, second.expand_as(first)])
 
     def _threshold(self, layer: int, sparsity: float) -> Tensor:
@@ -441,6 +441,13 @@ class _Deciding:
             return 0.0
         dropped = torch.ones((len(self.x), self.layers.h), dtype=torch.bool, device=self.x.device)
         return self.compensation.added(self.x.float(), dropped, dropped[:, :1], self.parts[0][self.own :]).double()
+
+
+def _in_a_gap(values: Tensor, below: int) -> Tensor:
+    """Return a number that about so many values lie below, in the widest gap nearby: kernels sum in other orders."""
+    ordered = values.sort().values[max(0, below - 4) : below + 5]
+    low, high = ordered[:-1], ordered[1:]
+    return ((low + high) / 2)[((high - low) / high.clamp(min=1e-30)).argmax()]
 
 
 class _Given:

@@ -94,11 +94,12 @@ class MagnitudeSketch:
         return index, (rank - (cumulative[index] - counts[index])) / counts[index]
 
 
-# Of pairs bins are an eighth of a power of two wide, from 2^-28 to 2^20: the first holds all that is smaller, the last
-# all that is larger.
+# Of pairs bins are an eighth of a power of two wide, so many powers of two, of which some are above the largest value
+# that was seen at first. The first bin holds all that is smaller, the last all that is larger.
 _PAIR_SHIFT = 20
-_LOWEST = (127 - 28) << (23 - _PAIR_SHIFT)
-_PAIR_BINS = 48 << (23 - _PAIR_SHIFT)
+_EACH = 1 << (23 - _PAIR_SHIFT)
+_PAIR_BINS = 32 * _EACH
+_ABOVE = 6 * _EACH
 
 
 class PairSketch:
@@ -112,10 +113,13 @@ class PairSketch:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(_PAIR_BINS, _PAIR_BINS, dtype=torch.int64, device=device)
+        self._lowest: tuple[Tensor, Tensor] | None = None  # patterns of both first bins
 
     def add(self, first: Tensor, second: Tensor) -> None:
         """Count pairs, both of any one shape, finite and non-negative."""
-        bins = _pair_bins(first) * _PAIR_BINS + _pair_bins(second)
+        if self._lowest is None:
+            self._lowest = _lowest_below(first), _lowest_below(second)
+        bins = _pair_bins(first, self._lowest[0]) * _PAIR_BINS + _pair_bins(second, self._lowest[1])
         self.counts += _sums(bins.flatten(), None, self.counts.numel()).view_as(self.counts)
 
     def second_quantiles(self, above: Tensor, shares: Tensor) -> Tensor:
@@ -127,13 +131,19 @@ class PairSketch:
 
         Returns:
             float64 `[n]`, on the device of `above`.
+
+        Raises:
+            ValueError: The sketch is empty.
         """
+        if self._lowest is None:
+            raise ValueError("the sketch is empty")
+        lowest, lowest_second = (one.to(above.device) for one in self._lowest)
         counts = self.counts.to(above.device).double()
         wanted = shares.double() * counts.sum()
         larger = counts.flip(0).cumsum(0).flip(0)
         above = above.clamp(min=0)
-        row = _pair_bins(above)
-        low, high = _pair_edges(row), _pair_edges(row + 1)
+        row = _pair_bins(above, lowest)
+        low, high = _pair_edges(row, lowest), _pair_edges(row + 1, lowest)
         inside = ((above.double() - low) / (high - low)).clamp(0, 1)[:, None]
         # Of the bin that a number lies in, as much as lies above it.
         some = larger[row] - counts[row] * inside
@@ -143,19 +153,28 @@ class PairSketch:
         every = torch.arange(len(above), dtype=torch.int64, device=above.device)
         there = some[every, column]
         missing = wanted - (from_top[every, place.clamp(max=_PAIR_BINS - 1)] - there)
-        low, high = _pair_edges(column), _pair_edges(column + 1)
-        found = high - (high - low) * (missing / there).clamp(0, 1)
+        low, high = _pair_edges(column, lowest_second), _pair_edges(column + 1, lowest_second)
+        found = high - (high - low) * torch.where(there > 0, missing / there, 0.0).clamp(0, 1)
         return torch.where(place == _PAIR_BINS, 0.0, found)
 
 
-def _pair_bins(values: Tensor) -> Tensor:
-    patterns = values.float().abs().contiguous().view(torch.int32)
-    return ((patterns >> _PAIR_SHIFT) - _LOWEST).clamp(0, _PAIR_BINS - 1)
+def _lowest_below(values: Tensor) -> Tensor:
+    """Return the pattern of the lowest bin, so that the largest of these values is in one of the uppermost."""
+    largest = values.float().abs().amax()
+    return _pattern(torch.where(largest > 0, largest, 1.0)) + _ABOVE - (_PAIR_BINS - 1)
 
 
-def _pair_edges(index: Tensor) -> Tensor:
+def _pattern(values: Tensor) -> Tensor:
+    return values.float().abs().contiguous().view(torch.int32) >> _PAIR_SHIFT
+
+
+def _pair_bins(values: Tensor, lowest: Tensor) -> Tensor:
+    return (_pattern(values) - lowest).clamp(0, _PAIR_BINS - 1)
+
+
+def _pair_edges(index: Tensor, lowest: Tensor) -> Tensor:
     """Return the smallest value of each bin, float64, 0 of the first."""
-    edges = ((index + _LOWEST) << _PAIR_SHIFT).int().view(torch.float32).double()
+    edges = ((index + lowest).clamp(min=0) << _PAIR_SHIFT).int().view(torch.float32).double()
     return torch.where(index == 0, 0.0, edges)
 
 

@@ -128,7 +128,8 @@ Compensate = Annotated[
 SecondLook = Annotated[
     float | None,
     typer.Option(
-        help="Of m-countdown and cats: so many more neurons that a second look then leaves out; 0.15 is usual. [0]"
+        help="Of m-countdown and cats: by which share of the active neurons a first look keeps more and a second "
+        "fewer; 0.15 is usual. [0, one look]"
     ),
 ]
 TEXT_HELP = "wikitext2, python-docs, or a text file."

@@ -171,7 +171,7 @@ def print_ffn_speeds(out: Console, records: Sequence[dict[str, Any]]) -> None:
     rows = []
     for r in records:
         method = f"{r['method']} + {r['compensate']}" if r["compensate"] else r["method"]
-        method = f"{method}, second look" if r["second_look"] else method
+        method = f"{method}, second look {r['second_look']:g}" if r["second_look"] else method
         what = (f"{r['d']} × {r['h']}", str(r["tokens"]), method, f"{r['sparsity']:.0%}")
         if "time_us" not in r:
             rows.append((*what, "WRONG", f"error {r['error']:.1e}", "", "", "", ""))

@@ -42,7 +42,7 @@ class Looking(Predicting):
         number = isinstance(self.second_look, int | float) and not isinstance(self.second_look, bool)
         if not number or not 0 <= self.second_look <= MOST:
             raise ConfigError(
-                f"second_look of {self.name} is {str(self.second_look)[:20]}, expected 0 to {MOST:g} ({USUAL:g} is "
+                f"second_look of {self.name} is {repr(self.second_look)[:20]}, expected 0 to {MOST:g} ({USUAL:g} is "
                 "usual, 0 for none)."
             )
         if self.second_look and self.decision != "threshold":
@@ -71,4 +71,6 @@ class Looking(Predicting):
 
     @property
     def label(self) -> str:
-        return f"{super().label}, second look" if self.second_look else super().label
+        if not self.second_look:
+            return super().label
+        return f"{super().label}, second look" + ("" if self.second_look == USUAL else f" {self.second_look:g}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from countdown.ops import cpu
 from countdown.ops.base import MOST_TOKENS
 
-ABI = 12
+ABI = 13
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3

@@ -219,7 +219,7 @@ def _sum_rows(
         READ=decider.read, DECIDE=decider.decide, HOW=decider.how, KNOWN=decider.known, GATE_FIRST=decider.gate_first,
         ACT=ffn.activation, **config.options(ffn.found),
     )  # fmt: skip
-    return _reduce(ffn, partial_sums, early=True)
+    return _reduce(ffn, partial_sums, early=decider.decide is not deciders.given)
 
 
 def _select_rows(ffn: FFN, decider: Decider, phases: Tensor | None, active: Tensor, counters: Tensor | None) -> None:

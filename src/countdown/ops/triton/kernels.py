@@ -32,7 +32,6 @@ from countdown.ops.triton.kernel_parts import (
     dots,
     factor,
     in_phase,
-    is_above,
     is_active,
     is_inside,
     load,
@@ -228,8 +227,9 @@ def _look_again(
         active = ()
         coefficients = ()
         for t in tl.static_range(len(xs)):
-            s = pick(values[t], k, o) * factor(add_bias(z[t], bias, i, here), like, not GATE_FIRST, ACT)
-            above = is_above(s, threshold)
+            zt = add_bias(z[t], bias, i, here)
+            s = pick(values[t], k, o) * factor(zt, like, not GATE_FIRST, ACT)
+            above = is_active(s, zt, threshold)
             if len(phase) != 0:
                 above = in_phase(above, phase[t])
             above = above & here & _is_needed(entry, t, len(xs))
@@ -425,10 +425,10 @@ def coefficients(
         tl.store(active_set + place, active.to(tl.int8), mask=valid)
     else:
         needed = tl.sum(active.to(tl.int32), 1) > 0
-        w = _project(x, other, biases[1], i, needed, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
-        w = _other_factor(w, x, second, GATE_FIRST, ACT)
+        z = _project(x, other, biases[1], i, needed, tokens, d, x_stride, BLOCK, T, STAGES, PRECISION)
+        w = _other_factor(z, x, second, GATE_FIRST, ACT)
         if second is not None:
-            above = is_above(v * w, tl.load(second + i, mask=here, other=0.0)[:, None])
+            above = is_active(v * w, z, tl.load(second + i, mask=here, other=0.0)[:, None])
             left = active & in_phase(above, phase)
         product = tl.where(left, v * w, 0.0)
         tl.store(s + i[:, None] * T + t[None, :], product.to(s.dtype.element_ty), mask=here[:, None])

@@ -171,12 +171,14 @@ def row_blocks(
 
 
 def _of_two(size: int, stages: int, found: Hardware) -> int:
-    """Return so many stages that two programs fit a multiprocessor, and no third if that can be.
+    """Return so many stages that two programs fit a multiprocessor and no third, where blocks are large enough.
 
     Where small kernels around let this one start while their programs still run, some multiprocessors are taken, and
     the others would get three. So would they of the next sum, if `reduce` begins early.
     """
-    while found.dependent_launch and 3 * (stages - 1) * size <= found.shared and 2 * stages * size < found.shared:
+    if not found.dependent_launch or size < 8 * _KB:
+        return stages
+    while 3 * (stages - 1) * size <= found.shared and 2 * stages * size < found.shared:
         stages += 1
     return stages
 
