@@ -7,7 +7,7 @@ from typing import Any
 
 from documents import load, table
 
-MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M", "qwen": "Qwen2.5-Coder-0.5B"}
+MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M", "qwen2.5": "Qwen2.5-Coder-0.5B"}
 TEXTS = {"wikitext2": "WikiText-2", "python-docs": "Python's documentation"}
 
 

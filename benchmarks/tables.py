@@ -316,7 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-shapes": lambda: speed.shapes("gpu-ffn-shapes-h200"),
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
-    "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3"]),
+    "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3", "qwen2.5"]),
     "compensation-time": lambda: speed.predicting(["cpu-ffn-affine", "cpu-ffn-affine-1-thread"]),
     "compensation-time-gpu": lambda: speed.predicting(["gpu-ffn-looks-h200"]),
     "second-look-time": lambda: speed.looking(["gpu-ffn-looks-h200"]),
