@@ -51,6 +51,8 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
     assert found.chosen.recipe == found.profile.recipe == Recipe.of(expected)
     assert found.profile.calibration["tokens"] == 2048
     assert {config.name for config in judged} == {"d-proxy", "m-countdown", "cats"}
+    looks = {config.name: getattr(config, "second_look", None) for config in judged}
+    assert looks == {"d-proxy": None, "m-countdown": 0.15, "cats": 0.15}
     # Then with attention less of FFNs, for as many bytes; and at last less beside a prediction, which reads more.
     assert {config.sparsity for config in judged[:5]} == {0.7}
     assert all(config.sparsity < 0.7 for config in (judged[5], judged[7]))
@@ -60,7 +62,10 @@ def test_it_takes_what_reads_least_of_the_good_ones_and_then_its_best_settings(j
         "picked d-proxy × column-norm, global, 4 bits, threshold at 0.7: KL 0.0945 and perplexity +6.6%"
     )
     assert re.search(r"reads \d\d% of a token's weights", first)
-    assert re.search(r"m-countdown × rms at 0.7: KL 0.1000, reads \d\d%; .*cats × rms at 0.7: KL 0.3000", second)
+    assert re.search(
+        r"m-countdown × rms, second look at 0.7: KL 0.1000, reads \d\d%; .*cats × rms, second look at 0.7: KL 0.3000",
+        second,
+    )
     assert second.count("d-proxy") == 2  # with attention, and with a prediction
 
 
@@ -143,7 +148,7 @@ def test_it_says_how_far_along_it_is(judged, tokenizer, text, capsys):
     choose(llama(hidden_size=64), tokenizer, text, sparsity=0.7, tokens=2048, progress=True)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trying") or "all of the" in line]
     # What of the best is tried besides is known only when it is the best.
-    assert lines[0] == "trying cats × rms (1 of at most 9)"
+    assert lines[0] == "trying cats × rms, second look (1 of at most 9)"
     assert lines[1].startswith("trying d-proxy, 4 bits (2 of at most 9, at most about ")
     assert lines[3].startswith("trying d-proxy × column-norm, 4 bits (4 of at most 8, at most about ")
     assert lines[5].startswith("trying d-proxy × column-norm, 4 bits, and teal × shared-norm, one budget, global with")
@@ -180,7 +185,8 @@ def test_a_largest_loss_gives_the_sparsity(judged, tokenizer, text):
 
 def test_a_loss_that_nothing_keeps_is_refused(judged, tokenizer, text):
     with pytest.raises(
-        ConfigError, match=r"no method keeps perplexity within \+0.1%: m-countdown × rms at 0.05 costs \+0.5%"
+        ConfigError,
+        match=r"no method keeps perplexity within \+0.1%: m-countdown × rms, second look at 0.05 costs \+0.5%",
     ):
         choose(llama(), tokenizer, text, max_loss=0.001, tokens=2048, progress=False)
 
