@@ -9,7 +9,7 @@ from countdown.demo import find_model
 # %% Two methods at two sparsities, against dense and against int8 and int4.
 found = countdown.compare(
     str(find_model()),
-    methods=["m-countdown:weighting=rms", "d-proxy"],
+    methods=["m-countdown:weighting=rms,second_look=0.15", "d-proxy"],
     sparsities=[0.3, 0.5],
     max_loss=0.05,
     output="smollm2-comparison",

