@@ -319,7 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3", "qwen2.5"]),
     "compensation-time": lambda: speed.predicting(["cpu-ffn-affine", "cpu-ffn-affine-1-thread"]),
     "compensation-time-gpu": lambda: speed.predicting(["gpu-ffn-looks-h200"]),
-    "second-look-time": lambda: speed.looking(["gpu-ffn-looks-h200"]),
+    "second-look-time": lambda: speed.looking(["gpu-ffn-looks-h200", "cpu-ffn-looks", "cpu-ffn-looks-1-thread"]),
     "together": lambda: speed.together("together-smollm2"),
     "contexts": lambda: speed.contexts(["contexts-cpu-1.5b"]),
     "gpu-together": lambda: speed.together("together-h200"),
