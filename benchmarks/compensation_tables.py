@@ -24,9 +24,10 @@ def rises(names: Sequence[str]) -> str:
             row[r["sparsity"]] = f"{r['perplexity'] / r['dense_perplexity'] - 1:+.1%} ({r['weights_read']:.1%})"
         rows += [[*row, *(found.get(s, "") for s in sparsities)] for row, found in by_row.items()]
         meta = load(f"quality-compensation-{name}")["meta"]
+        note = f" ({meta['note']})" if "note" in meta else ""
         notes.append(
             f"{MODELS[name]}: {records[0]['windows']} windows, {meta['tokens']:,} tokens of calibration, commit "
-            f"{meta['commit'][:8]}, `benchmarks/results/quality-compensation-{name}.json`"
+            f"{meta['commit'][:8]}{note}, `benchmarks/results/quality-compensation-{name}.json`"
         )
     head = ["", "calibrated on", *(f"{s:.0%}" for s in sparsities)]
     return table(head, rows, left=2) + (
