@@ -192,7 +192,7 @@ def _by_local_error(bench: Bench, profile: Profile) -> Profile:
     owners = dict.fromkeys(entry.sites, 0)
     run = Run(bench.model, sequences, sequences, profile.recipe, assigned, owners, progress=False)
     levels = repeat({site.name: entry.method.sparsity for site in sites})
-    sketches = sketch_sparse(run, sequences[::ERROR_STRIDE], levels, one_look=True)
+    sketches = sketch_sparse(run, sequences[::ERROR_STRIDE], levels, losses=True)
     errors = {site.name: sketches[site.name].errors(site.terms).float() for site in sites}
     changed: dict[str, Artifacts] = {name: {**found, ERRORS.name: errors[name]} for name, found in entry.sites.items()}
     return replace(profile, entries=[replace(entry, sites=changed)])

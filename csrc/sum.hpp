@@ -20,7 +20,8 @@ class Sum {
         : call_(call), space_(space), part_(part), phase_(phase),
           terms_(call, space, part.index, phase == FIND ? Terms::READ : Terms::WAS_READ),
           decider_(DECIDERS[call.decision.by]),
-          known_(DECIDERS[call.decision.second ? int64_t(COUNTDOWN_BY_COEFFICIENT) : call.decision.by]), rows_at_once_(terms_.down.loops.rows_at_once),
+          known_(DECIDERS[call.decision.second ? int64_t(COUNTDOWN_BY_COEFFICIENT) : call.decision.by]),
+          rows_at_once_(terms_.down.loops.rows_at_once),
           low_rank_(call, space, part), affine_(call, space, part, terms_),
           sums_(space.sums + part.index * call.tokens * space.width) {}
 

@@ -120,7 +120,7 @@ def test_the_error_of_a_linear_is_what_its_dropped_channels_add(tokenizer, text)
     config = method("teal", sparsity=0.0)
     run = Run(model, sequences, sequences, Recipe.of(config), [Assignment(s, config) for s in sites], owners, False)
     levels = iter([dict.fromkeys(owners, 0.0)] * len(sequences))
-    sketches = sketch_sparse(run, sequences, levels, one_look=True)
+    sketches = sketch_sparse(run, sequences, levels, losses=True)
     site = next(site for site in sites if site.name.endswith("1.self_attn.v_proj"))
     inputs = []
     hook = site.module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0][0]))

@@ -34,7 +34,7 @@ class ErrorsPass(Pass):
             return
         now = {one.site.name: one.method.sparsity for one in run.assigned}
         sketches = sketch_sparse(
-            run, run.shuffled[::ERROR_STRIDE], itertools.repeat(now), one_look=True, label="errors to allocate by"
+            run, run.shuffled[::ERROR_STRIDE], itertools.repeat(now), losses=True, label="errors to allocate by"
         )
         local = {one.site.name: sketches[one.site.name].errors(one.site.terms) for one in judged}
         curves = {name: sketch.thresholds() for name, sketch in sketches.items()}

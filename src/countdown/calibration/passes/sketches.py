@@ -89,7 +89,7 @@ def sketch_sparse(
     sequences: Sequence[Tensor],
     schedule: Iterator[Mapping[str, float]],
     *,
-    one_look: bool = False,
+    losses: bool = False,
     label: str = "thresholds",
 ) -> dict[str, SiteSketches]:
     """Sketch every site's weighted indicator while all sites are sparse.
@@ -101,8 +101,8 @@ def sketch_sparse(
         run: Whose sites are sketched.
         sequences: Token ids, each int64 `[length]`.
         schedule: For each sequence, the sparsity of every site by name.
-        one_look: Sites look at terms once; sketch as well what dropping a term costs, c²‖w‖² for coefficient c and
-            column w.
+        losses: Sketch as well what dropping a term costs, c²‖w‖² for coefficient c and column w. Sites look at terms
+            once then: a budget is divided as if none looked twice.
         label: What is estimated, shown with the progress.
 
     Returns:
@@ -111,7 +111,7 @@ def sketch_sparse(
     Raises:
         CountdownError: An activation is not finite.
     """
-    passing = _SparsePass(run.assigned, one_look)
+    passing = _SparsePass(run.assigned, losses)
     with decoding(run.model, [one.site for one in run.assigned], passing.observe, passing.add) as feed:
         for batch in run.track(run.batches(sequences), label):
             passing.levels = [next(schedule) for _ in batch]
@@ -128,19 +128,19 @@ class _SparsePass:
     So a site has seen the same before a sequence as if each ran alone.
     """
 
-    def __init__(self, assigned: Sequence[Assignment], one_look: bool) -> None:
-        self._one_look = one_look
+    def __init__(self, assigned: Sequence[Assignment], losses: bool) -> None:
+        self._losses = losses
         self.sketches = {one.site.name: SiteSketches() for one in assigned}
         self.levels: list[Mapping[str, float]] = []  # of each sequence
         self._assigned = {one.site.name: one for one in assigned}
         self._norms = {
-            n: one.site.sum.weights[-1].column_norms().float() for n, one in self._assigned.items() if one_look
+            n: one.site.sum.weights[-1].column_norms().float() for n, one in self._assigned.items() if losses
         }
 
     def observe(self, site: Site, sum_: Sum, x: Tensor, factors: tuple[Tensor, ...]) -> Tensor | None:
         one = self._assigned[site.name]
         value = one.indicator(sum_, x, factors)
-        second = None if self._one_look else one.second_indicator(factors)
+        second = None if self._losses else one.second_indicator(factors)
         # Layers may have flattened sequences and tokens into one dimension.
         shown = [None if seen is None else seen.reshape(len(self.levels), -1, site.terms)
                  for seen in (value, second, self._lost(site, factors))]  # fmt: skip
@@ -157,7 +157,7 @@ class _SparsePass:
 
     def _method(self, site: Site, levels: Mapping[str, float]) -> Method:
         method = self._assigned[site.name].method.at(site.name, levels[site.name])
-        return method.one_look if self._one_look else method
+        return method.one_look if self._losses else method
 
     def add(self, site: Site, x: Tensor, dropped: Tensor) -> Tensor | None:
         """Return what a site's compensation adds; see `modules.Adder`."""
