@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,25 @@ def rises(names: Sequence[str]) -> str:
         "\nRise of perplexity on WikiText-2 over dense, every token sparse; in brackets, weights read of FFNs.\n"
         f"{'; '.join(notes)}.\n"
     )
+
+
+def harm(name: str) -> str:
+    """Return by method and sparsity on how many kinds of text what is predicted makes KL larger."""
+    document = load(name)
+    by_case: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
+    for r in document["records"]:
+        if r["ridge"] == r["scale"] == 1:
+            kinds = by_case.setdefault((_method(r | {"compensate": "none"}), r["sparsity"]), {})
+            kinds.setdefault(r["text"], {})[r["compensate"]] = r["kl"]
+    rows = []
+    for (method, sparsity), kinds in sorted(by_case.items()):
+        ratios = [kl["affine"] / kl["none"] for kl in kinds.values() if len(kl) == 2]
+        worse = sum(ratio > 1.05 for ratio in ratios)
+        figures = (f"{statistics.median(ratios):.2f}", f"{max(ratios):.2f}", str(worse))
+        rows.append([method, f"{sparsity:.0%}", str(len(ratios)), *figures])
+    meta = document["meta"]
+    head = ["", "skipped", "kinds of text", "KL with over without, median", "largest", "kinds with 5% more or worse"]
+    return table(head, rows) + f"\nCommit {meta['commit'][:8]}, {meta['command']}; `benchmarks/results/{name}.json`.\n"
 
 
 def _records(name: str) -> list[dict[str, Any]]:
