@@ -114,6 +114,7 @@ class DecodeLoop:
         _check_steps(self.model)
         self.cache, self._windows = static_cache(self.model, length_for(self.room))
         self._read(prompt)
+        check_filled(self.cache, prompt.shape[1])
         # Not all models count by themselves: to Bamba each call starts at 0. Those that want to are left to it.
         given = self._prepared.step(argmax(self.logits)).get("position_ids") is not None
         self.token, self._positions = argmax(self.logits), self._prepared.positions_after(1) if given else []
@@ -126,7 +127,6 @@ class DecodeLoop:
         phase = phases(self.model, "prompt") if kept and self._counters else nullcontext()
         with phase:
             self.logits = self.model(**self._prepared.prompt(kept)).logits[:, -1].clone()
-        check_filled(self.cache, prompt.shape[1])
 
     def restart(self, prompt: Tensor, *, new_tokens: int, kept: int = 0) -> None:
         """Begin another prompt in the same memory, with nothing traced anew.
@@ -152,7 +152,10 @@ class DecodeLoop:
             self.token.copy_(argmax(self.logits))
             for positions, first in zip(self._positions, self._prepared.positions_after(1), strict=False):
                 positions.copy_(first)
-            if not _are_those(tensors_in(self._holders), self._traced_in):
+            # Looked at while the device computes; then it is waited for.
+            stays = _are_those(tensors_in(self._holders), self._traced_in)
+            check_filled(self.cache, prompt.shape[1])
+            if not stays:
                 self._prepare_steps()  # it works in other tensors now
             else:
                 self._check_lengths()

@@ -161,7 +161,9 @@ class Engine:
         # From so many tokens on transformers computes all.
         self._refused_from = _NEVER if loop else 0
         self._places = [_Place(self) for _ in range(sequences)]
-        copies = any(site.parts for site in sparse_modules(model).values())
+        sites = sparse_modules(model)
+        self._is_dense = not sites
+        copies = any(site.parts for site in sites.values())
         self.sparse_up_to = (COPIES_UP_TO if copies else MOST_SEQUENCES) if sparse_up_to is None else sparse_up_to
         self._joint = Joint(sparse_up_to=self.sparse_up_to)
         self._closed = False
@@ -325,7 +327,8 @@ class _Place:
             return answer is not None
         runs = self._chooser is not None and self._chooser.ahead and self._handed is None
         left = self.is_ahead or (self.loop is not None and self.loop.left > 0)
-        return runs and left and coming < 2 and len(answer.tokens) + coming < answer.limit
+        # The first token is waited for: nothing is begun before it is out.
+        return runs and left and coming < min(2, 1 + len(answer.tokens)) and len(answer.tokens) + coming < answer.limit
 
     def shared(self, prompt: Sequence[int]) -> int:
         """Return with how many tokens that the cache holds a prompt begins, and has more than those."""
@@ -454,7 +457,7 @@ class _Place:
             return
         answer, self.answer = self.answer, None
         answer.finish = why
-        if self.loop is not None and not sparse_modules(self._engine.model):
+        if self.loop is not None and self._engine._is_dense:
             # What a dense model generated is what it would compute of a prompt.
             self._held += answer.tokens[:-1]
 
