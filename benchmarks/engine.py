@@ -30,13 +30,16 @@ from countdown.benchmark.timing import wait
 from countdown.decoding import DecodeLoop
 from countdown.engine.engine import Engine, Request
 from countdown.engine.sampling import Sampling
+from countdown.modules import sparse_modules
 from countdown.results import meta, write
+from countdown.sparsify import realised_sparsity, reset_counters
 from documents import commit, said
 from models import add_model, loaded, sparse
 
 PROMPT, LONG, NEW, ROUNDS = 64, 512, 64, 12
 SAMPLED = {
     "sampled": Sampling(temperature=0.7, top_p=0.9, top_k=0, seed=0),
+    "sampled, top-k 1": Sampling(temperature=0.7, top_k=1, seed=0),
     "sampled, top-k": Sampling(temperature=0.7, top_k=50, seed=0),
     "sampled, top-k and top-p": Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=0),
     "sampled, penalties": Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, seed=0),
@@ -83,6 +86,8 @@ def alone(model: nn.Module, tokenizer: Any, ids: list[int], sampled: dict[str, S
     speeds = {"loop": "", "engine, greedy": "loop"} | {f"engine, {name}": "engine, greedy" for name in sampled}
     for name, of in speeds.items():
         record = {"arm": name, "prompt": PROMPT, "new_tokens": NEW, "tokens_per_s": statistics.median(found[name])}
+        # Texts differ in what they skip: only the first and "top-k 1" write the same.
+        record |= _sparsity(model, engine, ids, sampled.get(name.removeprefix("engine, "), Sampling()))
         yield record | _compared(found, name, of, "share")
     for name, of in (("prefill", ""), ("engine, first token", "prefill")):
         record = {"arm": name, "prompt": LONG, "seconds": statistics.median(found[name])}
@@ -121,6 +126,15 @@ def _compared(found: dict[str, list[float]], name: str, of: str, what: str) -> d
     if not of:
         return {}
     return {what: statistics.median(a / b for a, b in zip(found[name], found[of], strict=True)), "of": of}
+
+
+def _sparsity(model: nn.Module, engine: Engine, ids: list[int], sampling: Sampling) -> dict[str, Any]:
+    """Return the share of neurons that a text skips, of a sparse model."""
+    if not sparse_modules(model):
+        return {}
+    reset_counters(model)
+    _rate(engine, ids[:PROMPT], sampling)
+    return {"realised_sparsity": realised_sparsity(model)}
 
 
 def _allocated(device: torch.device) -> int:

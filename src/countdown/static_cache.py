@@ -50,10 +50,16 @@ def empty(cache: Any, kept: int) -> None:
 
     layers = [layer for layer in cache.layers if type(layer) is StaticLayer]
     # What was never written is not touched, so that memory that nobody used is not taken either.
-    for layer, filled in zip(layers, _filled(layers), strict=True):
-        for held in (layer.keys, layer.values):
-            held[:, :, kept : filled + WARM_UP].zero_()
-        layer.cumulative_length.fill_(kept)
+    written = [
+        held[:, :, kept : filled + WARM_UP]
+        for layer, filled in zip(layers, _filled(layers), strict=True)
+        for held in (layer.keys, layer.values)
+    ]
+    lengths = [layer.cumulative_length for layer in layers]
+    if layers:
+        # As optimisers of torch do: in few launches, of which a short prompt feels a hundred.
+        torch._foreach_zero_([*written, *lengths])
+        torch._foreach_add_(lengths, kept)
     for layer in cache.layers:
         if type(layer) is not StaticLayer:
             layer.reset()

@@ -99,14 +99,14 @@ def test_a_gpu_chooses_itself_and_a_cpu_leaves_it_to_the_host():
     assert isinstance(chooser(Sampling(), [], torch.device("cpu")), OnHost)
 
 
-def test_a_step_is_under_way_while_a_token_is_read_but_none_that_nobody_wants(tokenizer, monkeypatch):
+def test_a_step_is_under_way_while_a_token_is_read_but_the_first_is_out_before_it_begins(tokenizer, monkeypatch):
     monkeypatch.setattr(choosing, "CHOOSING", {"cpu"})
     engine = Engine(llama(), tokenizer)
-    answer = engine.start(Request(prompt=PROMPT, max_new_tokens=3))
+    answer = engine.start(Request(prompt=PROMPT, max_new_tokens=4))
     loop = engine._places[0].loop
     left = []
     while answer.finish is None:
         engine.step_of(answer)
         left.append(loop.left)
-    # Of three tokens the first came with the prompt, and the last needs none after it.
-    assert left == [1, 0, 0]
+    # Of four tokens the first came with the prompt, and the last needs none after it.
+    assert left == [3, 1, 0, 0]
