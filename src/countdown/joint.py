@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from countdown.decoding import DecodeLoop, on_device, record
+from countdown.decoding import DecodeLoop, captured, on_device
 from countdown.fusing import together as fused_together
 from countdown.fusing.fused import Fused
 from countdown.ops.base import MOST_TOKENS
@@ -116,10 +116,10 @@ class _Group:
         with ExitStack() as stack:
             for loop in self._loops:
                 stack.enter_context(loop._warming_up())
-            graph = record(lambda: logits.__setitem__(slice(None), run()))
+            replay = captured(lambda: logits.__setitem__(slice(None), run()))
 
         def again() -> list[Tensor]:
-            graph.replay()
+            replay()
             return logits
 
         return again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ def draw_one(
     reference.check_draw(logits, temperature, top_k, top_p, min_p)
     if logits.dtype not in Gathering.dtypes or requested() == "reference":
         return reference.draw_one(logits, temperature, top_k, top_p, min_p, seed)
-    logits, n, found = logits.contiguous(), logits.shape[1], launch.hardware(logits.device)
+    # Launched between the graphs of steps, which are slower behind launches that depend on the one before.
+    found = replace(launch.hardware(logits.device), dependent_launch=False)
+    logits, n = logits.contiguous(), logits.shape[1]
     config = launch.drawing(n)
     (blocks,) = config.grid
     ranks, places = logits.new_empty((2, blocks), dtype=torch.int32)
