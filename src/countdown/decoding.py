@@ -480,8 +480,8 @@ def captured(step: Callable[[], object]) -> Callable[[], None]:
     between = torch.zeros(1, dtype=torch.float32, device="cuda")
 
     def replay() -> None:
-        # On an H200 a graph right behind another one, or behind a launch that depends on the one before, takes 2 µs
-        # more for each sparse FFN than behind a kernel of the usual kind.
+        # On an H200 the sparse sums of a graph take longer right behind another graph, or behind a launch that depends
+        # on the one before, than behind a kernel of the usual kind.
         between.add_(1)
         graph.replay()
 
