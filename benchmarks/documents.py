@@ -44,7 +44,7 @@ def said(given: list[str], model: str | None = None) -> list[str]:
     rest = iter([argument for argument in given if argument != model])
     kept: list[str] = []
     for argument in rest:
-        if argument in ("--output", "--commit"):
+        if argument in ("--output", "--commit", "--text-dir"):
             next(rest, None)
         else:
             kept.append(argument)
