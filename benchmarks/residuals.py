@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text-dir", type=Path, required=True)
     parser.add_argument("--dither", action="store_true")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th FFN, which takes less time")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     source = Source.parse(arguments.model)
@@ -65,7 +66,7 @@ def main() -> None:
     ids = windows(load_tokenizer(source), text.content, length=WINDOW)
     rows = torch.cat([ids[: FITTED // WINDOW], ids[-(JUDGED // WINDOW) :]])
     sums: dict[tuple[Any, ...], list[float]] = {}
-    found = list(find_ffns(model))
+    found = find_ffns(model)[:: arguments.every]
     for number, site in enumerate(found, 1):
         for key, error in errors(site.sum, _inputs(model, site, rows)):
             sums.setdefault(key, []).append(error)
