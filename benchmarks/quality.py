@@ -14,6 +14,8 @@ split. MODEL is a hub id, folder or GGUF file; DIR holds WikiText-2's valid.txt 
     ridge       compensation by several λ, calibrated on both texts; and by L of 70% at 80%
     compensation  with what is predicted of dropped neurons, a second look, both and neither, calibrated on WikiText-2
                 and on python-docs
+    shrinkage   compensation by several shares of its least squares, fitted on half of the validation split and on
+                python-docs, scored on the other half and on other python-docs
     budget      d-proxy alone, and with wina on attention on one budget, at equal bytes of a whole token
     texts       realised sparsity on other text than the calibration's; --other FILE for a third kind
     proxy       proxies against the exact coefficient, and against methods that need none
@@ -46,6 +48,7 @@ from countdown.calibration.calibrate import calibrate, calibration_sequences
 from countdown.calibration.passes import Assignment, Run
 from countdown.calibration.passes.errors import ERROR_STRIDE
 from countdown.calibration.passes.sketches import sketch_sparse
+from countdown.compensation import affine
 from countdown.cost import saved_bytes, token_bytes
 from countdown.evaluation.evaluate import evaluate
 from countdown.loading import Source, load_model, load_tokenizer
@@ -69,6 +72,7 @@ ALPHAS = (1.0, 0.98, 0.95)
 PROXY_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 PROMPT_SPARSITIES = (0.5, 0.7)
 RIDGES = (0.1, 1.0, 10.0)
+SHRINKAGES = (0.0, 0.5, 0.7, 0.85, 1.0)
 COMPENSATED: tuple[tuple[dict[str, Any], tuple[float, ...]], ...] = (
     ({"name": "d-proxy", "sparsity": 0.8}, (0.5, 0.7, 0.8, 0.9)),
     ({"name": "m-countdown", "weighting": "rms", "sparsity": 0.7}, (0.5, 0.7)),
@@ -258,6 +262,21 @@ def _ridge(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield bench.measured(bench.calibrated(method(**settings)).with_settings(sparsity=0.8), fitted_at=0.7)
 
 
+def _shrinkage(bench: Bench, _: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    docs, other_docs = (load_text("python-docs", split) for split in ("calibration", "evaluation"))
+    middle = len(bench.valid.content) // 2
+    parts = slice(middle), slice(middle, None)
+    half, other_half = (replace(bench.valid, content=bench.valid.content[part]) for part in parts)
+    for settings, sparsities in COMPENSATED:
+        look: dict[str, Any] = {"second_look": SECOND_LOOK} if method_class(settings["name"]).has("second_look") else {}
+        for seen, share in product((half, docs), SHRINKAGES):
+            with patch.object(affine, "shrinkage", lambda _, share=share: share):
+                config = method(**settings, **look, compensate="affine" if share else "none")
+                profile = bench.calibrated(config, seen)
+            for sparsity, text in product(sparsities, (other_half, other_docs)):
+                yield bench.measured(profile.with_settings(sparsity=sparsity), text, shrinkage=share)
+
+
 def _texts(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     docs, other_docs = (load_text("python-docs", split) for split in ("calibration", "evaluation"))
     others = [load_text(str(arguments.other), "evaluation")] if arguments.other else []
@@ -346,6 +365,7 @@ SWEEPS = {
     "chess": _chess,
     "ridge": _ridge,
     "compensation": _compensation,
+    "shrinkage": _shrinkage,
     "budget": _budget,
     "texts": _texts,
     "proxy": _proxy,

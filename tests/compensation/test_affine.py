@@ -13,7 +13,7 @@ from calls import arguments
 from countdown.calibration.passes import Assignment
 from countdown.calibration.passes import affine as affine_pass
 from countdown.compensation import affine
-from countdown.compensation.affine import Affine
+from countdown.compensation.affine import Affine, shrinkage
 from countdown.errors import ConfigError, ProfileError, TextError
 from countdown.evaluation.evaluate import evaluate
 from countdown.methods import method, parse_method
@@ -49,10 +49,22 @@ def test_least_squares_find_what_is_linear():
     inputs, dropped = sums(x, x @ matrix.T + bias)
     found = affine.fits([0.5], inputs, [dropped], 1e-6)
     added = Affine.added(x, None, torch.ones(4000, 1, dtype=torch.bool), parts_of(found, 70, 40, 0.5))
-    expected = x @ matrix.T + bias
+    expected = shrinkage(0.5) * (x @ matrix.T + bias)
     # In 4 bits, of inputs in 8.
     assert (added - expected).norm() <= 0.1 * expected.norm()
     assert (added - expected).mean(0).norm() <= 0.02 * bias.norm()
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [(0.1, 0.7), (0.5, 0.7), (0.6, 0.775), (0.7, 0.85), (0.95, 0.85)])
+def test_less_than_the_least_squares_is_taken_the_less_is_dropped(sparsity, share, monkeypatch):
+    x = torch.randn(1000, 24, generator=torch.Generator().manual_seed(0))
+    inputs, dropped = sums(x, x[:, :5] + 3)
+    matrix, _, bias = parts_of(affine.fits([sparsity], inputs, [dropped], 1.0), 24, 5, sparsity)
+    monkeypatch.setattr(affine, "shrinkage", lambda _: 1.0)
+    whole, _, whole_bias = parts_of(affine.fits([sparsity], inputs, [dropped], 1.0), 24, 5, sparsity)
+    # Rounded to 4 bits apart from each other.
+    assert float(matrix.values().norm() / whole.values().norm()) == pytest.approx(share, abs=0.03)
+    torch.testing.assert_close(bias.values(), share * whole_bias.values())
 
 
 def test_a_larger_ridge_predicts_less():
@@ -63,7 +75,7 @@ def test_a_larger_ridge_predicts_less():
         matrix, _, bias = parts_of(affine.fits([0.5], inputs, [dropped], ridge), 24, 5, 0.5)
         sizes.append(float(matrix.values().norm()))
         # The mean is predicted whatever the ridge.
-        torch.testing.assert_close(bias.values()[0], torch.full((5,), 3.0), atol=0.1, rtol=0)
+        torch.testing.assert_close(bias.values()[0], torch.full((5,), 3 * shrinkage(0.5)), atol=0.1, rtol=0)
     assert sizes[0] > 1.5 * sizes[1] > 20 * sizes[2]
 
 
