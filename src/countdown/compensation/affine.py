@@ -35,7 +35,7 @@ BIAS = Artifact("affine_bias", ("fits", "outputs"))
 
 # Sparsities, and what share of the least squares is taken there, between them in proportion: text unlike the
 # calibration's is predicted worse, and where little is dropped there is less to win than to spoil.
-SHRINKAGE = (0.5, 0.7), (0.7, 0.85)
+SHRINKAGE = (0.5, 0.7), (0.7, 1.0)
 
 
 def shrinkage(sparsity: float) -> float:
