@@ -56,6 +56,43 @@ def harm(name: str) -> str:
     return table(head, rows) + f"\nCommit {meta['commit'][:8]}, {meta['command']}; `benchmarks/results/{name}.json`.\n"
 
 
+def shrinkage(name: str) -> str:
+    """Return KL by what share of the least squares is taken, over that with nothing predicted."""
+    document = load(name)
+    by_row: dict[tuple[str, str, str, float], dict[float, float]] = {}
+    for r in document["records"]:
+        row = _method(r | {"compensate": "none"}), TEXTS[r["calibrated_on"][0]], TEXTS[r["text"]], r["sparsity"]
+        by_row.setdefault(row, {})[r["shrinkage"]] = r["kl"]
+    shares = sorted({r["shrinkage"] for r in document["records"]} - {0.0})
+    rows = [
+        [*row[:3], f"{row[3]:.0%}", *(f"{found[share] / found[0.0]:.3f}" for share in shares)]
+        for row, found in by_row.items()
+    ]
+    head = ["", "calibrated on", "scored on", "skipped", *(f"κ {share:g}" for share in shares)]
+    return table(head, rows, left=3) + f"\n{_source(name, document)}"
+
+
+def residuals(name: str) -> str:
+    """Return what is left of a dropped sum by predictor, with the bytes that it reads."""
+    document = load(name)
+    records = document["records"]
+    sparsities = sorted({r["sparsity"] for r in records})
+    by_row: dict[tuple[int, str, int, float], dict[float, float]] = {}
+    for r in records:
+        by_row.setdefault((r["bits"], r["predictor"], r["rank"], r["ffn_bytes"]), {})[r["sparsity"]] = r["error"]
+    rows = []
+    for (bits, predictor, rank, bytes_), found in by_row.items():
+        named = f"{predictor}, rank {rank}" if predictor.startswith("low rank") else predictor
+        rows.append([f"{bits}", named, f"{bytes_:.1%}", *(f"{found[s]:.1%}" for s in sparsities)])
+    head = ["copy's bits", "predicted by", "bytes of the FFN", *(f"{s:.0%}" for s in sparsities)]
+    return table(head, rows, left=2) + f"\n{_source(name, document)}"
+
+
+def _source(name: str, document: dict[str, Any]) -> str:
+    meta, model = document["meta"], document["records"][0]["model"]
+    return f"{model}, commit {meta['commit'][:8]}; `{meta['command']}`; `benchmarks/results/{name}.json`.\n"
+
+
 def _records(name: str) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = load(f"quality-compensation-{name}")["records"]
     return records

@@ -317,6 +317,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-tokens": lambda: speed.tokens("gpu-ffn-tokens-h200"),
     "gpu-decode": lambda: speed.decode("gpu-decode-h200"),
     "compensation": lambda: compensation_tables.rises(["smollm2", "gemma3", "qwen2.5"]),
+    "compensation-shrinkage": lambda: compensation_tables.shrinkage("quality-shrinkage-smollm2"),
+    "compensation-residuals": lambda: compensation_tables.residuals("residuals-smollm2"),
     "compensation-harm": lambda: compensation_tables.harm("compensation-harm-smollm2"),
     "compensation-time": lambda: speed.predicting(["cpu-ffn-affine", "cpu-ffn-affine-1-thread"]),
     "compensation-time-gpu": lambda: speed.predicting(["gpu-ffn-looks-h200"]),
