@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct below or the meaning of a function changes. */
-#define COUNTDOWN_ABI 13
+#define COUNTDOWN_ABI 14
 
 /* Tokens of a call, which may lie anywhere. */
 #define COUNTDOWN_MOST_TOKENS 8
@@ -28,7 +28,7 @@ extern "C" {
 enum countdown_dtype { COUNTDOWN_FLOAT32, COUNTDOWN_BFLOAT16, COUNTDOWN_FLOAT16, COUNTDOWN_INT64 };
 enum countdown_activation { COUNTDOWN_SILU, COUNTDOWN_GELU_TANH, COUNTDOWN_GELU, COUNTDOWN_RELU };
 /* How rows of weights are stored, in the order of FORMATS in formats.hpp; plain ones as the dtypes above. */
-enum countdown_format { COUNTDOWN_PLAIN_FLOAT32, COUNTDOWN_PLAIN_BFLOAT16, COUNTDOWN_PLAIN_FLOAT16 };
+enum countdown_format { COUNTDOWN_PLAIN_FLOAT32, COUNTDOWN_PLAIN_BFLOAT16, COUNTDOWN_PLAIN_FLOAT16, COUNTDOWN_INT4 };
 /* What makes the active sets, in the order of DECIDERS in deciders.hpp: a projection, both of them, a copy of both in
  * few bits, the input itself, or the caller. */
 enum countdown_decider {
@@ -99,12 +99,12 @@ typedef struct {
     void *workspace;                /* countdown_workspace bytes */
 } countdown_sum_call;
 
-/* One to 8 tokens through one to three linears, side by side. */
+/* One to 8 tokens through one to three linears of one format, side by side. */
 typedef struct {
-    int64_t dtype, tokens, d, count;
-    const void *x[COUNTDOWN_MOST_TOKENS]; /* of each token, [d] */
+    int64_t dtype, tokens, d, count, format; /* dtype: of x, biases and y */
+    const void *x[COUNTDOWN_MOST_TOKENS];    /* of each token, [d] */
     const void *weights[3];
-    int64_t rows[3], strides[3];
+    int64_t rows[3], strides[3]; /* in bytes */
     const void *biases[3];
     void *y[COUNTDOWN_MOST_TOKENS]; /* of each token, [sum of rows] */
     void *workspace;

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "rows.hpp"
+#include "formats.hpp"
 #include "threads.hpp"
 #include "workspace.hpp"
 
@@ -11,13 +11,18 @@ namespace countdown::VARIANT {
 
 template <class W>
 struct ProjectSpace {
-    Operand<W> *tokens;  // [parts, T, width]
-    int64_t width, bytes;
+    char *tokens;  // [parts, T, width], in the dtype that the format's products take
+    int64_t width, token_bytes, bytes;
 
     ProjectSpace(const countdown_project_call &call, int parts) : width(ceil_to(call.d, PADDING)) {
         Workspace space(call.workspace);
-        tokens = space.take<Operand<W>>(parts * call.tokens * width);
+        token_bytes = width * (takes_floats(call) ? int64_t(sizeof(float)) : int64_t(sizeof(W)));
+        tokens = space.take<char>(parts * call.tokens * token_bytes);
         bytes = space.bytes();
+    }
+
+    static bool takes_floats(const countdown_project_call &call) {
+        return FORMATS[call.format].operand == COUNTDOWN_FLOAT32;
     }
 };
 
@@ -27,12 +32,11 @@ template <class W>
 class Projection {
   public:
     Projection(const countdown_project_call &call, const ProjectSpace<W> &space, const Part &part)
-        : call_(call), space_(space), part_(part), loops_(plain_loops<W>(call.tokens)),
-          tokens_(space.tokens + part.index * call.tokens * space.width) {}
+        : call_(call), space_(space), part_(part), loops_(FORMATS[call.format].loops(call.tokens)),
+          tokens_(space.tokens + part.index * call.tokens * space.token_bytes) {}
 
     void run(int) {
-        for (int64_t t = 0; t < call_.tokens; ++t)
-            copy_token(static_cast<const W *>(call_.x[t]), call_.d, space_.width, tokens_ + t * space_.width);
+        for (int64_t t = 0; t < call_.tokens; ++t) copy(t, tokens_ + t * space_.token_bytes);
         int64_t total = 0;
         for (int64_t w = 0; w < call_.count; ++w) total += call_.rows[w];
         int64_t first = total * part_.index / part_.count, stop = total * (part_.index + 1) / part_.count;
@@ -45,17 +49,25 @@ class Projection {
     const ProjectSpace<W> &space_;
     const Part &part_;
     const RowLoops loops_;
-    Operand<W> *const tokens_;
+    char *const tokens_;
+
+    void copy(int64_t t, char *to) const {
+        const W *x = static_cast<const W *>(call_.x[t]);
+        if (space_.takes_floats(call_))
+            copy_token(x, call_.d, space_.width, reinterpret_cast<float *>(to));
+        else
+            copy_token(x, call_.d, space_.width, reinterpret_cast<Operand<W> *>(to));
+    }
 
     // Rows from first to stop of linear w, whose outputs begin at a place.
     void project(int64_t w, int64_t first, int64_t stop, int64_t place) {
-        const W *weight = static_cast<const W *>(call_.weights[w]), *bias = static_cast<const W *>(call_.biases[w]);
+        const char *weight = static_cast<const char *>(call_.weights[w]);
+        const W *bias = static_cast<const W *>(call_.biases[w]);
         int64_t stride = call_.strides[w];
         for (int64_t i = first; i < stop; i += Vec::width) {
             int64_t count = least(Vec::width, stop - i);
             float out[Vec::width * MOST_TOKENS] = {};
-            const char *row = reinterpret_cast<const char *>(weight + i * stride);
-            loops_.products(row, stride * int64_t(sizeof(W)), count, tokens_, space_.width, call_.d, out);
+            loops_.products(weight + i * stride, stride, count, tokens_, space_.width, call_.d, out);
             for (int64_t t = 0; t < call_.tokens; ++t)
                 write(static_cast<W *>(call_.y[t]) + place + i, out + t, bias ? bias + i : nullptr, count);
         }

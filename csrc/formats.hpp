@@ -4,7 +4,7 @@
 // rest a row is an address: a format keeps the scales of a row within the row.
 #pragma once
 
-#include "rows.hpp"
+#include "int4.hpp"
 
 namespace countdown::VARIANT {
 
@@ -30,7 +30,8 @@ static constexpr Format plain() {
 struct WideBf16 : Bf16 {};
 
 // In the order of countdown_format.
-static constexpr Format FORMATS[] = {plain<float>(), plain<Bf16, WideBf16>(), plain<Fp16>()};
+static constexpr Format FORMATS[] = {plain<float>(), plain<Bf16, WideBf16>(), plain<Fp16>(),
+                                     {COUNTDOWN_FLOAT32, int4_loops, int4_loops}};
 
 // Entries of a dtype that is known when it runs; there may be none.
 struct Array {

@@ -95,6 +95,17 @@ static inline void sum_eight(const Vec *a, float *out) {
                                         _mm256_shuffle_ps(four[0], four[1], 0xdd)));
 }
 
+// The 64 entries of a group in 4 bits, less their scale; see int4.hpp.
+static inline void unpack_levels(const char *words, Vec *out) {
+    for (int half = 0; half < 2; ++half) {
+        __m256i some = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(words + 16 * half)));
+        for (int k = 0; k < 4; ++k, some = _mm256_srli_epi32(some, 4)) {
+            __m256i level = _mm256_and_si256(some, _mm256_set1_epi32(15));
+            out[2 * k + half] = {_mm256_sub_ps(_mm256_cvtepi32_ps(level), _mm256_set1_ps(7.5f))};
+        }
+    }
+}
+
 // One step of a product of weights and a token, whose dtype in memory is Operand.
 template <class W>
 struct Product {

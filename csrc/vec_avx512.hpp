@@ -94,6 +94,17 @@ static inline void sum_eight(const Vec *a, float *out) {
     _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, eight)));
 }
 
+// The 64 entries of a group in 4 bits, less their scale; see int4.hpp.
+static inline void unpack_levels(const char *words, Vec *out) {
+    const __m512 values = _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -.5f, .5f, 1.5f, 2.5f, 3.5f,
+                                         4.5f, 5.5f, 6.5f, 7.5f);
+    const __m512i some = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(words)));
+    out[0] = {_mm512_permutexvar_ps(some, values)};
+    out[1] = {_mm512_permutexvar_ps(_mm512_srli_epi32(some, 4), values)};
+    out[2] = {_mm512_permutexvar_ps(_mm512_srli_epi32(some, 8), values)};
+    out[3] = {_mm512_permutexvar_ps(_mm512_srli_epi32(some, 12), values)};
+}
+
 // One step of a product of weights and a token, whose dtype in memory is Operand.
 template <class W>
 struct Product {

@@ -102,6 +102,15 @@ static inline void sum_eight(const Vec *a, float *out) {
     for (int k = 0; k < 8; ++k) out[k] = sum(a[k]);
 }
 
+// The 64 entries of a group in 4 bits, less their scale; see int4.hpp.
+static inline void unpack_levels(const char *words, Vec *out) {
+    uint16_t some[16];
+    memcpy(some, words, sizeof some);
+    for (int k = 0; k < 4; ++k)
+        for (int half = 0; half < 2; ++half)
+            EACH out[2 * k + half].v[i] = float(some[Vec::width * half + i] >> 4 * k & 15) - 7.5f;
+}
+
 // One step of a product of weights and a token, whose dtype in memory is Operand.
 template <class W>
 struct Product {

@@ -22,6 +22,7 @@ from countdown.ops.cpu import library as cpu_library
 from countdown.ops.cpu.library import Library, Ran
 from countdown.ops.cpu.small import small_calls
 from countdown.phase import GENERATED, PADDING, PROMPT
+from countdown.weights import int4
 
 
 def main() -> None:
@@ -36,7 +37,10 @@ def main() -> None:
         library.take_variant(draw.choice(library.variants))
         try:
             with library.watched() as row:
-                checks = [check_ffn, check_ffn, check_looks, check_predicted, check_linear, check_dense, check_small]
+                checks = [
+                    check_ffn, check_ffn, check_int4, check_looks, check_predicted, check_linear, check_dense,
+                    check_small,
+                ]  # fmt: skip
                 draw.choice(checks)(draw, seed)
             check_again(draw, library, row)
         except Exception:
@@ -90,6 +94,24 @@ def check_ffn(draw: random.Random, seed: int) -> None:
     allowed = 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
     assert float((y.double() - expected).norm()) <= allowed
     assert float((given.double() - expected).norm()) <= allowed
+
+
+def check_int4(draw: random.Random, seed: int) -> None:
+    """An FFN whose weights are in 4 bits, in arrays that end where the last row does."""
+    d, h, tokens = 64 * draw.randint(1, draw.choice([3, 20])), draw.randint(1, 200), draw.randint(1, 8)
+    plain, biases = cases.ffn(d, h, torch.float32, "cpu", bias=draw.random() < 0.5, seed=seed)
+    stored = [int4.rounded(plain[0]), int4.rounded(plain[1]), int4.rounded(plain[2], by_column=True)]
+    weights = [type(weight)([misplaced(weight.parts[0])], weight.shape) for weight in stored]
+    values, dtype = [weight.values() for weight in weights], draw.choice(list(cases.TOLERANCE))
+    x, by = cases.inputs(tokens, d, dtype, "cpu", seed), draw.choice(["up", "gate", "coefficient"])
+    thresholds = torch.full((h,), draw.random())
+    how = {"indicator": by, "activation": draw.choice(backends.BACKENDS["cpu"].activations)}
+    active = CPU.select(x, weights, biases, thresholds, **how)
+    y = CPU.sparse_ffn(x, weights, biases, thresholds, torch.zeros(2, dtype=torch.int64), **how)
+    factors = oracle.projections(x, values, biases, how["activation"])
+    expected = oracle.combine(*factors, active, values, biases)
+    scale = oracle.combine(*(f.abs() for f in factors), active, [w.abs() for w in values], [None] * 3).norm()
+    assert float((y.double() - expected).norm()) <= 3 * cases.TOLERANCE[dtype] * float(scale + expected.norm() + 1e-6)
 
 
 def check_looks(draw: random.Random, seed: int) -> None:

@@ -125,17 +125,13 @@ def in_rows(part: Weight) -> Weight:
 
 
 def _refuses_layout(sum_: Sum, laid_out: bool) -> str | None:
-    *first, last = (weight.parts[0] for weight in sum_.weights)
-    if not all(_adjacent(weight, 1) for weight in first):
+    *first, last = sum_.weights
+    if not all(weight.lies_by(1) for weight in first):
         return "rows of W_gate or W_up are not contiguous"
-    if laid_out and not _adjacent(last, 0):
+    if laid_out and not last.lies_by(0):
         which = "W is not laid out by input channel" if sum_.kind == "linear" else "W_down is not laid out by neuron"
         return f"{which} (sparsify_ does that; a parameter put in its place later is not)"
     return None
-
-
-def _adjacent(weight: Tensor, dim: int) -> bool:
-    return weight.stride()[dim] == 1 or weight.shape[dim] <= 1
 
 
 def flat(x: Tensor) -> Tensor:

@@ -104,6 +104,10 @@ class Weight(ABC):
         """
         raise ConfigError(f"weights in format '{self.format}' cannot be laid out by column.")
 
+    def lies_by(self, dim: int) -> bool:
+        """Return whether the entries of each column (`dim` 0) or row (1) lie side by side, as kernels read them."""
+        return False
+
     def sliced(self, dim: int, part: slice) -> Weight:
         """Return some of its rows (`dim` 0) or columns (1): of a fused projection, or a shard; a view where it can be.
 

@@ -48,6 +48,10 @@ class Plain(Weight):
         values = self.parts[0]
         return self if values.t().is_contiguous() else Plain([values.t().contiguous().t()])
 
+    def lies_by(self, dim: int) -> bool:
+        values = self.parts[0]
+        return values.stride(dim) == 1 or values.shape[dim] <= 1
+
     def in_rows(self) -> Plain:
         """Contiguous, as `nn.Linear` has it."""
         values = self.parts[0]

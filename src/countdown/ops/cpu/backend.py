@@ -15,7 +15,8 @@ from countdown.ops.cpu import dense_ops, library
 from countdown.ops.cpu.library import ACTIVATIONS, DECIDERS, DTYPES, FORMATS, MatrixView, SumCall
 from countdown.ops.request import requested
 from countdown.sums import Sum
-from countdown.weights import Weight
+from countdown.weights import Plain, Weight
+from countdown.weights.int4 import Int4ByColumn, Int4ByRow
 from countdown.weights.symmetric import Symmetric4
 
 # Forms of calls that are kept: shapes times numbers of tokens, of which a model has few.
@@ -29,6 +30,7 @@ class CPU(Gathering):
     name, device, key, runs_on = "cpu", "cpu", "CPU", "CPUs"
     selectors = MappingProxyType({"ffn": ("up", "gate", "coefficient", "proxy-4"), "linear": ("input",)})
     compensations = MappingProxyType({"ffn": ("affine",), "linear": ("svd",)})
+    formats = (Plain.format, Int4ByRow.format, Int4ByColumn.format)
 
     def __init__(self) -> None:
         # By what `_form_of` says of a call: the C call without addresses.
@@ -99,7 +101,8 @@ def _described(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequenc
     )
     views = _views(form, len(biases))
     for view, weight, tensor, bias in zip(views, call.sum.weights, weights, biases, strict=False):
-        along = tensor.stride(1 if view is views[-1] else 0)
+        # A plain W_down is a view of a matrix with a neuron a row, a packed one is that matrix.
+        along = tensor.stride(1 if view is views[-1] and weight.format == Plain.format else 0)
         view.format, view.stride = FORMATS[weight.format, tensor.dtype], along * tensor.itemsize
         view.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
     # What is known of an input channel without a selector, its coefficient, no FFN knows of a neuron.

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from countdown.ops import dense as reference
 from countdown.ops.base import contiguous
-from countdown.ops.cpu.library import DTYPES, AttendCall, ProjectCall, library, of_tokens
+from countdown.ops.cpu.library import DTYPES, FORMATS, AttendCall, ProjectCall, library, of_tokens
 from countdown.ops.dense import check_attention, check_projections
 from countdown.ops.request import requested
+from countdown.weights import Plain
 
 
 def project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Tensor:
@@ -23,10 +24,10 @@ def project(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> Te
     y = x.new_empty((len(x), sum(heights)))
     addresses, integers = ctypes.c_void_p * 3, ctypes.c_int64 * 3
     call = ProjectCall(
-        DTYPES[x.dtype], *x.shape, len(weights), of_tokens(x, len(x)),
+        DTYPES[x.dtype], *x.shape, len(weights), FORMATS[Plain.format, x.dtype], of_tokens(x, len(x)),
         addresses(*(weight.data_ptr() for weight in weights)),
         integers(*heights),
-        integers(*(weight.stride(0) for weight in weights)),
+        integers(*(weight.stride(0) * weight.itemsize for weight in weights)),
         addresses(*(None if bias is None else bias.data_ptr() for bias in biases)),
         of_tokens(y, len(x)),
     )  # fmt: skip

@@ -16,14 +16,18 @@ from torch import Tensor
 from countdown.ops import cpu
 from countdown.ops.base import MOST_TOKENS
 
-ABI = 13
+ABI = 14
 NAMES = ("countdown_cpu.so", "countdown_cpu.dll")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT64 = 3
 # A linear has none, and nothing is activated.
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3, "": 0}
 # Of weights, by the name of the format and the dtype of its first part.
-FORMATS = {("plain", dtype): place for dtype, place in DTYPES.items()}
+FORMATS = {
+    **{("plain", dtype): place for dtype, place in DTYPES.items()},
+    ("int4", torch.uint8): 3,
+    ("int4-by-column", torch.uint8): 3,
+}
 # Selectors, and None for who gives the active sets.
 DECIDERS = {"up": 0, "gate": 1, "coefficient": 2, "proxy-4": 3, "input": 4, None: 5}
 # Weights of one matrix that are worth another thread.
@@ -101,7 +105,7 @@ class ProjectCall(ctypes.Structure):
     """`countdown_project_call`."""
 
     _fields_ = (
-        *((name, _Int) for name in ("dtype", "tokens", "d", "count")),
+        *((name, _Int) for name in ("dtype", "tokens", "d", "count", "format")),
         ("x", _Tokens),
         ("weights", _Pointer * 3),
         ("rows", _Int * 3),
